@@ -1,0 +1,40 @@
+"""Composable function transforms for PyTorch, over any tree.
+
+>>> import torch
+>>> import autodiff as ad
+>>> ad.hessian(lambda x: (x**3).sum())(torch.tensor([1.0, 2.0]))
+tensor([[ 6.,  0.],
+        [ 0., 12.]])
+"""
+
+# What a torch.func user imports beside the transforms.
+from torch.func import debug_unwrap as debug_unwrap
+from torch.func import functionalize as functionalize
+from torch.func import replace_all_batch_norm_modules_ as replace_all_batch_norm_modules_
+
+# Modules, trees and errors have names of their own.
+from autodiff import errors as errors
+from autodiff import pytree as pytree
+
+# Modules as functions.
+from autodiff.nn import functional_call as functional_call
+from autodiff.nn import stack_module_state as stack_module_state
+
+# First derivatives.
+from autodiff.transforms.grad import grad as grad
+from autodiff.transforms.grad import grad_and_value as grad_and_value
+from autodiff.transforms.grad import value_and_grad as value_and_grad
+
+# Second derivatives.
+from autodiff.transforms.hessian import hessian as hessian
+from autodiff.transforms.hessian import hvp as hvp
+from autodiff.transforms.jacobian import jacfwd as jacfwd
+from autodiff.transforms.jacobian import jacobian as jacobian
+from autodiff.transforms.jacobian import jacrev as jacrev
+from autodiff.transforms.jvp import jvp as jvp
+from autodiff.transforms.linearize import linearize as linearize
+from autodiff.transforms.vjp import vjp as vjp
+
+# Batches.
+from autodiff.transforms.vmap import vmap as vmap
+from torch.func import rearrange as rearrange

@@ -1,0 +1,234 @@
+"""Floor 1: one call of a transformed function, argnums, trees and aux lifted away.
+
+Hands on `Call`, which turns ``func(*args, **kwargs)`` into a function from the differentiable
+leaves of the selected arguments to the output's leaves. Imports `trees`, `checks` and `errors`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+
+from autodiff.core import checks, trees
+
+if TYPE_CHECKING:
+    from autodiff.core.trees import Spec
+
+Argnums: TypeAlias = int | str | tuple[int | str, ...]
+Lift: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Call:
+    """``func(*args, **kwargs)``, seen from the leaves that are differentiated.
+
+    ``argnums=None`` selects the tuple of all positional arguments.
+    """
+
+    __slots__ = (
+        "_given", "_leaves", "_picks", "_where", "args", "aux_spec", "func", "has_aux", "kwargs", "name",
+        "out_spec", "primals", "root", "spec",
+    )
+
+    out_spec: Spec
+    aux_spec: Spec
+
+    def __init__(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        argnums: Argnums | None,
+        has_aux: bool,
+    ) -> None:
+        self.name, self.func, self.args, self.kwargs, self.has_aux = name, func, args, kwargs, has_aux
+        self._picks: list[int | str] | int | str | None
+        if argnums is None:
+            self._picks, tree, self.root = None, args, "primals"
+        elif type(argnums) is int and 0 <= argnums < len(args):
+            self._picks, tree, self.root = argnums, args[argnums], f"args[{argnums}]"
+        else:
+            self._picks = _locate(name, func, args, kwargs, argnums)
+            tree, self.root = self._select()
+        self._leaves, self.spec = trees.flatten(tree)
+        self._where = [i for i, leaf in enumerate(self._leaves) if is_differentiable(leaf)]
+        self.primals: list[Tensor] = [self._leaves[i] for i in self._where]
+        if not self.primals:
+            checks.no_differentiable_leaf(name, self.spec, self._leaves, self.root)
+
+    def _select(self) -> tuple[Any, str]:
+        if isinstance(self._picks, list):
+            return tuple(self._argument(pick) for pick in self._picks), "args"
+        assert self._picks is not None
+        shown = f"args[{self._picks}]" if isinstance(self._picks, int) else self._picks
+        return self._argument(self._picks), shown
+
+    def _argument(self, pick: int | str) -> Any:
+        return self.args[pick] if isinstance(pick, int) else self.kwargs[pick]
+
+    def evaluate(self, leaves: Sequence[Tensor], lift: Lift | None = None) -> tuple[list[Any], list[Any]]:
+        """Run ``func`` once with ``leaves`` in place of the primals; the output's and aux's leaves.
+
+        ``lift`` is applied to every other tensor among the arguments.
+        """
+        filled = self._leaves.copy() if lift is None else [_lifted(leaf, lift) for leaf in self._leaves]
+        for position, leaf in zip(self._where, leaves, strict=True):
+            filled[position] = leaf
+        tree = trees.unflatten(self.spec, filled)
+        output = self._run(tree, lift)
+        if self.has_aux:
+            checks.has_aux_pair(self.name, output)
+            output, aux = output
+            aux_leaves, self.aux_spec = trees.flatten(aux)
+        else:
+            aux_leaves = []
+        out_leaves, self.out_spec = trees.flatten(output)
+        # A gradient holds None where its primal was no tensor to differentiate, and stays composable.
+        self._given = [i for i, leaf in enumerate(out_leaves) if leaf is not None]
+        return [out_leaves[i] for i in self._given], aux_leaves
+
+    def _run(self, tree: Any, lift: Lift | None) -> Any:
+        if self._picks is None:
+            return self.func(*tree, **_lifted_tree(self.kwargs, lift))
+        args, kwargs = list(self.args), self.kwargs
+        if lift is not None:
+            args, kwargs = _lifted_tree(args, lift), _lifted_tree(kwargs, lift)
+        if isinstance(self._picks, int):
+            args[self._picks] = tree
+            return self.func(*args, **kwargs)
+        kwargs = dict(kwargs)
+        picked = zip(self._picks, tree, strict=True) if isinstance(self._picks, list) else [(self._picks, tree)]
+        for pick, value in picked:
+            if isinstance(pick, int):
+                args[pick] = value
+            else:
+                kwargs[pick] = value
+        return self.func(*args, **kwargs)
+
+    def like_arguments(self, values: Sequence[Any]) -> Any:
+        """A tree like the selected arguments with one value for each primal, None elsewhere."""
+        return trees.unflatten(self.spec, _spread(values, self._where, len(self._leaves)))
+
+    def like_output(self, values: Sequence[Any]) -> Any:
+        """A tree like the function's output, None where that held None."""
+        return trees.unflatten(self.out_spec, _spread(values, self._given, self.out_spec.num_leaves))
+
+    def aux(self, leaves: Sequence[Any]) -> Any:
+        """The auxiliary output, put together again."""
+        return trees.unflatten(self.aux_spec, leaves)
+
+    def tangents(self, kind: str, tree: Any) -> list[Tensor]:
+        """The leaves of a tree of tangents, checked against the primals; passive places are ignored."""
+        leaves = checks.same_structure(self.name, kind, self.spec, tree, self.root)
+        picked = [leaves[i] for i in self._where]
+        for primal, tangent, position in zip(self.primals, picked, self._where, strict=True):
+            if type(tangent) is not Tensor or tangent.shape != primal.shape or tangent.dtype != primal.dtype:
+                path = trees.paths(self.spec, kind)[position]
+                home = trees.paths(self.spec, self.root)[position]
+                checks.like_leaf(self.name, "tangent", path, tangent, home, primal)
+        return picked
+
+    def cotangents(self, outputs: Sequence[Tensor], tree: Any) -> list[Tensor]:
+        """The leaves of a tree of cotangents, checked against the outputs."""
+        leaves = checks.same_structure(self.name, "cotangents", self.out_spec, tree, "primal output")
+        picked = [leaves[i] for i in self._given]
+        for output, cotangent, position in zip(outputs, picked, self._given, strict=True):
+            if type(cotangent) is not Tensor or cotangent.shape != output.shape or cotangent.dtype != output.dtype:
+                path = trees.paths(self.out_spec, "cotangents")[position]
+                home = trees.paths(self.out_spec, "output")[position]
+                checks.like_leaf(self.name, "cotangent", path, cotangent, home, output)
+        return picked
+
+    def path_of_primal(self, index: int) -> str:
+        """The place of a primal, written as code."""
+        return trees.paths(self.spec, self.root)[self._where[index]]
+
+    def path_of_output(self, index: int) -> str:
+        """The place of an output, written as code."""
+        return trees.paths(self.out_spec, "output")[self._given[index]]
+
+
+def is_differentiable(leaf: object) -> bool:
+    """Whether a leaf is a floating or complex tensor."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """How messages call a function that may be a partial or a module."""
+    if isinstance(func, functools.partial):
+        return f"functools.partial({name_of(func.func)}, ...)"
+    return getattr(func, "__name__", None) or type(func).__name__
+
+
+def wraps(func: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """functools.wraps without the copy of ``__dict__``, which for a module holds its parameters."""
+
+    def dress(wrapper: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.update_wrapper(wrapper, func, updated=())
+
+    return dress
+
+
+def parameter_names(func: Callable[..., Any]) -> list[str]:
+    """The names of the positional parameters; empty for a callable without a signature."""
+    try:
+        parameters = inspect.signature(func).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _locate(
+    name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Argnums
+) -> list[int | str] | int | str:
+    """Where the selected arguments stand in this call: a position, or a keyword."""
+    checks.argnums(name, argnums)
+    if not isinstance(argnums, tuple):
+        return _place(name, func, args, kwargs, argnums)
+    places = [_place(name, func, args, kwargs, pick) for pick in argnums]
+    if len(set(places)) != len(places):
+        checks.argnums_unique(name, argnums)
+    return places
+
+
+def _place(
+    name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], pick: int | str
+) -> int | str:
+    if isinstance(pick, str):
+        if pick in kwargs:
+            return pick
+        known = parameter_names(func)
+        if pick in known and known.index(pick) < len(args):
+            return known.index(pick)
+        checks.argname_known(name, pick, [*known[: len(args)], *kwargs])
+    if -len(args) <= pick < len(args):
+        return pick % len(args)
+    known = parameter_names(func)
+    if 0 <= pick < len(known) and known[pick] in kwargs:
+        return known[pick]
+    checks.argnum_in_range(name, pick, len(args))
+
+
+def _spread(values: Sequence[Any], positions: Sequence[int], count: int) -> Sequence[Any]:
+    """Values at their positions in a list of ``count``, None elsewhere."""
+    if len(values) == count:
+        return values
+    filled: list[Any] = [None] * count
+    for position, value in zip(positions, values, strict=True):
+        filled[position] = value
+    return filled
+
+
+def _lifted(leaf: Any, lift: Lift) -> Any:
+    return lift(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _lifted_tree(tree: Any, lift: Lift | None) -> Any:
+    if lift is None or not tree:
+        return tree
+    leaves, spec = trees.flatten(tree)
+    return trees.unflatten(spec, [_lifted(leaf, lift) for leaf in leaves])

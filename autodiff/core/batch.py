@@ -1,0 +1,130 @@
+"""Floor 1: the batching level, and work done in chunks.
+
+Hands on `run`, a vmap level over flat leaves, and `Chunks`, which splits a batch and collects what
+the pieces give. Never sees a tree; imports only `_torch`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from autodiff.core import _torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+Randomness: TypeAlias = Literal["error", "different", "same"]
+
+
+def run(
+    func: Callable[[list[Any]], list[Any]],
+    leaves: Sequence[Any],
+    dims: Sequence[int | None],
+    size: int,
+    randomness: Randomness,
+    out_dims: Callable[[list[Any], list[bool]], Sequence[int | None]],
+) -> list[Any]:
+    """Run ``func`` once on leaves that hide their dimension ``dims[i]`` as a batch of ``size``.
+
+    ``out_dims`` is told the outputs, and which of them are batched, and says where each batch goes;
+    None leaves an output as it is.
+    """
+    with _torch.batch_level(size, randomness) as level:
+        entered = [
+            leaf if dim is None else _torch.add_batch(leaf, dim, level)
+            for leaf, dim in zip(leaves, dims, strict=True)
+        ]
+        outputs = func(entered)
+        batched = [isinstance(output, Tensor) and _torch.is_batched_at(output, level) for output in outputs]
+        return [
+            output if dim is None else _torch.remove_batch(output, dim, size, level)
+            for output, dim in zip(outputs, out_dims(outputs, batched), strict=True)
+        ]
+
+
+def over_rows(
+    func: Callable[[list[Tensor]], list[Tensor | None]],
+    rows: Sequence[Tensor],
+    size: int,
+    randomness: Randomness,
+) -> list[Tensor | None]:
+    """``func`` of each row of ``rows``, in one batch: what a Jacobian does to a basis."""
+
+    def leading(outputs: list[Any], _: list[bool]) -> list[int | None]:
+        return [None if output is None else 0 for output in outputs]
+
+    return run(func, rows, [0] * len(rows), size, randomness, leading)
+
+
+class Chunks:
+    """A batch of ``total`` in pieces of at most ``size``, and their results put together.
+
+    >>> [(start, stop) for start, stop in Chunks(5, 2)]
+    [(0, 2), (2, 4), (4, 5)]
+    """
+
+    def __init__(self, total: int, size: int | None) -> None:
+        self.total = total
+        self.size = total if size is None else min(size, total)
+        self._pieces: dict[int, list[Tensor]] = {}
+        self._wholes: dict[int, Tensor] = {}
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        if self.total == 0:
+            yield 0, 0
+        for start in range(0, self.total, max(self.size, 1)):
+            yield start, min(start + self.size, self.total)
+
+    def is_last(self, stop: int) -> bool:
+        return stop == self.total
+
+    def add(self, key: int, start: int, piece: Tensor, dim: int = 0) -> None:
+        """Keep a piece of result ``key``, which begins at ``start`` along ``dim``.
+
+        Plain pieces go into one preallocated tensor, so that no second copy of the result is ever
+        made; pieces that are watched, wrapped or sparse are concatenated in the end.
+        """
+        length = piece.shape[dim]
+        if length == self.total or not _is_plain(piece):
+            self._pieces.setdefault(key, []).append(piece)
+            return
+        if key not in self._wholes:
+            shape = list(piece.shape)
+            shape[dim] = self.total
+            self._wholes[key] = piece.new_empty(shape)
+        self._wholes[key].narrow(dim, start, length).copy_(piece)
+
+    def whole(self, key: int, dim: int = 0) -> Tensor | None:
+        """Result ``key`` put together, None where no piece of it came."""
+        if key in self._wholes:
+            return self._wholes[key]
+        pieces = self._pieces.get(key)
+        if not pieces:
+            return None
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def remember_randomness(leaves: Sequence[Any]) -> Callable[[], None]:
+    """A function that takes the generators of the leaves' devices back to where they are now."""
+    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cuda"}
+    cpu_state = torch.get_rng_state()
+    states = {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    def rewind() -> None:
+        torch.set_rng_state(cpu_state)
+        for device, state in states.items():
+            torch.cuda.set_rng_state(state, device)
+
+    return rewind
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and not tensor.requires_grad
+        and not _torch.is_wrapped(tensor)
+    )

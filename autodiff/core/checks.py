@@ -1,0 +1,395 @@
+"""Floor 1: every check at the boundary. The first parameter is the public name the user called.
+
+Each message has four beats: the name and the leaf's path, what was expected, what came, the way
+out. Words by which torch.func's own messages are recognised are kept. Imports `trees` and `errors`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import Tensor
+
+from autodiff.core import trees
+from autodiff.errors import (
+    ArgnumsError,
+    BatchError,
+    DtypeError,
+    IndependenceError,
+    LeafError,
+    OptionError,
+    OutputError,
+    ShapeError,
+    StructureError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from autodiff.core.trees import Spec
+
+_PASSIVE_KINDS = (bool, int, float, complex, str, bytes, type(None))
+
+
+# Options.
+
+
+def chunk_size(name: str, size: object) -> None:
+    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0):
+        return
+    raise OptionError(
+        f"{name}: `chunk_size` should be greater than 0, as an int, or None, got {size!r}. "
+        f"None takes everything in one batch; a smaller number takes less memory."
+    )
+
+
+def randomness(name: str, value: str) -> None:
+    allowed(name, "randomness", value, ("error", "different", "same"), opening="Only allowed values")
+
+
+def allowed(name: str, option: str, value: object, choices: Sequence[str | None], opening: str = "") -> None:
+    if value in choices:
+        return
+    listed = ", ".join(repr(choice) for choice in choices)
+    raise OptionError(
+        f"{name}: {opening or 'the allowed values'} for {option} are {listed}. Got {value!r}."
+    )
+
+
+def argnums(name: str, value: object) -> None:
+    """Only ints, names and non-empty tuples of them, each once."""
+    picks = value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple) and not value:
+        raise ArgnumsError(
+            f"{name}: argnums must be non-empty, got (). Name at least one argument, as in argnums=0."
+        )
+    for pick in picks:
+        if isinstance(pick, bool) or not isinstance(pick, int | str):
+            raise ArgnumsError(
+                f"{name}: argnums must be int or str or a tuple of them, got: {type(pick)}. "
+                f"Write argnums=0, argnums='w' or argnums=(0, 'w')."
+            )
+
+
+def argnum_in_range(name: str, pick: int, count: int) -> NoReturn:
+    raise ArgnumsError(
+        f"{name}: Got argnum={pick}, but only {count} positional inputs. argnums counts positional "
+        f"arguments from 0; a keyword argument is picked by its name, as in argnums='w'."
+    )
+
+
+def argname_known(name: str, pick: str, known: Sequence[str]) -> NoReturn:
+    listed = ", ".join(repr(one) for one in known) or "none"
+    raise ArgnumsError(
+        f"{name}: argnums={pick!r} names no argument of this call. The function's arguments are "
+        f"{listed}. Pass the argument, or correct the name."
+    )
+
+
+def argnums_unique(name: str, value: object) -> NoReturn:
+    raise ArgnumsError(
+        f"{name}: argnums elements must be unique, got {value}. Each argument is differentiated once; "
+        f"remove the repetition."
+    )
+
+
+# Leaves.
+
+
+def no_differentiable_leaf(name: str, spec: Spec, leaves: Sequence[Any], root: str) -> NoReturn:
+    """Name the leaf that came in place of a floating or complex tensor."""
+    opening = f"{name}: {root} has no leaf to differentiate. Expected at least one floating-point or complex tensor"
+    if not leaves:
+        raise LeafError(f"{opening}, got an empty {spec.type.__name__ if spec.type else 'tree'}. "
+                        f"Pass a tensor, or pick another argument with argnums.")
+    where = trees.paths(spec, root)
+    for path, leaf in zip(where, leaves, strict=True):
+        if not isinstance(leaf, Tensor) and not isinstance(leaf, _PASSIVE_KINDS):
+            unregistered(name, path, leaf)
+    path, leaf = where[0], leaves[0]
+    if isinstance(leaf, Tensor):
+        raise LeafError(
+            f"{opening}, got {path} of dtype {leaf.dtype}: only Tensors of floating point and complex "
+            f"dtype can require gradients. Convert it, as in {path}.float(), or pick another argument "
+            f"with argnums."
+        )
+    raise LeafError(
+        f"{opening}, got {path} of type {type(leaf).__name__}: Thing passed to transform API must be "
+        f"Tensor, or a tree of them. Write torch.tensor({leaf!r}) for a number."
+    )
+
+
+def unregistered(name: str, path: str, leaf: object) -> NoReturn:
+    cls = type(leaf)
+    raise LeafError(
+        f"{name}: {path} is of class {cls.__qualname__}, where a tensor is needed: Thing passed to "
+        f"transform API must be Tensor, or a container that is registered as a tree. Register it once: "
+        f"autodiff.pytree.register_dataclass({cls.__qualname__}), or autodiff.pytree.register("
+        f"{cls.__qualname__}, flatten, unflatten) for a class that is no dataclass."
+    )
+
+
+def complex_pairing(name: str, tensors: Sequence[Tensor], holomorphic: bool, kind: str) -> None:
+    """Real everywhere by default, complex everywhere with ``holomorphic=True``."""
+    for position, tensor in enumerate(tensors):
+        if holomorphic and not tensor.is_complex():
+            raise DtypeError(
+                f"{name}: holomorphic=True expects all {kind} to be complex, got {tensor.dtype} at "
+                f"flattened {kind[:-1]} idx: {position}. Convert it to complex, or drop holomorphic."
+            )
+        if not holomorphic and tensor.is_complex():
+            raise DtypeError(
+                f"{name}: Expected all {kind} to be real but received complex tensor at flattened "
+                f"{kind[:-1]} idx: {position}. For a holomorphic function pass holomorphic=True; "
+                f"otherwise differentiate torch.view_as_real of it."
+            )
+
+
+# Outputs of the differentiated function.
+
+
+def has_aux_pair(name: str, output: object) -> None:
+    if isinstance(output, tuple) and len(output) == 2:
+        return
+    came = f"a tuple of {len(output)}" if isinstance(output, tuple) else type(output).__name__
+    raise OutputError(
+        f"{name}: output of function f should be a tuple: (output, aux) if has_aux is True, got {came}. "
+        f"Return a pair, or drop has_aux."
+    )
+
+
+def tensor_outputs(name: str, leaves: Sequence[Any], path: Callable[[int], str]) -> None:
+    """At least one output, all of them floating or complex tensors."""
+    if not leaves:
+        raise OutputError(
+            f"{name}: Expected f to be a function that has non-empty output, got no leaf but None. Return "
+            f"a tensor or a tree of tensors."
+        )
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            raise OutputError(
+                f"{name}: expected f(*primals) to return only tensors, got unsupported type {type(leaf)} "
+                f"at {path(index)}. Return what is not to be differentiated through has_aux=True."
+            )
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            raise OutputError(
+                f"{name}: All outputs of f must be floating-point or complex Tensors, got Tensor with "
+                f"dtype {leaf.dtype} at {path(index)}. Convert it, or return it through has_aux=True."
+            )
+
+
+def scalar_output(name: str, spec: Spec, leaves: Sequence[Any]) -> None:
+    """One tensor of shape (), real."""
+    if len(leaves) != 1 or not spec.is_leaf() or not isinstance(leaves[0], Tensor):
+        came = spec.type if not spec.is_leaf() else type(leaves[0] if leaves else None)
+        raise OutputError(
+            f"{name}: Expected f(*args) to return a Tensor, got {came}. Return the loss alone, and "
+            f"anything else through has_aux=True."
+        )
+    output = leaves[0]
+    if output.dim() != 0:
+        raise OutputError(
+            f"{name}: Expected f(*args) to return a scalar Tensor, got tensor with {output.dim()} dims, "
+            f"of shape {tuple(output.shape)}. Maybe you wanted to use the vjp or jacrev APIs instead?"
+        )
+    if output.is_complex():
+        raise OutputError(
+            f"{name}: grad can be implicitly created only for real scalar outputs but got {output.dtype}. "
+            f"Return .real or .abs(), or use jacrev with holomorphic=True."
+        )
+
+
+def depends(name: str, path_out: str, path_in: str) -> NoReturn:
+    raise IndependenceError(
+        f"{name}: with strict=True, {path_out} is independent of {path_in}: no operation connects them. "
+        f"The output of f is independent of the inputs. This is not allowed with strict=True; drop it "
+        f"to get zeros."
+    )
+
+
+# Tangents and cotangents.
+
+
+def tuple_of_primals(name: str, primals: object) -> None:
+    if not isinstance(primals, tuple):
+        raise StructureError(
+            f"{name}: Expected primals to be a tuple, got {type(primals).__name__}. E.g. it should be "
+            f"valid to call f(*primals). Write (x,) for one primal x."
+        )
+
+
+def same_structure(
+    name: str, kind: str, spec: Spec, tree: Any, reference: str
+) -> list[Any]:
+    """The leaves of ``tree`` in the order of ``spec``; an error where the structures differ."""
+    leaves = trees.match(spec, tree)
+    if leaves is not None:
+        return leaves
+    raise StructureError(
+        f"{name}: Expected pytree structure of {kind} to be the same as pytree structure of {reference} "
+        f"(they must have the same python structure). {kind}: {trees.flatten(tree).spec}, {reference}: "
+        f"{spec}. Give one of the {kind} for each leaf of {reference}."
+    )
+
+
+def like_leaf(name: str, kind: str, path: str, value: object, model_path: str, model: Tensor) -> None:
+    """A tangent or cotangent is a tensor of its leaf's shape and dtype."""
+    rule = f"A {kind} must match its leaf."
+    if not isinstance(value, Tensor):
+        if isinstance(value, _PASSIVE_KINDS):
+            raise LeafError(
+                f"{name}: {path} is of type {type(value).__name__}, but {model_path} is a tensor of "
+                f"shape {tuple(model.shape)}. {rule} Write torch.zeros_like({model_path}) for zero."
+            )
+        unregistered(name, path, value)
+    if value.shape != model.shape:
+        raise ShapeError(
+            f"{name}: {'Mismatch in shape: ' if kind == 'cotangent' else ''}{path} has shape {tuple(value.shape)}, but {model_path} has "
+            f"shape {tuple(model.shape)}. A {kind} must match its leaf for leaf."
+        )
+    if value.dtype != model.dtype and not _castable(kind, value.dtype, model.dtype):
+        raise DtypeError(
+            f"{name}: {path} has dtype {value.dtype}, but {model_path} has dtype {model.dtype}. {rule} "
+            f"Convert it, as in {path}.to({model_path}.dtype)."
+        )
+
+
+def _castable(kind: str, came: torch.dtype, wanted: torch.dtype) -> bool:
+    # The engine converts a real cotangent to its output's real dtype, and programs rely on it. A
+    # tangent is not converted by torch: a float64 tangent of a float32 primal gives float64 results.
+    return kind == "cotangent" and came.is_floating_point and wanted.is_floating_point
+
+
+# Matrices.
+
+
+def shape(name: str, path: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tensor.shape != expected:
+        raise ShapeError(
+            f"{name}: {path} has shape {tuple(tensor.shape)}, but {expected} is expected: {meaning}. "
+            f"Reshape it, or pass the tree that it belongs to."
+        )
+
+
+def block(name: str, path: str, value: object, in_shape: Sequence[int]) -> None:
+    """A block of a Jacobian ends in its input's shape."""
+    if isinstance(value, Tensor) and tuple(value.shape[value.dim() - len(in_shape) :]) == tuple(in_shape):
+        return
+    came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+    raise ShapeError(
+        f"{name}: {path} has {came}, but a block that ends in the input's shape {tuple(in_shape)} is "
+        f"expected. Pass the inputs that the Jacobian was taken of, and wrap the call in vmap for a batch."
+    )
+
+
+def jacobian_of_inputs(name: str, came: Spec, expected: Spec) -> NoReturn:
+    raise StructureError(
+        f"{name}: jacobian has structure {came}, which holds no tree like the inputs, {expected}. Pass "
+        f"the inputs that the Jacobian was taken of: a tuple of them for a tuple of argnums."
+    )
+
+
+# Batching.
+
+
+def in_dims_type(name: str, in_dims: object) -> None:
+    if isinstance(in_dims, int | tuple | dict) and not isinstance(in_dims, bool):
+        return
+    raise BatchError(
+        f"{name}(in_dims={in_dims}): expected `in_dims` to be int or a (potentially nested) tuple "
+        f"matching the structure of inputs, or a dict from parameter names to dims, got: {type(in_dims)}."
+    )
+
+
+def in_dims_fit(name: str, in_dims: object, args_spec: Spec) -> NoReturn:
+    raise BatchError(
+        f"{name}(in_dims={in_dims}): in_dims is not compatible with the structure of `inputs`. in_dims "
+        f"has structure {trees.flatten(in_dims).spec} but inputs has structure {args_spec}. Give one "
+        f"entry for each positional argument; an entry may stand for a whole tree."
+    )
+
+
+def in_dims_name(name: str, unknown: str, known: Sequence[str]) -> NoReturn:
+    raise BatchError(
+        f"{name}: in_dims names {unknown!r}, which is no argument of this call. The arguments are "
+        f"{', '.join(map(repr, known)) or 'none'}. Correct the name, or pass the argument."
+    )
+
+
+def in_dim(name: str, in_dims: object, path: str, dim: object, leaf: object) -> None:
+    """A dim is None, or an int in the range of the tensor that it is for."""
+    opening = f"{name}(in_dims={in_dims}): Got in_dim={dim} for an input"
+    if dim is None:
+        return
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise BatchError(
+            f"{opening} but in_dim must be either an integer dimension or None. It is for {path}."
+        )
+    if not isinstance(leaf, Tensor):
+        raise BatchError(
+            f"{opening} but the input is of type {type(leaf)}. We cannot vmap over non-Tensor arguments, "
+            f"please use None as the respective in_dim. It is {path}."
+        )
+    if not -leaf.dim() <= dim < leaf.dim():
+        raise BatchError(
+            f"{name}(in_dims={in_dims}): Got in_dim={dim} for some input, but that input is a Tensor of "
+            f"dimensionality {leaf.dim()} so expected in_dim to satisfy -{leaf.dim()} <= in_dim < "
+            f"{leaf.dim()}. It is {path}, of shape {tuple(leaf.shape)}."
+        )
+
+
+def batch_sizes(name: str, where: Sequence[str], sizes: Sequence[int]) -> None:
+    if not sizes:
+        raise BatchError(
+            f"{name}: Expected at least one Tensor to vmap over, got none with an in_dim. Give an in_dim "
+            f"to one argument, or call the function without vmap."
+        )
+    for path, size in zip(where, sizes, strict=True):
+        if size != sizes[0]:
+            raise BatchError(
+                f"{name}: Expected all tensors to have the same size in the mapped dimension, got sizes "
+                f"{list(sizes)} for the mapped dimension: {where[0]} has {sizes[0]}, {path} has {size}. "
+                f"Use None as in_dim for what is shared by all samples."
+            )
+
+
+def no_inputs(name: str) -> NoReturn:
+    raise BatchError(
+        f"{name}: got no inputs. Maybe you forgot to add inputs, or you are trying to vmap over a "
+        f"function with no inputs. The latter is unsupported."
+    )
+
+
+def out_dims_type(name: str, out_dims: object) -> None:
+    for dim in trees.flatten(out_dims).leaves:
+        if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool)):
+            raise BatchError(
+                f"{name}(out_dims={out_dims}): `out_dims` must be an int, None or a python collection of "
+                f"ints representing where in the outputs the vmapped dimension should appear, got {dim!r}."
+            )
+
+
+def out_dims_fit(name: str, out_dims: object, spec: Spec) -> NoReturn:
+    raise BatchError(
+        f"{name}(out_dims={out_dims}): out_dims is not compatible with the structure of `outputs`. "
+        f"out_dims has structure {trees.flatten(out_dims).spec} but outputs has structure {spec}. Give "
+        f"one entry for each output; an entry may stand for a whole tree."
+    )
+
+
+def out_dim(name: str, path: str, dim: int | None, leaf: Tensor, batched: bool) -> None:
+    if dim is None:
+        if batched:
+            raise BatchError(
+                f"{name}: {path} can not return a BatchedTensor when out_dim is None: it differs from "
+                f"sample to sample. Give it an out_dim."
+            )
+        return
+    dims = leaf.dim() + 1
+    if not -dims <= dim < dims:
+        raise BatchError(
+            f"{name}: out_dim={dim} is out of range for {path}, which has {dims} dimensions with the "
+            f"batch's. Expected -{dims} <= out_dim < {dims}."
+        )

@@ -1,0 +1,79 @@
+"""Floor 1: forward mode. Push tangents forward through one run of a function.
+
+Works on flat lists of tensors and hands on `push`, which gives None for an output that carries no
+tangent. Never sees a tree; imports only `_torch`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autodiff.core import _torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from autodiff.core.tape import Recordable
+
+
+class Pushed(NamedTuple):
+    """What one run left: outputs, their tangents (None where there is none), and aux."""
+
+    outputs: list[Any]
+    tangents: list[Tensor | None]
+    aux: list[Any]
+
+
+def push(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Pushed:
+    """Run ``func`` once with a tangent on every primal."""
+    if _torch.compiling():
+        return _push_traced(func, primals, tangents)
+    if _torch.on_ground():
+        return _push_on_ground(func, primals, tangents)
+    return _push_on_level(func, primals, tangents)
+
+
+def _push_on_ground(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Pushed:
+    with _torch.dual_ground():
+        outputs, aux = func([_torch.make_dual(p, t) for p, t in zip(primals, tangents, strict=True)], None)
+        pairs = [_split(output) for output in outputs]
+        aux = [_split(leaf)[0] for leaf in aux]
+    return Pushed([primal for primal, _ in pairs], [tangent for _, tangent in pairs], aux)
+
+
+def _push_on_level(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Pushed:
+    with _torch.dual_stacked() as level:
+
+        def unwrap(leaf: Any) -> Any:
+            return _torch.unwrap(leaf, level) if isinstance(leaf, Tensor) else leaf
+
+        duals = [_torch.make_dual(p, t) for p, t in zip(primals, tangents, strict=True)]
+        outputs, aux = func(duals, lambda tensor: _torch.wrap(tensor, level))
+        pairs = [_split(output) for output in outputs]
+        return Pushed(
+            [unwrap(primal) for primal, _ in pairs],
+            [unwrap(tangent) for _, tangent in pairs],
+            [unwrap(_split(leaf)[0]) for leaf in aux],
+        )
+
+
+def _push_traced(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Pushed:
+    def returning_tuples(*inputs: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        outputs, aux = func(inputs, None)
+        return tuple(outputs), tuple(aux)
+
+    outputs, pushed, aux = torch.func.jvp(returning_tuples, tuple(primals), tuple(tangents), has_aux=True)
+    return Pushed(list(outputs), list(pushed), list(aux))
+
+
+def _split(leaf: Any) -> tuple[Any, Tensor | None]:
+    if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+        return leaf, None
+    primal, tangent = _torch.unpack_dual(leaf)
+    if tangent is not None and tangent.dtype != primal.dtype:
+        # torch promotes the tangent of a 0-dim float32 tensor times a Python float to float64.
+        tangent = tangent.to(primal.dtype)
+    return primal, tangent

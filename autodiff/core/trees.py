@@ -1,0 +1,121 @@
+"""Floor 1, SEAM: the only file that names optree.
+
+Hands on flattening, unflattening, prefixes and key paths, in the namespace where torch's own
+registrations live, with None as a leaf and dicts in insertion order. Imports only `_torch`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import optree
+import torch.utils._cxx_pytree  # noqa: F401  registers torch's classes with optree
+from optree import PyTreeSpec as Spec
+
+from autodiff.core._torch import register_with_torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+__all__ = ["FlatTree", "Spec", "broadcast", "flatten", "match", "paths", "register", "subtrees", "unflatten"]
+
+NAMESPACE = "torch"
+
+
+class FlatTree(NamedTuple):
+    """A tree taken apart: its leaves in order, and what puts them together again."""
+
+    leaves: list[Any]
+    spec: Spec
+
+
+def flatten(tree: Any) -> FlatTree:
+    """Take a tree apart. An object of an unregistered class, and None, are leaves."""
+    leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    return FlatTree(leaves, spec)
+
+
+def unflatten(spec: Spec, leaves: Iterable[Any]) -> Any:
+    """Put a tree together from its leaves in order."""
+    return spec.unflatten(leaves)
+
+
+def match(spec: Spec, tree: Any) -> list[Any] | None:
+    """The tree's leaves in the order of ``spec``, or None where the structures differ.
+
+    Dicts match by key, whatever their order.
+    """
+    leaves, own = flatten(tree)
+    if own == spec:
+        return leaves
+    try:
+        subtrees = spec.flatten_up_to(tree)
+    except ValueError:
+        return None
+    return subtrees if len(leaves) == len(subtrees) and all(map(is_leaf, subtrees)) else None
+
+
+def is_leaf(tree: Any) -> bool:
+    """Whether the object is a leaf and not a container."""
+    return optree.tree_is_leaf(tree, none_is_leaf=True, namespace=NAMESPACE)
+
+
+def broadcast(prefix: Any, spec: Spec) -> list[tuple[Any, bool]] | None:
+    """One value of ``prefix`` for each leaf of ``spec``, and whether it stood right at that leaf.
+
+    None where the prefix does not fit the tree.
+    """
+    tree = spec.unflatten(range(spec.num_leaves))
+    prefixes, prefix_spec = flatten(prefix)
+    try:
+        subtrees = prefix_spec.flatten_up_to(tree)
+    except ValueError:
+        return None
+    values: list[Any] = [(None, False)] * spec.num_leaves
+    for value, subtree in zip(prefixes, subtrees, strict=True):
+        exact = is_leaf(subtree)
+        for position in flatten(subtree).leaves:
+            values[position] = (value, exact)
+    return values
+
+
+def subtrees(tree: Any, spec: Spec) -> list[Any]:
+    """The subtrees of the structure ``spec``, in order; other leaves are left out."""
+
+    def found(node: Any) -> bool:
+        return flatten(node).spec == spec
+
+    nodes, _ = optree.tree_flatten(tree, is_leaf=found, none_is_leaf=True, namespace=NAMESPACE)
+    return [node for node in nodes if found(node)]
+
+
+def paths(spec: Spec, root: str) -> list[str]:
+    """Each leaf's place, written as code: ``params['w'][0]``."""
+    return [accessor.codify(root) for accessor in spec.accessors()]
+
+
+def register(
+    cls: type,
+    flatten_one: Callable[[Any], tuple[Sequence[Any], Any]],
+    unflatten_one: Callable[[Any, Sequence[Any]], Any],
+    fields: Sequence[str] | None = None,
+) -> None:
+    """Register a class with optree and with torch's own pytree.
+
+    ``flatten_one(obj)`` gives ``(children, metadata)``, ``unflatten_one(metadata, children)`` the
+    object again; ``fields`` are the attributes that the children came from, for error messages.
+    """
+
+    def flatten_for_optree(obj: Any) -> tuple[Any, ...]:
+        children, metadata = flatten_one(obj)
+        return (children, metadata) if fields is None else (children, metadata, tuple(fields))
+
+    def flatten_for_torch(obj: Any) -> tuple[list[Any], Any]:
+        children, metadata = flatten_one(obj)
+        return list(children), metadata
+
+    entry = optree.AutoEntry if fields is None else optree.GetAttrEntry
+    optree.register_pytree_node(
+        cls, flatten_for_optree, unflatten_one, path_entry_type=entry, namespace=NAMESPACE
+    )
+    register_with_torch(cls, flatten_for_torch, lambda children, metadata: unflatten_one(metadata, children))

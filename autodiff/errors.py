@@ -1,0 +1,51 @@
+"""Floor 0: every exception the package raises.
+
+Each class is also a subclass of the builtin that ``torch.func`` raises in that place, so code that
+catches ``RuntimeError`` or ``ValueError`` today keeps working. Imports nothing from the package.
+"""
+
+from __future__ import annotations
+
+
+class AutodiffError(Exception):
+    """Base of every error that autodiff raises on its own account.
+
+    >>> issubclass(ShapeError, AutodiffError) and issubclass(ShapeError, RuntimeError)
+    True
+    """
+
+
+class ArgnumsError(AutodiffError, RuntimeError):
+    """``argnums`` names no argument of the call, repeats one, or is empty."""
+
+
+class StructureError(AutodiffError, RuntimeError, ValueError):
+    """Two trees that must have the same structure do not."""
+
+
+class ShapeError(AutodiffError, RuntimeError):
+    """A tangent, cotangent or block has another shape than the leaf it belongs to."""
+
+
+class DtypeError(AutodiffError, RuntimeError):
+    """A leaf has a dtype that the transform cannot use."""
+
+
+class LeafError(AutodiffError, RuntimeError, ValueError, TypeError):
+    """A leaf is of a kind that cannot stand where it stands, such as an unregistered class."""
+
+
+class OutputError(AutodiffError, RuntimeError):
+    """The differentiated function returned something that the transform cannot differentiate."""
+
+
+class IndependenceError(AutodiffError, RuntimeError):
+    """``strict=True`` and an output does not depend on an input."""
+
+
+class BatchError(AutodiffError, ValueError):
+    """``vmap``'s ``in_dims`` or ``out_dims`` do not fit the arguments or the results."""
+
+
+class OptionError(AutodiffError, ValueError, RuntimeError):
+    """A keyword has a value outside its documented set, such as ``chunk_size=0``."""

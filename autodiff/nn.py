@@ -1,0 +1,242 @@
+"""Floor 2: modules as functions of their parameters. Builds on `core` alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from autodiff.errors import OptionError, StructureError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    State: TypeAlias = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
+
+__all__ = ["functional_call", "stack_module_state"]
+
+
+def functional_call(
+    module: nn.Module,
+    parameter_and_buffer_dicts: State,
+    args: Any = None,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    tie_weights: bool = True,
+    strict: bool = False,
+) -> Any:
+    """Call a module with other parameters and buffers than its own.
+
+    The call runs on a shallow copy of the module tree, so that the module is never touched: not by
+    another thread's call, not by an exception, not by an assignment inside ``forward``.
+
+    Args:
+        module: the module.
+        parameter_and_buffer_dicts: tensors by their names in ``module.named_parameters()`` and
+            ``named_buffers()``, or several such dicts with no name in common. Names that are left out
+            keep the module's own tensors. A buffer that ``forward`` assigns anew is updated in the dict
+            that held it, and one written in place is updated where it is.
+        args: the positional arguments, as a tuple, or one argument that is no tuple.
+        kwargs: the keyword arguments.
+        tie_weights: a tensor given for one name serves for all names that share a tensor in the module.
+        strict: names must be exactly the module's.
+
+    Returns:
+        What the module returns.
+
+    Raises:
+        ValueError: a name is in two dicts, or tied names are given different tensors.
+        RuntimeError: ``strict`` and names are missing or unknown; a scripted module.
+
+    >>> import torch
+    >>> module = torch.nn.Linear(2, 1, bias=False)
+    >>> functional_call(module, {"weight": torch.tensor([[3.0, 4.0]])}, torch.ones(2))
+    tensor([7.])
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise RuntimeError(
+            "functional_call: The stateless API can't be used with Jitted modules, got "
+            f"{type(module).__name__}. Pass the module that was scripted."
+        )
+    if isinstance(module, nn.DataParallel):
+        raise RuntimeError(
+            "functional_call: The stateless API can't be used with nn.DataParallel module. Pass its .module."
+        )
+    dicts = [parameter_and_buffer_dicts] if isinstance(parameter_and_buffer_dicts, dict) else parameter_and_buffer_dicts
+    if not isinstance(dicts, list | tuple) or not all(isinstance(one, dict) for one in dicts):
+        raise OptionError(
+            "functional_call: Expected parameter_and_buffer_dicts to be a dict, or a list/tuple of dicts, "
+            f"but got {type(parameter_and_buffer_dicts)}. Write dict(module.named_parameters())."
+        )
+    given = _merged(dicts)
+    if strict:
+        _check_names(module, given)
+    tied = _names_of_shared_tensors(module) if tie_weights else {}
+    replaced = _with_tied_names(given, tied) if tied else given
+    twin = _twin(module, replaced)
+    arguments = () if args is None else args if isinstance(args, tuple) else (args,)
+    result = twin(*arguments, **(kwargs or {}))
+    for one in dicts:
+        for name, tensor in _state(twin, one):
+            one[name] = tensor
+    return result
+
+
+def stack_module_state(models: Sequence[nn.Module] | nn.ModuleList) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and buffers of several modules of one class, stacked for :func:`autodiff.vmap`.
+
+    Args:
+        models: at least one module; all of one class and all in training or all in evaluation mode.
+
+    Returns:
+        ``(params, buffers)``: dicts by name of tensors of shape ``[len(models), *shape]``. The stacked
+        parameters are new leaves that require grad where the modules' do.
+
+    Raises:
+        RuntimeError: there is no model, or the models differ in class, mode, or requires_grad.
+
+    >>> import torch
+    >>> params, buffers = stack_module_state([torch.nn.Linear(2, 3) for _ in range(5)])
+    >>> {name: tuple(param.shape) for name, param in params.items()}
+    {'weight': (5, 3, 2), 'bias': (5, 3)}
+    """
+    if len(models) == 0:
+        raise StructureError("stack_module_state: Expected at least one model, got 0. Pass a list of modules.")
+    if len({model.training for model in models}) > 1:
+        raise StructureError(
+            "stack_module_state: Expected all models to have the same training/eval mode, got both. Call "
+            ".train() or .eval() on all of them."
+        )
+    if len({type(model) for model in models}) > 1:
+        names = sorted({type(model).__name__ for model in models})
+        raise StructureError(
+            f"stack_module_state: Expected all models to be of the same class, got {', '.join(names)}. "
+            f"Stack each class on its own."
+        )
+    params = _stacked([dict(model.named_parameters()) for model in models])
+    buffers = _stacked([dict(model.named_buffers()) for model in models])
+    return params, buffers
+
+
+def _stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    stacked = {}
+    for name in states[0]:
+        tensors = [state[name] for state in states]
+        if len({tensor.requires_grad for tensor in tensors}) > 1:
+            raise StructureError(
+                f"stack_module_state: Expected {name} from each model to have the same .requires_grad, got "
+                f"both. Call .requires_grad_() on all of them."
+            )
+        stack = torch.stack([tensor.detach() for tensor in tensors])
+        # Inside a transform a stack cannot be asked to require grad, and need not.
+        stacked[name] = stack.requires_grad_() if tensors[0].requires_grad else stack
+    return stacked
+
+
+def _merged(dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    merged: dict[str, Tensor] = {}
+    for one in dicts:
+        repeated = [name for name in one if name in merged]
+        if repeated:
+            raise OptionError(
+                f"functional_call: {repeated} appeared in multiple dictionaries; behavior of functional call "
+                f"is ambiguous. Give each name once."
+            )
+        merged.update(one)
+    return merged
+
+
+def _check_names(module: nn.Module, given: dict[str, Tensor]) -> None:
+    own = {name for name, _ in _named_tensors(module)}
+    unknown, missing = [n for n in given if n not in own], [n for n in own if n not in given]
+    if unknown or missing:
+        parts = [f"Unexpected key(s): {', '.join(map(repr, unknown))}."] if unknown else []
+        parts += [f"Missing key(s): {', '.join(map(repr, sorted(missing)))}."] if missing else []
+        raise StructureError(
+            f"functional_call: Error(s) in reparametrizing for {type(module).__name__}:\n\t" + "\n\t".join(parts)
+        )
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _names_of_shared_tensors(module: nn.Module) -> dict[str, list[str]]:
+    """Each name that shares its tensor with others, with all the names of that tensor."""
+    names: dict[Tensor, list[str]] = {}
+    for name, tensor in _named_tensors(module):
+        names.setdefault(tensor, []).append(name)
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
+
+
+def _with_tied_names(given: dict[str, Tensor], tied: dict[str, list[str]]) -> dict[str, Tensor]:
+    replaced = dict(given)
+    for name, tensor in given.items():
+        for twin in tied.get(name, ()):
+            if given.get(twin, tensor) is not tensor:
+                raise OptionError(
+                    f"functional_call got multiple values for keys {sorted(tied[name])}, which are tied. "
+                    f"Give one of them. Consider using tie_weights=False"
+                )
+            replaced[twin] = tensor
+    return replaced
+
+
+def _twin(module: nn.Module, replaced: dict[str, Tensor]) -> nn.Module:
+    """A shallow copy of the module tree with other tensors; a module in two places stays one."""
+    twins: dict[int, nn.Module] = {}
+
+    def copy(original: nn.Module) -> nn.Module:
+        if id(original) not in twins:
+            twin = original.__new__(type(original))
+            twins[id(original)] = twin
+            vars(twin).update(vars(original))
+            vars(twin)["_parameters"] = dict(original._parameters)
+            vars(twin)["_buffers"] = dict(original._buffers)
+            vars(twin)["_modules"] = {
+                name: child if child is None else copy(child) for name, child in original._modules.items()
+            }
+        return twins[id(original)]
+
+    root = copy(module)
+    for name, tensor in replaced.items():
+        _set(root, name, tensor)
+    for twin in twins.values():
+        _refresh_flat_weights(twin)
+    return root
+
+
+def _set(root: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    try:
+        owner = root.get_submodule(path)
+    except AttributeError:
+        raise StructureError(
+            f"functional_call: parameter_and_buffer_dicts[{name!r}] names no submodule {path!r} of "
+            f"{type(root).__name__}. Use the names of named_parameters() and named_buffers()."
+        ) from None
+    for home in (owner._parameters, owner._buffers):
+        if attribute in home:
+            home[attribute] = tensor
+            return
+    # A plain tensor attribute, or a parametrized one whose parametrization is so switched off.
+    vars(owner)[attribute] = tensor
+    owner._parameters.pop(attribute, None)
+
+
+def _refresh_flat_weights(module: nn.Module) -> None:
+    """A recurrent layer keeps its weights once more, in the list that its kernel is given."""
+    names = getattr(module, "_flat_weights_names", None)
+    if names is not None:
+        vars(module)["_flat_weights"] = [getattr(module, name, None) for name in names]
+
+
+def _state(twin: nn.Module, given: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that ``forward`` assigned anew, by name."""
+    for name, tensor in given.items():
+        path, _, attribute = name.rpartition(".")
+        current = getattr(twin.get_submodule(path), attribute, tensor)
+        if current is not tensor and isinstance(current, Tensor):
+            yield name, current

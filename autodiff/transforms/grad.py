@@ -1,0 +1,169 @@
+"""Floor 2: gradients of scalar functions. Builds on `core` alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from autodiff.core import checks
+from autodiff.core.arguments import Call, wraps
+from autodiff.core.tape import record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from autodiff.core.arguments import Argnums
+
+
+def grad(
+    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, strict: bool = False
+) -> Callable[..., Any]:
+    r"""Gradient of a scalar function.
+
+    .. math:: \operatorname{grad}(f)(x) = \nabla f(x)
+
+    >>> import torch
+    >>> grad(lambda x: (x**3).sum())(torch.tensor([1.0, 2.0]))
+    tensor([ 3., 12.])
+    >>> grad(lambda w, b: w.sin() * b, argnums=("w", "b"))(torch.tensor(0.0), torch.tensor(2.0))
+    (tensor(2.), tensor(0.))
+
+    Args:
+        func: a function of one or more trees that returns one real tensor of shape ``()``, or a pair
+            ``(value, aux)`` of it and anything else if ``has_aux``.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
+        has_aux: whether ``func`` returns ``(value, aux)``.
+        strict: raise where the value does not depend on a leaf, instead of giving zeros.
+
+    Returns:
+        A function of ``func``'s arguments, keywords included. It returns a tree like the selected
+        argument (a tuple of trees for a tuple of ``argnums``) whose floating and complex leaves hold
+        the gradient, with the leaf's shape, dtype and device, and whose other leaves hold None. With
+        ``has_aux`` it returns ``(gradient, aux)``.
+
+    Raises:
+        OutputError: the output is not one real scalar tensor.
+        ArgnumsError: ``argnums`` does not fit the call.
+        LeafError: the selected arguments hold no floating or complex tensor.
+        IndependenceError: ``strict`` and the value is independent of a leaf.
+
+    For a complex leaf the result is the conjugate Wirtinger gradient, as in ``torch.autograd``.
+    """
+
+    @wraps(func)
+    def gradient(*args: Any, **kwargs: Any) -> Any:
+        result = _differentiate("grad", func, argnums, has_aux, strict, args, kwargs)
+        return (result.gradient, result.aux) if has_aux else result.gradient
+
+    return gradient
+
+
+def value_and_grad(
+    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, strict: bool = False
+) -> Callable[..., Any]:
+    r"""Value and gradient of a scalar function, from one evaluation of it.
+
+    .. math:: \operatorname{value\_and\_grad}(f)(x) = (f(x), \nabla f(x))
+
+    >>> import torch
+    >>> value_and_grad(lambda x: (x**3).sum())(torch.tensor([1.0, 2.0]))
+    (tensor(9.), tensor([ 3., 12.]))
+
+    Args:
+        func: as for :func:`grad`.
+        argnums: as for :func:`grad`.
+        has_aux: whether ``func`` returns ``(value, aux)``.
+        strict: as for :func:`grad`.
+
+    Returns:
+        A function that returns ``(value, gradient)``, and ``((value, aux), gradient)`` with
+        ``has_aux``: JAX's order. :func:`grad_and_value` keeps that of torch.func.
+
+    Raises:
+        OutputError: the output is not one real scalar tensor.
+        ArgnumsError: ``argnums`` does not fit the call.
+        LeafError: the selected arguments hold no floating or complex tensor.
+        IndependenceError: ``strict`` and the value is independent of a leaf.
+    """
+
+    @wraps(func)
+    def valued(*args: Any, **kwargs: Any) -> Any:
+        result = _differentiate("value_and_grad", func, argnums, has_aux, strict, args, kwargs)
+        return ((result.value, result.aux) if has_aux else result.value), result.gradient
+
+    return valued
+
+
+def grad_and_value(
+    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, strict: bool = False
+) -> Callable[..., Any]:
+    r"""Gradient and value of a scalar function, in torch.func's order.
+
+    .. math:: \operatorname{grad\_and\_value}(f)(x) = (\nabla f(x), f(x))
+
+    >>> import torch
+    >>> grad_and_value(lambda x: (x**3).sum())(torch.tensor([1.0, 2.0]))
+    (tensor([ 3., 12.]), tensor(9.))
+
+    Args:
+        func: as for :func:`grad`.
+        argnums: as for :func:`grad`.
+        has_aux: whether ``func`` returns ``(value, aux)``.
+        strict: as for :func:`grad`.
+
+    Returns:
+        A function that returns ``(gradient, value)``, and ``(gradient, (value, aux))`` with
+        ``has_aux``.
+
+    Raises:
+        OutputError: the output is not one real scalar tensor.
+        ArgnumsError: ``argnums`` does not fit the call.
+        LeafError: the selected arguments hold no floating or complex tensor.
+        IndependenceError: ``strict`` and the value is independent of a leaf.
+    """
+
+    @wraps(func)
+    def valued(*args: Any, **kwargs: Any) -> Any:
+        result = _differentiate("grad_and_value", func, argnums, has_aux, strict, args, kwargs)
+        return result.gradient, ((result.value, result.aux) if has_aux else result.value)
+
+    return valued
+
+
+class _Result(NamedTuple):
+    gradient: Any
+    value: Tensor
+    aux: Any
+
+
+def _differentiate(
+    name: str,
+    func: Callable[..., Any],
+    argnums: Argnums,
+    has_aux: bool,
+    strict: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> _Result:
+    call = Call(name, func, args, kwargs, argnums, has_aux)
+    tape = record(call.evaluate, call.primals)
+    checks.scalar_output(name, call.out_spec, tape.outputs)
+    (value,) = tape.outputs
+    pulled = tape.pull([torch.ones_like(value)])
+    gradient = call.like_arguments(dense(call, pulled, strict))
+    return _Result(gradient, value, call.aux(tape.aux) if has_aux else None)
+
+
+def dense(call: Call, pulled: Sequence[Tensor | None], strict: bool) -> list[Tensor]:
+    """What a tape pulled, with zeros for None; an error instead where ``strict``."""
+    if strict:
+        for index, cotangent in enumerate(pulled):
+            if cotangent is None:
+                checks.depends(call.name, "the output", call.path_of_primal(index))
+    return [
+        torch.zeros_like(primal) if cotangent is None else cotangent
+        for primal, cotangent in zip(call.primals, pulled, strict=True)
+    ]

@@ -1,0 +1,201 @@
+"""Floor 2: second derivatives, composed of two first ones. Builds on `core`, `grad` and `jacobian`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
+
+import torch
+
+from autodiff.core import checks
+from autodiff.core.arguments import Call, wraps
+from autodiff.core.dual import push
+from autodiff.core.tape import record
+from autodiff.transforms.grad import dense
+from autodiff.transforms.jacobian import by_mode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from autodiff.core.arguments import Argnums, Lift
+    from autodiff.core.tape import Recordable
+
+HessianMode: TypeAlias = Literal[
+    "auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward", "forward-over-forward"
+]
+HvpMode: TypeAlias = Literal["auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward"]
+
+_HVP_MODES = ("auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward")
+_HESSIAN_MODES = (*_HVP_MODES, "forward-over-forward")
+
+
+def hessian(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    mode: HessianMode = "auto",
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    holomorphic: bool = False,
+    strict: bool = False,
+) -> Callable[..., Any]:
+    r"""Hessian: ``jacrev(jacrev(f))`` by default, the Jacobian of the Jacobian.
+
+    .. math:: \operatorname{hessian}(f)(x)_{ij} = \partial^2 f / \partial x_i \partial x_j
+
+    For a scalar function the inner Jacobian is the gradient, found by one pull, and the outer one pulls
+    all its rows in one batch. It takes less time and memory than forward over reverse in every case
+    measured on the CPU (docs/architecture.md).
+
+    >>> import torch
+    >>> hessian(lambda x: x[0] ** 2 * x[1])(torch.tensor([1.0, 3.0]))
+    tensor([[6., 2.],
+            [2., 0.]])
+
+    Args:
+        func: a function of trees that returns a tree of floating or complex tensors (for the usual
+            Hessian one tensor of shape ``()``), or a pair ``(output, aux)`` if ``has_aux``.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
+        mode: ``"auto"``, ``"reverse-over-reverse"``, ``"forward-over-reverse"``,
+            ``"reverse-over-forward"`` or ``"forward-over-forward"``: the outer mode over the inner one.
+        has_aux: whether ``func`` returns ``(output, aux)``.
+        chunk_size: how many rows to compute in one batch; None computes all. Less takes less memory.
+        holomorphic: differentiate a complex function of complex arguments.
+        strict: raise where an output or its derivative does not depend on a leaf, as that of a linear
+            function does, instead of giving zeros.
+
+    Returns:
+        A function of ``func``'s arguments that returns a tree like the output, holding at every leaf a
+        tree like the selected argument, and in that again one, whose floating leaves hold blocks of
+        shape ``(*out_shape, *in_shape_i, *in_shape_j)``. With ``has_aux`` it returns ``(hessian, aux)``.
+
+    Raises:
+        OptionError: ``mode`` is unknown, or ``chunk_size`` is not a positive int or None.
+        DtypeError: complex tensors without ``holomorphic``, or real ones with it.
+        OutputError: the output is empty, or holds something else than floating or complex tensors.
+        ArgnumsError, LeafError: ``argnums`` does not fit the call, or selects nothing to differentiate.
+        IndependenceError: ``strict`` and an output or its derivative is independent of a leaf.
+    """
+    checks.allowed("hessian", "mode", mode, _HESSIAN_MODES)
+    checks.chunk_size("hessian", chunk_size)
+    match mode:
+        case "auto" | "reverse-over-reverse":
+            outer, inner = "reverse", "reverse"
+        case "forward-over-reverse":
+            outer, inner = "forward", "reverse"
+        case "reverse-over-forward":
+            outer, inner = "reverse", "forward"
+        case "forward-over-forward":
+            outer, inner = "forward", "forward"
+        case _:
+            assert_never(mode)
+    first = by_mode("hessian", func, argnums, inner, has_aux, None, holomorphic, strict)
+    return by_mode("hessian", first, argnums, outer, has_aux, chunk_size, holomorphic, strict)
+
+
+def hvp(
+    func: Callable[..., Any],
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...],
+    *,
+    mode: HvpMode = "auto",
+    has_aux: bool = False,
+) -> tuple[Any, ...]:
+    r"""Value of a scalar function and the product of its Hessian with a vector, without the Hessian.
+
+    .. math:: \operatorname{hvp}(f, x, t) = (f(x),\; \nabla^2 f(x)\, t)
+
+    B. A. Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
+
+    >>> import torch
+    >>> hvp(lambda x: (x**3).sum(), (torch.tensor([1.0, 2.0]),), (torch.tensor([1.0, 10.0]),))
+    (tensor(9.), tensor([  6., 120.]))
+
+    Args:
+        func: a function of the primals that returns one real tensor of shape ``()``, or a pair
+            ``(value, aux)`` if ``has_aux``.
+        primals: a tuple of ``func``'s positional arguments, each any tree.
+        tangents: a tuple of the same structure, with a tensor of the leaf's shape and dtype at every
+            floating and complex leaf.
+        mode: ``"auto"``, ``"reverse-over-reverse"``, ``"forward-over-reverse"`` or
+            ``"reverse-over-forward"``.
+        has_aux: whether ``func`` returns ``(value, aux)``.
+
+    Returns:
+        ``(value, product)``, and ``(value, product, aux)`` with ``has_aux``. The product is a tree like
+        the one primal, or a tuple of such trees where there are several.
+
+    Raises:
+        StructureError, ShapeError, DtypeError: tangents do not match the primals.
+        OutputError: the output is not one real scalar tensor.
+        OptionError: ``mode`` is unknown.
+        LeafError: no primal holds a floating or complex tensor.
+    """
+    checks.allowed("hvp", "mode", mode, _HVP_MODES)
+    checks.tuple_of_primals("hvp", primals)
+    call = Call("hvp", func, primals, {}, None, has_aux)
+    directions = call.tangents("tangents", tangents)
+    match mode:
+        case "auto" | "reverse-over-reverse":
+            value, product, aux = _reverse_over_reverse(call, directions)
+        case "forward-over-reverse":
+            value, product, aux = _forward_over_reverse(call, directions)
+        case "reverse-over-forward":
+            value, product, aux = _reverse_over_forward(call, directions)
+        case _:
+            assert_never(mode)
+    shaped = call.like_arguments(dense(call, product, strict=False))
+    result = value, shaped[0] if len(primals) == 1 else shaped
+    return (*result, call.aux(aux)) if has_aux else result
+
+
+# Each gives the value, the product for each primal (None for zero), and the leaves of aux.
+_Product: TypeAlias = "tuple[Tensor, list[Tensor | None], list[Any]]"
+
+
+def _reverse_over_reverse(call: Call, directions: list[Tensor]) -> _Product:
+    """The pullback of the gradient: the Hessian is symmetric."""
+    tape = record(lambda leaves, lift: _gradient(call, leaves, lift), call.primals)
+    value, *aux = tape.aux
+    return value, tape.pull(directions), aux
+
+
+def _forward_over_reverse(call: Call, directions: list[Tensor]) -> _Product:
+    """The pushforward of the gradient."""
+    pushed = push(lambda leaves, lift: _gradient(call, leaves, lift), call.primals, directions)
+    value, *aux = pushed.aux
+    return value, pushed.tangents, aux
+
+
+def _reverse_over_forward(call: Call, directions: list[Tensor]) -> _Product:
+    """The gradient of the directional derivative."""
+
+    def slope(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+        pushed = push(_lifted_by(lift, call), leaves, directions)
+        checks.scalar_output("hvp", call.out_spec, pushed.outputs)
+        return [_or_zeros(t, pushed.outputs[0]) for t in pushed.tangents], [*pushed.outputs, *pushed.aux]
+
+    tape = record(slope, call.primals)
+    value, *aux = tape.aux
+    return value, tape.pull([torch.ones_like(tape.outputs[0])]), aux
+
+
+def _gradient(call: Call, leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+    """The gradient at ``leaves``; the value and aux ride along."""
+    tape = record(_lifted_by(lift, call), leaves)
+    checks.scalar_output("hvp", call.out_spec, tape.outputs)
+    pulled = tape.pull([torch.ones_like(tape.outputs[0])])
+    gradient = [_or_zeros(p, leaf) for p, leaf in zip(pulled, leaves, strict=True)]
+    return gradient, [*tape.outputs, *tape.aux]
+
+
+def _lifted_by(outer: Lift | None, call: Call) -> Recordable:
+    """``call.evaluate`` inside two levels: what the outer lifts, the inner one lifts on."""
+    if outer is None:
+        return call.evaluate
+    return lambda leaves, inner: call.evaluate(leaves, lambda t: outer(t) if inner is None else inner(outer(t)))
+
+
+def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if tensor is None else tensor

@@ -1,0 +1,289 @@
+"""Floor 2: Jacobians by rows (reverse) or by columns (forward). Builds on `core` and `linearize`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
+
+import torch
+
+from autodiff.core import basis, checks
+from autodiff.core.arguments import Call, wraps
+from autodiff.core.batch import Chunks, over_rows, remember_randomness
+from autodiff.core.dual import push
+from autodiff.core.tape import record
+from autodiff.transforms.linearize import transpose
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from autodiff.core.arguments import Argnums
+    from autodiff.core.batch import Randomness
+    from autodiff.core.tape import Tape
+
+JacobianMode: TypeAlias = Literal["auto", "reverse", "forward"]
+
+# A block for each output and each primal; None where the output does not depend on the primal.
+Blocks: TypeAlias = "list[list[Tensor]]"
+
+
+def jacrev(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    holomorphic: bool = False,
+    strict: bool = False,
+) -> Callable[..., Any]:
+    r"""Jacobian by reverse mode: one evaluation, then a pull for every number of the output.
+
+    .. math:: \operatorname{jacrev}(f)(x)_{ij} = \partial f_i / \partial x_j
+
+    >>> import torch
+    >>> jacrev(lambda x: x[0] * x[1:])(torch.tensor([2.0, 3.0, 5.0]))
+    tensor([[3., 2., 0.],
+            [5., 0., 2.]])
+
+    Args:
+        func: a function of trees that returns a tree of floating or complex tensors, or a pair
+            ``(output, aux)`` if ``has_aux``.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
+        has_aux: whether ``func`` returns ``(output, aux)``.
+        chunk_size: how many rows to pull in one batch; None pulls all, 1 pulls row by row without
+            vmap. The function runs once in any case.
+        holomorphic: differentiate a complex function of complex arguments, with one complex derivative.
+        strict: raise where an output does not depend on a leaf, instead of giving zeros.
+
+    Returns:
+        A function of ``func``'s arguments that returns a tree like the output, holding at every leaf a
+        tree like the selected argument (a tuple of trees for a tuple of ``argnums``), holding at every
+        floating leaf a block of shape ``(*out_shape, *in_shape)`` and the input's dtype, and None at
+        other leaves. With ``has_aux`` it returns ``(jacobian, aux)``.
+
+    Raises:
+        OptionError: ``chunk_size`` is not a positive int or None.
+        DtypeError: complex tensors without ``holomorphic``, or real ones with it.
+        OutputError: the output is empty, or holds something else than floating or complex tensors.
+        ArgnumsError, LeafError: ``argnums`` does not fit the call, or selects nothing to differentiate.
+        IndependenceError: ``strict`` and an output is independent of a leaf.
+    """
+    return by_mode("jacrev", func, argnums, "reverse", has_aux, chunk_size, holomorphic, strict)
+
+
+def jacfwd(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    randomness: Randomness = "same",
+    chunk_size: int | None = None,
+    holomorphic: bool = False,
+    strict: bool = False,
+) -> Callable[..., Any]:
+    r"""Jacobian by forward mode: a push for every number of the input, all in one evaluation.
+
+    .. math:: \operatorname{jacfwd}(f)(x)_{ij} = \partial f_i / \partial x_j
+
+    >>> import torch
+    >>> jacfwd(lambda x: x[0] * x[1:])(torch.tensor([2.0, 3.0, 5.0]))
+    tensor([[3., 2., 0.],
+            [5., 0., 2.]])
+
+    Args:
+        func: as for :func:`jacrev`.
+        argnums: as for :func:`jacrev`.
+        has_aux: whether ``func`` returns ``(output, aux)``.
+        randomness: ``"same"`` lets ``func`` draw random numbers; one draw serves all columns, also with
+            ``"different"``, since all columns are derivatives of one function. ``"error"`` forbids it.
+        chunk_size: how many columns to push in one batch; None pushes all. The function runs once for
+            every chunk, with the same random numbers.
+        holomorphic: as for :func:`jacrev`.
+        strict: raise where an output does not depend on the selected arguments.
+
+    Returns:
+        What :func:`jacrev` returns, with blocks of the output's dtype.
+
+    Raises:
+        OptionError: ``chunk_size`` is not a positive int or None, or ``randomness`` is unknown.
+        DtypeError: complex tensors without ``holomorphic``, or real ones with it.
+        OutputError: the output is empty, or holds something else than floating or complex tensors.
+        ArgnumsError, LeafError: ``argnums`` does not fit the call, or selects nothing to differentiate.
+        IndependenceError: ``strict`` and an output is independent of the arguments.
+    """
+    return by_mode("jacfwd", func, argnums, "forward", has_aux, chunk_size, holomorphic, strict, randomness)
+
+
+def jacobian(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    mode: JacobianMode = "auto",
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    holomorphic: bool = False,
+    strict: bool = False,
+) -> Callable[..., Any]:
+    r"""Jacobian by the mode that needs fewer products.
+
+    .. math:: \operatorname{jacobian}(f)(x)_{ij} = \partial f_i / \partial x_j
+
+    ``"auto"`` evaluates ``func`` once and then takes whichever is smaller: a pull for each number of
+    the output, or, by the pullback of the pullback, a push for each number of the input.
+
+    >>> import torch
+    >>> jacobian(lambda t: torch.stack([t, t**2, t**3]))(torch.tensor(2.0))
+    tensor([ 1.,  4., 12.])
+
+    Args:
+        func: as for :func:`jacrev`.
+        argnums: as for :func:`jacrev`.
+        mode: ``"auto"``, ``"reverse"`` (:func:`jacrev`) or ``"forward"`` (:func:`jacfwd`).
+        has_aux: whether ``func`` returns ``(output, aux)``.
+        chunk_size: how many rows or columns to compute in one batch.
+        holomorphic: as for :func:`jacrev`.
+        strict: raise where an output does not depend on a leaf, instead of giving zeros.
+
+    Returns:
+        What :func:`jacrev` returns.
+
+    Raises:
+        OptionError: ``mode`` is unknown, or ``chunk_size`` is not a positive int or None.
+        DtypeError: complex tensors without ``holomorphic``, or real ones with it.
+        OutputError: the output is empty, or holds something else than floating or complex tensors.
+        ArgnumsError, LeafError: ``argnums`` does not fit the call, or selects nothing to differentiate.
+        IndependenceError: ``strict`` and an output is independent of a leaf.
+    """
+    return by_mode("jacobian", func, argnums, mode, has_aux, chunk_size, holomorphic, strict)
+
+
+def by_mode(
+    name: str,
+    func: Callable[..., Any],
+    argnums: Argnums,
+    mode: JacobianMode,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    holomorphic: bool = False,
+    strict: bool = False,
+    randomness: Randomness = "same",
+) -> Callable[..., Any]:
+    """A Jacobian under the public name that the user called."""
+    checks.chunk_size(name, chunk_size)
+    checks.allowed(name, "mode", mode, ("auto", "reverse", "forward"))
+    checks.randomness(name, randomness)
+
+    @wraps(func)
+    def jacobian_of(*args: Any, **kwargs: Any) -> Any:
+        call = Call(name, func, args, kwargs, argnums, has_aux)
+        checks.complex_pairing(name, call.primals, holomorphic, "inputs")
+        match mode:
+            case "forward":
+                blocks, aux = _columns(call, chunk_size, randomness, holomorphic, strict)
+            case "reverse" | "auto":
+                blocks, aux = _rows(call, chunk_size, mode, holomorphic, strict)
+            case _:
+                assert_never(mode)
+        # J: [tree(out), tree(in), *out_shape, *in_shape]
+        nested = call.like_output([call.like_arguments(of_output) for of_output in blocks])
+        return (nested, call.aux(aux)) if has_aux else nested
+
+    return jacobian_of
+
+
+def _rows(
+    call: Call, chunk_size: int | None, mode: JacobianMode, holomorphic: bool, strict: bool
+) -> tuple[Blocks, list[Any]]:
+    """One evaluation, then the rows by pulls, or with "auto" the columns where there are fewer."""
+    tape = record(call.evaluate, call.primals)
+    outputs = tape.outputs
+    checks.tensor_outputs(call.name, outputs, call.path_of_output)
+    checks.complex_pairing(call.name, outputs, holomorphic, "outputs")
+    if strict:
+        _check_rows(call, tape)
+    if mode == "auto" and basis.size_of(call.primals) < basis.size_of(outputs):
+        push = transpose(tape)
+        columns = _stacked(lambda tangents, _: push(tangents), call.primals, chunk_size)
+        return _by_columns(call, outputs, columns), tape.aux
+
+    def pull(cotangents: list[Tensor], last: bool) -> list[Tensor | None]:
+        pulled = tape.pull(cotangents, retain_graph=not last)
+        # The engine pulls by the conjugate transpose.
+        return [None if p is None else p.conj() for p in pulled] if holomorphic else pulled
+
+    rows = _stacked(pull, outputs, chunk_size)
+    by_input = [
+        basis.row_blocks(of_primal, outputs, primal) for of_primal, primal in zip(rows, call.primals, strict=True)
+    ]
+    return [list(of_output) for of_output in zip(*by_input, strict=True)], tape.aux
+
+
+def _columns(
+    call: Call, chunk_size: int | None, randomness: Randomness, holomorphic: bool, strict: bool
+) -> tuple[Blocks, list[Any]]:
+    """One evaluation for every chunk of columns."""
+    seen: list[Any] = []
+    aux: list[Any] = []
+
+    def pushed(tangents: list[Tensor], _: bool) -> list[Tensor | None]:
+        if rewind is not None:
+            rewind()
+        result = push(call.evaluate, call.primals, tangents)
+        checks.tensor_outputs(call.name, result.outputs, call.path_of_output)
+        checks.complex_pairing(call.name, result.outputs, holomorphic, "outputs")
+        if strict:
+            for position, tangent in enumerate(result.tangents):
+                if tangent is None:
+                    checks.depends(call.name, call.path_of_output(position), call.root)
+        seen[:], aux[:] = result.outputs, result.aux
+        return result.tangents
+
+    draws = "error" if randomness == "error" else "same"
+    # Every chunk runs the function again, and has to see the same random numbers.
+    rewind = None if chunk_size is None else remember_randomness(call.primals)
+    columns = _stacked(pushed, call.primals, chunk_size, draws)
+    return _by_columns(call, seen, columns), aux
+
+
+def _stacked(
+    product: Callable[[list[Tensor], bool], list[Tensor | None]],
+    leaves: Sequence[Tensor],
+    chunk_size: int | None,
+    randomness: Randomness = "same",
+) -> list[Tensor | None]:
+    """``product`` of every standard basis vector of the leaves' space, stacked.
+
+    A space of one dimension, and ``chunk_size=1``, need no batch: the product is taken as it is.
+    ``product`` is also told whether it is called for the last time.
+    """
+    chunks, count = Chunks(basis.size_of(leaves), chunk_size), 0
+    for start, stop in chunks:
+        vectors = basis.standard_basis(leaves, start, stop)
+        last = chunks.is_last(stop)
+        if stop - start == 1 and chunks.size == 1:
+            results = product([vector.squeeze(0) for vector in vectors], last)
+            pieces = [None if result is None else result.unsqueeze(0) for result in results]
+        else:
+            pieces = over_rows(lambda rows, last=last: product(rows, last), vectors, stop - start, randomness)
+        count = len(pieces)
+        for key, piece in enumerate(pieces):
+            if piece is not None:
+                chunks.add(key, start, piece)
+    return [chunks.whole(key) for key in range(count)]
+
+
+def _by_columns(call: Call, outputs: Sequence[Tensor], columns: Sequence[Tensor | None]) -> Blocks:
+    return [
+        basis.column_blocks(of_output, output, call.primals)
+        for of_output, output in zip(columns, outputs, strict=True)
+    ]
+
+
+def _check_rows(call: Call, tape: Tape) -> None:
+    """Raise for the first output that no operation connects to a primal."""
+    for position in range(len(tape.outputs)):
+        seeds = [torch.ones_like(one) if at == position else None for at, one in enumerate(tape.outputs)]
+        for index, cotangent in enumerate(tape.pull(seeds, retain_graph=True, create_graph=False)):
+            if cotangent is None:
+                checks.depends(call.name, call.path_of_output(position), call.path_of_primal(index))

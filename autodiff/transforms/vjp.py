@@ -1,0 +1,56 @@
+"""Floor 2: the vector-Jacobian product. Builds on `core` and `grad`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from autodiff.core import checks
+from autodiff.core.arguments import Call
+from autodiff.core.tape import record
+from autodiff.transforms.grad import dense
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> tuple[Any, ...]:
+    r"""Value of a function, and the pullback that takes cotangents of it to cotangents of its inputs.
+
+    .. math:: \operatorname{vjp}(f, x) = (f(x),\; v \mapsto v^\top J_f(x))
+
+    >>> import torch
+    >>> value, pullback = vjp(torch.sin, torch.zeros(2))
+    >>> pullback(torch.tensor([1.0, 3.0]))
+    (tensor([1., 3.]),)
+
+    Args:
+        func: a function of the primals that returns a tree of floating or complex tensors, or a pair
+            ``(output, aux)`` if ``has_aux``.
+        primals: ``func``'s positional arguments, each any tree.
+        has_aux: whether ``func`` returns ``(output, aux)``.
+
+    Returns:
+        ``(output, pullback)``, and ``(output, pullback, aux)`` with ``has_aux``.
+        ``pullback(cotangents, retain_graph=True, create_graph=None)`` takes a tree like the output and
+        returns a tuple with a tree like each primal: the cotangent at floating and complex leaves, None
+        at others. It may be called any number of times, unless the last was with
+        ``retain_graph=False``. ``create_graph=None`` makes the result differentiable where somebody can
+        watch it.
+
+    Raises:
+        OutputError: the output is empty, or holds something else than floating or complex tensors.
+        LeafError: no primal holds a floating or complex tensor.
+        StructureError, ShapeError, DtypeError: cotangents do not match the output.
+    """
+    call = Call("vjp", func, primals, {}, None, has_aux)
+    tape = record(call.evaluate, call.primals)
+    checks.tensor_outputs("vjp", tape.outputs, call.path_of_output)
+
+    def pullback(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
+        seeds = call.cotangents(tape.outputs, cotangents)
+        pulled = tape.pull(seeds, retain_graph=retain_graph, create_graph=create_graph)
+        return call.like_arguments(dense(call, pulled, strict=False))
+
+    output = call.like_output(tape.outputs)
+    return (output, pullback, call.aux(tape.aux)) if has_aux else (output, pullback)
+

@@ -1,0 +1,222 @@
+"""Floor 2: a function of one sample as a function of a batch. Builds on `core` alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from torch import Tensor
+
+from autodiff.core import batch, checks, trees
+from autodiff.core.arguments import parameter_names, wraps
+from autodiff.core.batch import Chunks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from autodiff.core.batch import Randomness
+    from autodiff.core.trees import Spec
+
+Fallback: TypeAlias = Literal["loop"] | None
+
+
+def vmap(
+    func: Callable[..., Any],
+    in_dims: Any = 0,
+    out_dims: Any = 0,
+    randomness: Randomness = "error",
+    *,
+    chunk_size: int | None = None,
+    fallback: Fallback = None,
+) -> Callable[..., Any]:
+    r"""A function of one sample, made a function of a whole batch of them.
+
+    .. math:: \operatorname{vmap}(f)(X)_n = f(X_n)
+
+    >>> import torch
+    >>> vmap(torch.dot)(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 1.0], [0.0, 2.0]]))
+    tensor([3., 8.])
+    >>> vmap(lambda x, scale: x * scale, in_dims={"x": 0, "scale": None})(torch.ones(2), scale=3.0)
+    tensor([3., 3.])
+
+    Args:
+        func: a function of trees that returns a tree. Leaves of its result that are no tensors must be
+            the same for all samples; they are returned as they are.
+        in_dims: which dimension of each leaf counts the samples: an int for all leaves, a tree whose
+            structure begins that of the positional arguments, with None for what all samples share, or
+            a dict from parameter names to such entries. Keyword arguments that no dict names are
+            shared.
+        out_dims: where the samples' dimension goes in each output: an int, or a tree whose structure
+            begins that of the output, with None for an output that does not depend on the sample.
+        randomness: ``"error"`` forbids random operations, ``"different"`` draws for each sample,
+            ``"same"`` draws once for all.
+        chunk_size: how many samples to compute in one batch; None computes all. Less takes less memory.
+        fallback: ``"loop"`` runs a function that cannot be batched (it branches on data, or calls
+            ``.item()``) sample by sample.
+
+    Returns:
+        A function of ``func``'s arguments with a batch dimension, whose outputs have one.
+
+    Raises:
+        BatchError: ``in_dims`` or ``out_dims`` do not fit the arguments or results, or the batches
+            differ in size.
+        OptionError: ``chunk_size``, ``randomness`` or ``fallback`` has no documented value.
+    """
+    checks.chunk_size("vmap", chunk_size)
+    checks.randomness("vmap", randomness)
+    checks.allowed("vmap", "fallback", fallback, (None, "loop"))
+    checks.out_dims_type("vmap", out_dims)
+
+    @wraps(func)
+    def batched(*args: Any, **kwargs: Any) -> Any:
+        mapped = _Mapped(func, in_dims, out_dims, args, kwargs)
+        if fallback is None:
+            return mapped.run(randomness, chunk_size)
+        rewind = batch.remember_randomness(mapped.leaves)
+        try:
+            return mapped.run(randomness, chunk_size)
+        except RuntimeError:
+            rewind()
+        return mapped.run_by_sample(randomness)
+
+    return batched
+
+
+class _Mapped:
+    """One call of a function under vmap: leaves with their dims, and how to put results together."""
+
+    __slots__ = ("_func", "_out_dims", "_spec", "dims", "leaves", "out_dims", "out_spec", "size")
+
+    out_spec: Spec
+    out_dims: list[int | None]
+
+    def __init__(
+        self, func: Callable[..., Any], in_dims: Any, out_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._func, self._out_dims = func, out_dims
+        self.leaves, self.dims, self._spec, where = _batched_leaves(func, in_dims, args, kwargs)
+        mapped = [
+            (path, leaf.shape[dim])
+            for path, leaf, dim in zip(where, self.leaves, self.dims, strict=True)
+            if dim is not None
+        ]
+        checks.batch_sizes("vmap", [path for path, _ in mapped], [size for _, size in mapped])
+        self.size = mapped[0][1]
+
+    def run(self, randomness: Randomness, chunk_size: int | None) -> Any:
+        """All samples, in one batch or in chunks of it."""
+        chunks = Chunks(self.size, chunk_size)
+        in_one = chunks.size == self.size
+        rewind = None if in_one or randomness != "same" else batch.remember_randomness(self.leaves)
+        for start, stop in chunks:
+            if rewind is not None:
+                rewind()
+            pieces = self.leaves if in_one else self._each(lambda leaf, dim: leaf.narrow(dim, start, stop - start))
+            results = batch.run(self._call, pieces, self.dims, stop - start, randomness, self._destinations)
+            for key, (result, dim) in enumerate(zip(results, self.out_dims, strict=True)):
+                if dim is not None:
+                    chunks.add(key, start, result, dim)
+        return self._assembled(chunks, results)
+
+    def run_by_sample(self, randomness: Randomness) -> Any:
+        """All samples, one after the other, without a batching level."""
+        chunks = Chunks(self.size, 1)
+        rewind = batch.remember_randomness(self.leaves) if randomness == "same" else None
+        for sample, _ in chunks:
+            if rewind is not None:
+                rewind()
+            results = self._call(self._each(lambda leaf, dim: leaf.select(dim, sample)))
+            tensors = [isinstance(result, Tensor) for result in results]
+            for key, dim in enumerate(self._destinations(results, tensors)):
+                if dim is not None:
+                    chunks.add(key, sample, results[key].unsqueeze(dim), dim)
+        return self._assembled(chunks, results)
+
+    def _call(self, leaves: Sequence[Any]) -> list[Any]:
+        args, kwargs = trees.unflatten(self._spec, leaves)
+        results, self.out_spec = trees.flatten(self._func(*args, **kwargs))
+        return results
+
+    def _each(self, part: Callable[[Tensor, int], Tensor]) -> list[Any]:
+        return [
+            leaf if dim is None else part(leaf, dim) for leaf, dim in zip(self.leaves, self.dims, strict=True)
+        ]
+
+    def _assembled(self, chunks: Chunks, results: list[Any]) -> Any:
+        return trees.unflatten(
+            self.out_spec,
+            [
+                result if dim is None else chunks.whole(key, dim)
+                for key, (result, dim) in enumerate(zip(results, self.out_dims, strict=True))
+            ],
+        )
+
+    def _destinations(self, results: list[Any], batched: list[bool]) -> list[int | None]:
+        """Where each output's batch goes; None for what is no tensor."""
+        wanted = self._broadcast_out_dims()
+        self.out_dims = []
+        for position, (result, dim) in enumerate(zip(results, wanted, strict=True)):
+            if not isinstance(result, Tensor):
+                self.out_dims.append(None)
+                continue
+            dims = result.dim() + 1
+            if dim is None or not -dims <= dim < dims:
+                path = trees.paths(self.out_spec, "output")[position]
+                checks.out_dim("vmap", path, dim, result, batched[position])
+            self.out_dims.append(dim if dim is None else dim % dims)
+        return self.out_dims
+
+    def _broadcast_out_dims(self) -> list[int | None]:
+        count = self.out_spec.num_leaves
+        if self._out_dims is None or isinstance(self._out_dims, int):
+            return [self._out_dims] * count
+        prefix = self._out_dims
+        if self.out_spec.is_leaf() and isinstance(prefix, tuple) and len(prefix) == 1:
+            prefix = prefix[0]
+        values = trees.broadcast(prefix, self.out_spec)
+        if values is None:
+            checks.out_dims_fit("vmap", self._out_dims, self.out_spec)
+        return [dim for dim, _ in values]
+
+
+def _batched_leaves(
+    func: Callable[..., Any], in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], list[int | None], Spec, list[str]]:
+    """The leaves of ``(args, kwargs)``, the dim and the path of each, and the structure."""
+    checks.in_dims_type("vmap", in_dims)
+    if not args and not kwargs:
+        checks.no_inputs("vmap")
+    leaves, spec = trees.flatten((args, kwargs))
+    args_spec = trees.flatten(args).spec
+    if isinstance(in_dims, dict):
+        positions, named = _by_name(func, in_dims, args, kwargs)
+    else:
+        positions, named = in_dims, dict.fromkeys(kwargs)
+    of_args = trees.broadcast(positions, args_spec)
+    of_kwargs = trees.broadcast(named, trees.flatten(kwargs).spec)
+    if of_args is None or of_kwargs is None:
+        checks.in_dims_fit("vmap", in_dims, args_spec)
+    where = [path.removeprefix("[0]").removeprefix("[1]") for path in trees.paths(spec, "")]
+    where = [("args" if i < len(of_args) else "kwargs") + path for i, path in enumerate(where)]
+    dims: list[int | None] = []
+    for path, leaf, (dim, exact) in zip(where, leaves, [*of_args, *of_kwargs], strict=True):
+        # A number or string inside a tree that one in_dim stands for is the same for all samples; as
+        # an argument of its own it is a mistake.
+        top = path.count("[") == 1 and not isinstance(in_dims, dict)
+        if not isinstance(leaf, Tensor) and not exact and not top:
+            dims.append(None)
+            continue
+        checks.in_dim("vmap", in_dims, path, dim, leaf)
+        dims.append(dim if dim is None else dim % leaf.dim())
+    return leaves, dims, spec, where
+
+
+def _by_name(
+    func: Callable[..., Any], in_dims: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The dims that a dict names, for the positional and for the keyword arguments."""
+    names = parameter_names(func)[: len(args)]
+    for name in in_dims:
+        if name not in names and name not in kwargs:
+            checks.in_dims_name("vmap", name, [*names, *kwargs])
+    positions = [in_dims.get(name) for name in names] + [None] * (len(args) - len(names))
+    return tuple(positions), {key: in_dims.get(key) for key in kwargs}
