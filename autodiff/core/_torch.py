@@ -65,6 +65,15 @@ def requires_grad_at_any_depth(tensor: Tensor) -> bool:
     return True
 
 
+def outside_inference(tensor: Tensor) -> Tensor:
+    """The tensor, or its clone where it was made in inference mode; call with that mode off.
+
+    A tensor made in inference mode can be neither watched nor saved for backward, and forward mode
+    ignores it silently; a clone made outside is an ordinary tensor.
+    """
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 # Reverse mode.
 
 
@@ -124,6 +133,8 @@ def grad_level() -> Iterator[int]:
 
 def wrap(tensor: Tensor, level: int) -> Tensor:
     """The tensor as a citizen of the level, not yet watched by it."""
+    if _functorch.maybe_get_level(tensor) == level:
+        return tensor
     return _functorch._wrap_for_grad(tensor, level)
 
 

@@ -75,11 +75,12 @@ class Call:
 
         ``lift`` is applied to every other tensor among the arguments.
         """
-        filled = self._leaves.copy() if lift is None else [_lifted(leaf, lift) for leaf in self._leaves]
-        for position, leaf in zip(self._where, leaves, strict=True):
-            filled[position] = leaf
-        tree = trees.unflatten(self.spec, filled)
-        output = self._run(tree, lift)
+        filled = list(leaves)
+        if len(filled) < len(self._leaves):
+            filled = [_lifted(leaf, lift) for leaf in self._leaves]
+            for position, leaf in zip(self._where, leaves, strict=True):
+                filled[position] = leaf
+        output = self._run(trees.unflatten(self.spec, filled), lift)
         if self.has_aux:
             checks.has_aux_pair(self.name, output)
             output, aux = output
@@ -92,17 +93,16 @@ class Call:
         return [out_leaves[i] for i in self._given], aux_leaves
 
     def _run(self, tree: Any, lift: Lift | None) -> Any:
+        kwargs = _lifted_tree(self.kwargs, lift)
         if self._picks is None:
-            return self.func(*tree, **_lifted_tree(self.kwargs, lift))
-        args, kwargs = list(self.args), self.kwargs
-        if lift is not None:
-            args, kwargs = _lifted_tree(args, lift), _lifted_tree(kwargs, lift)
-        if isinstance(self._picks, int):
-            args[self._picks] = tree
-            return self.func(*args, **kwargs)
+            return self.func(*tree, **kwargs)
+        if len(self.args) == 1 and self._picks == 0:
+            return self.func(tree, **kwargs)
+        picks, values = (self._picks, tree) if isinstance(self._picks, list) else ([self._picks], [tree])
+        # The selected arguments leave a gap, since their leaves are in ``tree``.
+        args = _lifted_tree([None if i in picks else arg for i, arg in enumerate(self.args)], lift)
         kwargs = dict(kwargs)
-        picked = zip(self._picks, tree, strict=True) if isinstance(self._picks, list) else [(self._picks, tree)]
-        for pick, value in picked:
+        for pick, value in zip(picks, values, strict=True):
             if isinstance(pick, int):
                 args[pick] = value
             else:

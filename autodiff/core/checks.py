@@ -236,7 +236,7 @@ def same_structure(
 
 def like_leaf(name: str, kind: str, path: str, value: object, model_path: str, model: Tensor) -> None:
     """A tangent or cotangent is a tensor of its leaf's shape and dtype."""
-    rule = f"A {kind} must match its leaf."
+    rule = f"A {kind} must match its {'output' if kind == 'cotangent' else 'primal'} leaf for leaf."
     if not isinstance(value, Tensor):
         if isinstance(value, _PASSIVE_KINDS):
             raise LeafError(
@@ -247,7 +247,7 @@ def like_leaf(name: str, kind: str, path: str, value: object, model_path: str, m
     if value.shape != model.shape:
         raise ShapeError(
             f"{name}: {'Mismatch in shape: ' if kind == 'cotangent' else ''}{path} has shape {tuple(value.shape)}, but {model_path} has "
-            f"shape {tuple(model.shape)}. A {kind} must match its leaf for leaf."
+            f"shape {tuple(model.shape)}. {rule}"
         )
     if value.dtype != model.dtype and not _castable(kind, value.dtype, model.dtype):
         raise DtypeError(

@@ -38,7 +38,7 @@ def push(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]
 
 def _push_on_ground(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Pushed:
     with _torch.dual_ground():
-        outputs, aux = func([_torch.make_dual(p, t) for p, t in zip(primals, tangents, strict=True)], None)
+        outputs, aux = func(_duals(primals, tangents), _torch.outside_inference)
         pairs = [_split(output) for output in outputs]
         aux = [_split(leaf)[0] for leaf in aux]
     return Pushed([primal for primal, _ in pairs], [tangent for _, tangent in pairs], aux)
@@ -50,8 +50,7 @@ def _push_on_level(func: Recordable, primals: Sequence[Tensor], tangents: Sequen
         def unwrap(leaf: Any) -> Any:
             return _torch.unwrap(leaf, level) if isinstance(leaf, Tensor) else leaf
 
-        duals = [_torch.make_dual(p, t) for p, t in zip(primals, tangents, strict=True)]
-        outputs, aux = func(duals, lambda tensor: _torch.wrap(tensor, level))
+        outputs, aux = func(_duals(primals, tangents), lambda tensor: _torch.wrap(tensor, level))
         pairs = [_split(output) for output in outputs]
         return Pushed(
             [unwrap(primal) for primal, _ in pairs],
@@ -67,6 +66,13 @@ def _push_traced(func: Recordable, primals: Sequence[Tensor], tangents: Sequence
 
     outputs, pushed, aux = torch.func.jvp(returning_tuples, tuple(primals), tuple(tangents), has_aux=True)
     return Pushed(list(outputs), list(pushed), list(aux))
+
+
+def _duals(primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        _torch.make_dual(_torch.outside_inference(primal), _torch.outside_inference(tangent))
+        for primal, tangent in zip(primals, tangents, strict=True)
+    ]
 
 
 def _split(leaf: Any) -> tuple[Any, Tensor | None]:

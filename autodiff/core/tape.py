@@ -63,6 +63,8 @@ class Tape(ABC):
                 self._watched() or any(map(_torch.requires_grad_at_any_depth, seeds))
             )
         with _torch.NormalMode():
+            if create_graph:
+                seeds = [_torch.outside_inference(seed) for seed in seeds]
             return list(
                 _torch.backward(
                     ends, seeds, self._inputs,
@@ -99,12 +101,11 @@ class _GroundTape(Tape):
 
     def __init__(self, func: Recordable, primals: Sequence[Tensor], private: Sequence[Tensor]) -> None:
         recording = torch.is_grad_enabled()
-        lift = _outside_inference if torch.is_inference_mode_enabled() else None
         with _torch.Recording():
             self._known = True if any(p.requires_grad for p in primals) else None
-            self._inputs = [_enter(p if lift is None else lift(p)) for p in primals]
+            self._inputs = [_enter(p) for p in primals]
             self._private = private
-            self._ends, aux = func(self._inputs, lift)
+            self._ends, aux = func(self._inputs, _torch.outside_inference)
         if recording and self._watched():
             self.outputs, self.aux = self._ends, aux
         else:
@@ -200,14 +201,9 @@ class _TracedTape(Tape):
 def _enter(primal: Tensor) -> Tensor:
     """The primal as an input of a graph: connected where somebody outside watches it."""
     if not primal.requires_grad:
-        return primal.detach().requires_grad_()
+        return _torch.outside_inference(primal).detach().requires_grad_()
     # A sparse tensor has no views.
     return primal.view_as(primal) if primal.layout is torch.strided else primal.clone()
-
-
-def _outside_inference(tensor: Tensor) -> Tensor:
-    # A tensor made in inference mode cannot be saved for backward; its clone made outside can.
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _detached(leaf: Any) -> Any:

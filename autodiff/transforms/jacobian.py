@@ -259,11 +259,12 @@ def _stacked(
     """
     chunks, count = Chunks(basis.size_of(leaves), chunk_size), 0
     for start, stop in chunks:
-        vectors = basis.standard_basis(leaves, start, stop)
+        vectors = basis.standard_basis(leaves, start, max(stop, 1))
         last = chunks.is_last(stop)
-        if stop - start == 1 and chunks.size == 1:
+        if chunks.size <= 1:
+            # One vector, or none: then one product still says what the results would look like.
             results = product([vector.squeeze(0) for vector in vectors], last)
-            pieces = [None if result is None else result.unsqueeze(0) for result in results]
+            pieces = [None if result is None else result.unsqueeze(0)[: stop - start] for result in results]
         else:
             pieces = over_rows(lambda rows, last=last: product(rows, last), vectors, stop - start, randomness)
         count = len(pieces)

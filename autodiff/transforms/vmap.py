@@ -186,17 +186,16 @@ def _batched_leaves(
     if not args and not kwargs:
         checks.no_inputs("vmap")
     leaves, spec = trees.flatten((args, kwargs))
-    args_spec = trees.flatten(args).spec
+    args_spec, kwargs_spec = spec.children()
     if isinstance(in_dims, dict):
         positions, named = _by_name(func, in_dims, args, kwargs)
     else:
         positions, named = in_dims, dict.fromkeys(kwargs)
     of_args = trees.broadcast(positions, args_spec)
-    of_kwargs = trees.broadcast(named, trees.flatten(kwargs).spec)
+    of_kwargs = trees.broadcast(named, kwargs_spec)
     if of_args is None or of_kwargs is None:
         checks.in_dims_fit("vmap", in_dims, args_spec)
-    where = [path.removeprefix("[0]").removeprefix("[1]") for path in trees.paths(spec, "")]
-    where = [("args" if i < len(of_args) else "kwargs") + path for i, path in enumerate(where)]
+    where = trees.paths(args_spec, "args") + trees.paths(kwargs_spec, "kwargs")
     dims: list[int | None] = []
     for path, leaf, (dim, exact) in zip(where, leaves, [*of_args, *of_kwargs], strict=True):
         # A number or string inside a tree that one in_dim stands for is the same for all samples; as
