@@ -14,6 +14,7 @@ from torch.func import replace_all_batch_norm_modules_ as replace_all_batch_norm
 
 # Modules, trees and errors have names of their own.
 from autodiff import errors as errors
+from autodiff import functional as functional
 from autodiff import pytree as pytree
 
 # Modules as functions.

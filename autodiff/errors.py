@@ -40,11 +40,26 @@ class OutputError(AutodiffError, RuntimeError):
 
 
 class IndependenceError(AutodiffError, RuntimeError):
-    """``strict=True`` and an output does not depend on an input."""
+    """``strict=True`` and an output does not depend on an input.
+
+    ``output`` and ``input`` count the differentiated leaves, None where all of them are meant.
+    """
+
+    def __init__(self, message: str, *, output: int | None = None, input: int | None = None) -> None:  # noqa: A002
+        super().__init__(message)
+        self.output, self.input = output, input
 
 
 class BatchError(AutodiffError, ValueError):
     """``vmap``'s ``in_dims`` or ``out_dims`` do not fit the arguments or the results."""
+
+
+class StrategyError(AutodiffError, AssertionError, ValueError):
+    """An unknown strategy in :mod:`autodiff.functional`, where torch.autograd.functional asserts."""
+
+
+class StrictModeError(IndependenceError):
+    """``strict=True`` in :mod:`autodiff.functional`, in the words of torch.autograd.functional."""
 
 
 class OptionError(AutodiffError, ValueError, RuntimeError):

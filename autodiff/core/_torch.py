@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from contextlib import AbstractContextManager, contextmanager
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,6 +73,10 @@ def outside_inference(tensor: Tensor) -> Tensor:
     ignores it silently; a clone made outside is an ordinary tensor.
     """
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+# What torch.no_grad, torch.enable_grad and their kin call, as a torch function mode sees it.
+SWITCH_OF_GRAD_MODE = torch._C._set_grad_enabled
 
 
 # Reverse mode.
@@ -175,6 +180,40 @@ def backward(
         allow_unreachable=True,
         accumulate_grad=False,
     )
+
+
+def nodes(ends: Iterable[Any]) -> Iterator[Any]:
+    """The nodes of the graph that the tensors end, each once."""
+    stack = [end.grad_fn for end in ends if isinstance(end, Tensor) and end.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+
+
+def graph_bytes(ends: Sequence[Tensor]) -> tuple[int, int]:
+    """The bytes of all the cotangents that a pull from ``ends`` makes, and of the largest of them."""
+    sizes = [
+        prod(metadata.shape) * metadata.dtype.itemsize for node in nodes(ends) for metadata in node._input_metadata
+    ]
+    return sum(sizes), max(sizes, default=0)
+
+
+@contextmanager
+def quiet_fallbacks() -> Iterator[None]:
+    """No warning where vmap loops over an operation that has no batching rule.
+
+    torch has no way to ask what the switch was; it is on unless somebody uses the same private call.
+    """
+    _functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        _functorch._set_vmap_fallback_warning_enabled(True)
 
 
 # Forward mode.

@@ -201,11 +201,15 @@ def scalar_output(name: str, spec: Spec, leaves: Sequence[Any]) -> None:
         )
 
 
-def depends(name: str, path_out: str, path_in: str) -> NoReturn:
+def depends(
+    name: str, path_out: str, path_in: str, *, output: int | None = None, primal: int | None = None
+) -> NoReturn:
     raise IndependenceError(
         f"{name}: with strict=True, {path_out} is independent of {path_in}: no operation connects them. "
         f"The output of f is independent of the inputs. This is not allowed with strict=True; drop it "
-        f"to get zeros."
+        f"to get zeros.",
+        output=output,
+        input=primal,
     )
 
 

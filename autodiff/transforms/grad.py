@@ -162,7 +162,7 @@ def dense(call: Call, pulled: Sequence[Tensor | None], strict: bool) -> list[Ten
     if strict:
         for index, cotangent in enumerate(pulled):
             if cotangent is None:
-                checks.depends(call.name, "the output", call.path_of_primal(index))
+                checks.depends(call.name, "the output", call.path_of_primal(index), primal=index)
     return [
         torch.zeros_like(primal) if cotangent is None else cotangent
         for primal, cotangent in zip(call.primals, pulled, strict=True)

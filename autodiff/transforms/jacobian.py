@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
 import torch
 
 from autodiff.core import basis, checks
+from autodiff.core._torch import quiet_fallbacks
 from autodiff.core.arguments import Call, wraps
 from autodiff.core.batch import Chunks, over_rows, remember_randomness
 from autodiff.core.dual import push
@@ -168,8 +169,13 @@ def by_mode(
     holomorphic: bool = False,
     strict: bool = False,
     randomness: Randomness = "same",
+    frugal: bool = False,
 ) -> Callable[..., Any]:
-    """A Jacobian under the public name that the user called."""
+    """A Jacobian under the public name that the user called.
+
+    ``frugal`` pulls rows in batches that take about the memory of single rows, and row by row where
+    they cannot be batched.
+    """
     checks.chunk_size(name, chunk_size)
     checks.allowed(name, "mode", mode, ("auto", "reverse", "forward"))
     checks.randomness(name, randomness)
@@ -182,7 +188,7 @@ def by_mode(
             case "forward":
                 blocks, aux = _columns(call, chunk_size, randomness, holomorphic, strict)
             case "reverse" | "auto":
-                blocks, aux = _rows(call, chunk_size, mode, holomorphic, strict)
+                blocks, aux = _rows(call, chunk_size, mode, holomorphic, strict, frugal)
             case _:
                 assert_never(mode)
         # J: [tree(out), tree(in), *out_shape, *in_shape]
@@ -193,7 +199,7 @@ def by_mode(
 
 
 def _rows(
-    call: Call, chunk_size: int | None, mode: JacobianMode, holomorphic: bool, strict: bool
+    call: Call, chunk_size: int | None, mode: JacobianMode, holomorphic: bool, strict: bool, frugal: bool
 ) -> tuple[Blocks, list[Any]]:
     """One evaluation, then the rows by pulls, or with "auto" the columns where there are fewer."""
     tape = record(call.evaluate, call.primals)
@@ -207,16 +213,57 @@ def _rows(
         columns = _stacked(lambda tangents, _: push(tangents), call.primals, chunk_size)
         return _by_columns(call, outputs, columns), tape.aux
 
-    def pull(cotangents: list[Tensor], last: bool) -> list[Tensor | None]:
-        pulled = tape.pull(cotangents, retain_graph=not last)
+    def pull(cotangents: Sequence[Tensor | None], last: bool) -> list[Tensor | None]:
+        pulled = tape.pull(cotangents, retain_graph=frugal or not last)
         # The engine pulls by the conjugate transpose.
         return [None if p is None else p.conj() for p in pulled] if holomorphic else pulled
 
+    if frugal:
+        return _frugal_blocks(pull, tape, call.primals), tape.aux
     rows = _stacked(pull, outputs, chunk_size)
     by_input = [
         basis.row_blocks(of_primal, outputs, primal) for of_primal, primal in zip(rows, call.primals, strict=True)
     ]
     return [list(of_output) for of_output in zip(*by_input, strict=True)], tape.aux
+
+
+def _frugal_blocks(
+    pull: Callable[[Sequence[Tensor | None], bool], list[Tensor | None]], tape: Tape, primals: Sequence[Tensor]
+) -> Blocks:
+    """Rows of one output after the other, in batches where a batched pull is possible.
+
+    A pull never runs the user's function again, so a batch that fails costs only its own time.
+    """
+    blocks: Blocks = []
+    for position, output in enumerate(tape.outputs):
+        before, after = [None] * position, [None] * (len(tape.outputs) - position - 1)
+
+        def pull_one(rows: list[Tensor], last: bool, before: Any = before, after: Any = after) -> list[Tensor | None]:
+            return pull([*before, *rows, *after], last)
+
+        chunk_size = _frugal_chunk(tape, output, primals)
+        try:
+            with quiet_fallbacks():
+                rows = _stacked(pull_one, [output], chunk_size)
+        except RuntimeError:
+            # Some backward passes cannot be batched: they read a value, or write in place.
+            if chunk_size == 1:
+                raise
+            rows = _stacked(pull_one, [output], 1)
+        pairs = zip(rows, primals, strict=True)
+        blocks.append([basis.row_blocks(of_primal, [output], primal)[0] for of_primal, primal in pairs])
+    return blocks
+
+
+def _frugal_chunk(tape: Tape, output: Tensor, primals: Sequence[Tensor]) -> int:
+    """How many rows keep the peak within about half of what single rows need.
+
+    Single rows need the graph, and the result twice: as rows and stacked. A batched pull has about
+    three of its largest cotangents alive at a time (a heuristic).
+    """
+    total, largest = tape.bytes_of_a_pull()
+    row = sum(primal.numel() * primal.element_size() for primal in primals)
+    return max(1, (total + 2 * row * output.numel()) // 2 // max(3 * largest + row, 1))
 
 
 def _columns(
@@ -235,7 +282,7 @@ def _columns(
         if strict:
             for position, tangent in enumerate(result.tangents):
                 if tangent is None:
-                    checks.depends(call.name, call.path_of_output(position), call.root)
+                    checks.depends(call.name, call.path_of_output(position), call.root, output=position)
         seen[:], aux[:] = result.outputs, result.aux
         return result.tangents
 
@@ -287,4 +334,5 @@ def _check_rows(call: Call, tape: Tape) -> None:
         seeds = [torch.ones_like(one) if at == position else None for at, one in enumerate(tape.outputs)]
         for index, cotangent in enumerate(tape.pull(seeds, retain_graph=True, create_graph=False)):
             if cotangent is None:
-                checks.depends(call.name, call.path_of_output(position), call.path_of_primal(index))
+                paths = call.path_of_output(position), call.path_of_primal(index)
+                checks.depends(call.name, *paths, output=position, primal=index)

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> tuple[Any, ...]:
+def vjp(
+    func: Callable[..., Any], *primals: Any, has_aux: bool = False, strict: bool = False
+) -> tuple[Any, ...]:
     r"""Value of a function, and the pullback that takes cotangents of it to cotangents of its inputs.
 
     .. math:: \operatorname{vjp}(f, x) = (f(x),\; v \mapsto v^\top J_f(x))
@@ -28,6 +30,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> tuple
             ``(output, aux)`` if ``has_aux``.
         primals: ``func``'s positional arguments, each any tree.
         has_aux: whether ``func`` returns ``(output, aux)``.
+        strict: let the pullback raise where no output depends on a leaf, instead of giving zeros.
 
     Returns:
         ``(output, pullback)``, and ``(output, pullback, aux)`` with ``has_aux``.
@@ -41,6 +44,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> tuple
         OutputError: the output is empty, or holds something else than floating or complex tensors.
         LeafError: no primal holds a floating or complex tensor.
         StructureError, ShapeError, DtypeError: cotangents do not match the output.
+        IndependenceError: ``strict`` and no output depends on a leaf.
     """
     call = Call("vjp", func, primals, {}, None, has_aux)
     tape = record(call.evaluate, call.primals)
@@ -49,7 +53,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> tuple
     def pullback(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         seeds = call.cotangents(tape.outputs, cotangents)
         pulled = tape.pull(seeds, retain_graph=retain_graph, create_graph=create_graph)
-        return call.like_arguments(dense(call, pulled, strict=False))
+        return call.like_arguments(dense(call, pulled, strict))
 
     output = call.like_output(tape.outputs)
     return (output, pullback, call.aux(tape.aux)) if has_aux else (output, pullback)

@@ -1,0 +1,15 @@
+"""Floor 3: the API of ``torch.autograd.functional``, assembled from the transforms of floor 2.
+
+>>> import torch
+>>> from autodiff.functional import hessian
+>>> hessian(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]))
+tensor([[ 6.,  0.],
+        [ 0., 12.]])
+"""
+
+from autodiff.functional.matrices import hessian as hessian
+from autodiff.functional.matrices import jacobian as jacobian
+from autodiff.functional.products import hvp as hvp
+from autodiff.functional.products import jvp as jvp
+from autodiff.functional.products import vhp as vhp
+from autodiff.functional.products import vjp as vjp

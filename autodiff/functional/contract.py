@@ -1,0 +1,190 @@
+"""Floor 3: what torch.autograd.functional promises at its door, and its words where it refuses.
+
+Hands on `Contract`: inputs, ``v`` and outputs checked, connected or cut off as ``create_graph`` says.
+Imports `core` for trees; the derivatives themselves are the business of the modules beside it.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from autodiff.core import trees
+from autodiff.core._torch import on_ground
+from autodiff.core.arguments import is_differentiable
+from autodiff.errors import (
+    IndependenceError,
+    LeafError,
+    OutputError,
+    ShapeError,
+    StrictModeError,
+    StructureError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class Contract:
+    """One call: its arguments as the transforms take them, and its results as the caller wants them.
+
+    A tuple of inputs means several arguments; any other tree is one.
+    """
+
+    __slots__ = ("args", "argnums", "create_graph", "name", "several", "strict")
+
+    def __init__(self, name: str, inputs: Any, create_graph: bool, strict: bool) -> None:
+        self.name, self.create_graph, self.strict = name, create_graph, strict
+        self.several = isinstance(inputs, tuple)
+        self._refuse_bare_leaves("inputs", inputs)
+        args = inputs if self.several else (inputs,)
+        self.args: tuple[Any, ...] = tuple(_map(self._entering, arg) for arg in args)
+        self.argnums = tuple(range(len(self.args)))
+
+    # On the way in.
+
+    @contextmanager
+    def modes(self) -> Iterator[None]:
+        """Grad mode as ``create_graph`` says, and no inference mode, which would cut every graph."""
+        with torch.inference_mode(mode=False), torch.set_grad_enabled(self.create_graph):
+            yield
+
+    def _entering(self, leaf: Any) -> Any:
+        """An input that is connected to the caller's, or cut off from it."""
+        if not is_differentiable(leaf):
+            return leaf
+        if not self.create_graph:
+            return leaf.detach()
+        # Without a leaf that requires grad, no result would carry a grad_fn. Inside a transform the
+        # transform decides what is watched.
+        return leaf if leaf.requires_grad or not on_ground() else leaf.detach().requires_grad_()
+
+    def checked(self, func: Callable[..., Any], *, single: bool = False) -> Callable[..., Any]:
+        """``func`` with its output checked where it is made; ``single`` asks for one number."""
+
+        def returning(*args: Any) -> Any:
+            output = func(*args)
+            self._refuse_bare_leaves("outputs of the user-provided function", output)
+            if self.strict:
+                self._refuse_independent_outputs(output)
+            if single:
+                self._refuse_several_numbers(output)
+            return output
+
+        return returning
+
+    def _refuse_bare_leaves(self, what: str, tree: Any) -> None:
+        """Legacy's TypeError for what is no tensor and no tree either."""
+        expected = f"The {what} given to {self.name} must be either a Tensor or a tuple of Tensors but the"
+        if isinstance(tree, tuple):
+            for index, one in enumerate(tree):
+                if not isinstance(one, Tensor) and trees.is_leaf(one):
+                    raise LeafError(f"{expected} value at index {index} has type {type(one)}.")
+        elif not isinstance(tree, Tensor) and trees.is_leaf(tree):
+            raise LeafError(f"{expected} given {what} has type {type(tree)}.")
+
+    def _refuse_independent_outputs(self, output: Any) -> None:
+        for index, leaf in enumerate(trees.flatten(output).leaves):
+            if isinstance(leaf, Tensor) and not leaf.requires_grad:
+                raise StrictModeError(
+                    f"Output {index} of the user-provided function does not require gradients. The outputs "
+                    "must be computed in a differentiable manner from the input when running in strict mode.",
+                    output=index,
+                )
+
+    def _refuse_several_numbers(self, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise OutputError(f"The function given to {self.name} should return a single Tensor")
+        if output.numel() != 1:
+            raise OutputError(
+                f"The Tensor returned by the function given to {self.name} should contain a single element"
+            )
+
+    # The vector.
+
+    def vector(self, v: Any, like: Any, several: bool, whose: str) -> Any:
+        """``v`` as a tree like ``like``, or ones where it may be left out."""
+        if v is None:
+            if not isinstance(like, Tensor) and not (several and len(like) == 1 and isinstance(like[0], Tensor)):
+                self._refuse_missing_vector(whose)
+            only = like[0] if several else like
+            if only.numel() != 1:
+                self._refuse_missing_vector(whose)
+            return (torch.ones_like(only),) if several else torch.ones_like(only)
+        self._refuse_bare_leaves("v", v)
+        if several != isinstance(v, tuple):
+            # Legacy takes a tensor for a tuple of one, and a tuple of one for a tensor.
+            v = (v,) if several else v[0] if len(v) == 1 else v
+        if several and len(v) != len(like):
+            raise StructureError(
+                f"v is a tuple of invalid length: should be {len(like)} but got {len(v)}."
+            )
+        if not several and isinstance(v, tuple):
+            raise StructureError("The given v should contain a single Tensor.")
+        return self._sized_like(v, like, several)
+
+    def _sized_like(self, v: Any, like: Any, several: bool) -> Any:
+        leaves, spec = trees.flatten(like)
+        given = trees.match(spec, v)
+        if given is None:
+            raise StructureError(
+                f"{self.name}: v has structure {trees.flatten(v).spec}, but {spec} is expected. Give one leaf "
+                f"for each leaf."
+            )
+        for index, (one, model) in enumerate(zip(given, leaves, strict=True)):
+            if is_differentiable(model) and isinstance(one, Tensor) and one.shape != model.shape:
+                opening = f"Entry {index} in " if several else ""
+                raise ShapeError(
+                    f"{opening}v has invalid size: should be {model.size()} but got {one.size()}."
+                )
+        return trees.unflatten(spec, [self._vector_leaf(a, b) for a, b in zip(given, leaves, strict=True)])
+
+    def _vector_leaf(self, leaf: Any, model: Any) -> Any:
+        if not is_differentiable(model) or not is_differentiable(leaf):
+            return leaf
+        if not self.create_graph:
+            leaf = leaf.detach()
+        return leaf.to(model.dtype) if leaf.dtype != model.dtype and not leaf.is_complex() else leaf
+
+    def _refuse_missing_vector(self, whose: str) -> NoReturn:
+        raise OutputError(f"The vector v can only be None if {whose}")
+
+    # On the way out.
+
+    def outward(self, product: tuple[Any, ...]) -> Any:
+        """What belongs to the inputs, nested as they were."""
+        return product if self.several else product[0]
+
+    def refuse_constants(self, tree: Any, message: str) -> None:
+        """Legacy's last strict check: a result that is to be differentiated again has to allow it."""
+        for index, leaf in enumerate(trees.flatten(tree).leaves):
+            if isinstance(leaf, Tensor) and not leaf.requires_grad:
+                raise StrictModeError(message.format(input=index), input=index)
+
+
+@contextmanager
+def legacy_words(message: str) -> Iterator[None]:
+    """A transform's error about independence in legacy's words for it."""
+    try:
+        yield
+    except StrictModeError:
+        raise
+    except IndependenceError as error:
+        worded = message.format(input=error.input, output=error.output)
+        raise StrictModeError(worded, output=error.output, input=error.input) from None
+
+
+def zeros_like(tree: Any) -> Any:
+    """A tree of zeros like a tree of tensors."""
+    return _map(lambda leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _map(change: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return change(tree)
+    leaves, spec = trees.flatten(tree)
+    return trees.unflatten(spec, [change(leaf) for leaf in leaves])
+

@@ -1,0 +1,195 @@
+"""Floor 3: jacobian and hessian as torch.autograd.functional has them, made of the transforms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from autodiff.core import trees
+from autodiff.core.batch import remember_randomness
+from autodiff.errors import OptionError, StrategyError, StrictModeError
+from autodiff.functional.contract import Contract, legacy_words
+from autodiff.functional.products import gradient
+from autodiff.transforms.jacobian import by_mode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from autodiff.transforms.jacobian import JacobianMode
+
+_STRATEGIES = ("forward-mode", "reverse-mode")
+_OUTPUT_INDEPENDENT = (
+    "Output {output} of the user-provided function is independent of input {input}. This is not allowed in "
+    "strict mode."
+)
+_JACOBIAN_CONSTANT = (
+    "The jacobian of the user-provided function is independent of input {input}. This is not allowed in "
+    "strict mode when create_graph=True."
+)
+
+
+def jacobian(
+    func: Callable[..., Any],
+    inputs: Any,
+    create_graph: bool = False,
+    strict: bool = False,
+    vectorize: bool = False,
+    strategy: str = "reverse-mode",
+) -> Any:
+    r"""Jacobian of a function.
+
+    .. math:: J_{ij} = \partial f_i / \partial x_j
+
+    >>> import torch
+    >>> jacobian(lambda x, y: x[0] * y, (torch.tensor([2.0, 3.0]), torch.tensor([5.0])))
+    (tensor([[5., 0.]]), tensor([[2.]]))
+
+    Args:
+        func: a function of tensors or trees that returns a tensor or a tree of them.
+        inputs: a tensor, a tuple of arguments, or any other tree, which is one argument.
+        create_graph: connect the result to inputs that require grad, and give it a grad_fn in any case.
+            Off, it is detached.
+        strict: raise where an output does not depend on an input, instead of giving zeros.
+        vectorize: compute all rows (or columns) in one batch. Off, rows are pulled in batches that take
+            about the memory of single rows, and one by one where they cannot be batched.
+        strategy: ``"reverse-mode"`` or ``"forward-mode"``; the latter needs neither ``vectorize`` nor
+            ``create_graph=False``.
+
+    Returns:
+        The Jacobian, nested as the output outside and as the inputs inside: ``jacobian[i][j]`` has the
+        shape of output i followed by that of input j, in input j's dtype, or in forward mode output i's.
+
+    Raises:
+        RuntimeError: ``strict`` and something is independent, or ``strict`` with ``vectorize`` or with
+            forward mode.
+        TypeError: inputs or outputs are neither tensors nor trees.
+        AssertionError: the strategy is unknown.
+
+    The documented behaviour of ``torch.autograd.functional.jacobian``, over any tree.
+    """
+    if strategy not in _STRATEGIES:
+        raise StrategyError(
+            'Expected strategy to be either "forward-mode" or "reverse-mode". Hint: If your function has more '
+            'outputs than inputs, "forward-mode" tends to be more performant. Otherwise, prefer to use '
+            '"reverse-mode".'
+        )
+    call = Contract("jacobian", inputs, create_graph, strict)
+    return _jacobian(call, call.checked(func), vectorize, strategy)
+
+
+def hessian(
+    func: Callable[..., Any],
+    inputs: Any,
+    create_graph: bool = False,
+    strict: bool = False,
+    vectorize: bool = False,
+    outer_jacobian_strategy: str = "reverse-mode",
+) -> Any:
+    r"""Hessian of a function of one number.
+
+    .. math:: H_{ij} = \partial^2 f / \partial x_i \partial x_j
+
+    >>> import torch
+    >>> hessian(lambda x: x[0] ** 2 * x[1], torch.tensor([1.0, 3.0]))
+    tensor([[6., 2.],
+            [2., 0.]])
+
+    Args:
+        func: a function of tensors or trees that returns a tensor with one element.
+        inputs: a tensor, a tuple of arguments, or any other tree, which is one argument.
+        create_graph: connect the result to inputs that require grad, and give it a grad_fn in any case.
+            Off, it is detached.
+        strict: raise where the output or its gradient does not depend on an input, instead of giving
+            zeros.
+        vectorize: compute all rows (or columns) in one batch. Off, rows are pulled in batches that take
+            about the memory of single rows, and one by one where they cannot be batched.
+        outer_jacobian_strategy: ``"reverse-mode"`` or ``"forward-mode"`` for the Jacobian of the
+            gradient, which itself is always found in reverse mode.
+
+    Returns:
+        The Hessian, nested twice as the inputs are: ``hessian[i][j]`` has the shape of input i followed
+        by that of input j.
+
+    Raises:
+        RuntimeError: the output has several elements, ``strict`` and something is independent, or
+            ``strict`` with ``vectorize`` or with forward mode.
+        TypeError: inputs or outputs are neither tensors nor trees.
+        AssertionError: the strategy is unknown.
+
+    The documented behaviour of ``torch.autograd.functional.hessian``, over any tree.
+    """
+    call = Contract("hessian", inputs, create_graph, strict)
+    if outer_jacobian_strategy not in _STRATEGIES:
+        raise StrategyError('Expected strategy to be either "forward-mode" or "reverse-mode".')
+    slope = gradient(call, func, strict=False)
+
+    def of_args(*args: Any) -> Any:
+        grad, _ = slope(*args)
+        return call.outward(grad)
+
+    return _jacobian(call, of_args, vectorize, outer_jacobian_strategy)
+
+
+def _jacobian(call: Contract, func: Callable[..., Any], vectorize: bool, strategy: str) -> Any:
+    if strategy == "forward-mode":
+        if call.strict:
+            raise OptionError(
+                'torch.autograd.functional.jacobian: `strict=True` and `strategy="forward-mode"` are not '
+                'supported together (yet). Please either set `strict=False` or `strategy="reverse-mode"`.'
+            )
+        return _forward(call, func)
+    if call.strict and vectorize:
+        # Legacy runs the function first, and its errors come first.
+        func = _then_refuse(func)
+    with call.modes(), legacy_words(_OUTPUT_INDEPENDENT):
+        blocks = _by_mode(call, func, "reverse", frugal=not vectorize)
+    if call.strict and call.create_graph:
+        leaves = trees.flatten(blocks).leaves
+        per_output = len(trees.flatten(call.args).leaves)
+        for index, block in enumerate(leaves):
+            if isinstance(block, Tensor) and not block.requires_grad:
+                # Legacy names the output here, though it says input.
+                raise StrictModeError(_JACOBIAN_CONSTANT.format(input=index // per_output), output=index // per_output)
+    return blocks
+
+
+def _forward(call: Contract, func: Callable[..., Any]) -> Any:
+    """Columns by forward mode; rows, in the same dtypes, where it lacks a rule or func wants a graph."""
+    dtypes: list[Any] = []
+
+    def noting_dtypes(*args: Any) -> Any:
+        output = func(*args)
+        dtypes[:] = [getattr(leaf, "dtype", None) for leaf in trees.flatten(output).leaves]
+        return output
+
+    rewind = remember_randomness(call.args)
+    with call.modes():
+        try:
+            return _by_mode(call, func, "forward")
+        except RuntimeError as error:
+            rewind()
+            try:
+                blocks, spec = trees.flatten(_by_mode(call, noting_dtypes, "reverse", frugal=True))
+            except RuntimeError:
+                raise error from None
+    per_output = len(blocks) // len(dtypes)
+    return trees.unflatten(spec, [block.to(dtypes[i // per_output]) for i, block in enumerate(blocks)])
+
+
+def _by_mode(call: Contract, func: Callable[..., Any], mode: JacobianMode, *, frugal: bool = False) -> Any:
+    argnums = call.argnums if call.several else 0
+    return by_mode(call.name, func, argnums, mode, strict=call.strict, frugal=frugal)(*call.args)
+
+
+def _then_refuse(func: Callable[..., Any]) -> Callable[..., Any]:
+    def refusing(*args: Any) -> Any:
+        func(*args)
+        raise OptionError(
+            "torch.autograd.functional.jacobian: `strict=True` and `vectorized=True` are not supported "
+            "together. Please either set `strict=False` or `vectorize=False`."
+        )
+
+    return refusing
+
+

@@ -1,0 +1,303 @@
+"""Floor 3: vjp, jvp, vhp and hvp as torch.autograd.functional has them, made of the transforms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from autodiff.core.batch import remember_randomness
+from autodiff.functional.contract import Contract, legacy_words, zeros_like
+from autodiff.functional.forward import BackwardOnly, BackwardOnlyError, has_custom_gradient
+from autodiff.transforms.grad import grad as transform_grad
+from autodiff.transforms.jvp import jvp as transform_jvp
+from autodiff.transforms.vjp import vjp as transform_vjp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+_OUTPUT_INDEPENDENT = (
+    "The output of the user-provided function is independent of input {input}. This is not allowed in "
+    "strict mode."
+)
+_GRADIENT_INDEPENDENT = (
+    "The gradient with respect to input {input} is independent of the inputs of the user-provided "
+    "function. This is not allowed in strict mode."
+)
+_JACOBIAN_INDEPENDENT = (
+    "The jacobian of the user-provided function is independent of input {input}. This is not allowed in "
+    "strict mode."
+)
+_JACOBIAN_CONSTANT = (
+    "The jacobian of the user-provided function is independent of input {input}. This is not allowed in "
+    "strict mode when create_graph=True."
+)
+_HESSIAN_CONSTANT = (
+    "The hessian of the user-provided function is independent of input {input}. This is not allowed in "
+    "strict mode when create_graph=True."
+)
+_GRADIENT_CONSTANT = (
+    "While computing the hessian, found that the jacobian of the user-provided function with respect to "
+    "input {input} is independent of the input. This is not allowed in strict mode. You should ensure that "
+    "your function is twice differentiable and that the jacobian depends on the inputs (this would be "
+    "violated by a linear function for example)."
+)
+_ENTRY_INDEPENDENT = (
+    "The gradient with respect to the input is independent of entry {input} in the grad_outputs when using "
+    "the double backward trick to compute forward mode gradients. This is not allowed in strict mode."
+)
+_HESSIAN_ENTRY_INDEPENDENT = (
+    "The hessian of the user-provided function is independent of entry {input} in the grad_jacobian. This "
+    "is not allowed in strict mode as it prevents from using the double backward trick to replace forward "
+    "mode AD."
+)
+_ONE_OUTPUT = "the user-provided function returns a single Tensor with a single element."
+_ONE_INPUT = "the input to the user-provided function is a single Tensor with a single element."
+
+
+def vjp(
+    func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False, strict: bool = False
+) -> tuple[Any, Any]:
+    r"""Value of a function and the product of a vector with its Jacobian.
+
+    .. math:: (f(x),\; v^\top J_f(x))
+
+    >>> import torch
+    >>> vjp(lambda x: x**2, torch.tensor([1.0, 2.0]), torch.tensor([1.0, 10.0]))
+    (tensor([1., 4.]), tensor([ 2., 40.]))
+
+    Args:
+        func: a function of tensors or trees that returns a tensor or a tree of them.
+        inputs: a tensor, a tuple of arguments, or any other tree, which is one argument.
+        v: like the output; may be left out where that is one tensor with one element.
+        create_graph: connect output and product to inputs that require grad, and give them a grad_fn in
+            any case. Off, both are detached.
+        strict: raise where an output does not depend on an input, instead of giving zeros.
+
+    Returns:
+        ``(output, product)``; the product is nested as the inputs are, with their shapes and dtypes.
+
+    Raises:
+        RuntimeError: ``v`` does not fit the output, or ``strict`` and something is independent.
+        TypeError: inputs, ``v`` or outputs are neither tensors nor trees.
+
+    The documented behaviour of ``torch.autograd.functional.vjp``, over any tree.
+    """
+    call = Contract("vjp", inputs, create_graph, strict)
+    with call.modes():
+        output, pullback = transform_vjp(call.checked(func), *call.args, strict=strict)
+        cotangents = call.vector(v, output, isinstance(output, tuple), _ONE_OUTPUT)
+        with legacy_words(_OUTPUT_INDEPENDENT):
+            product = pullback(cotangents, retain_graph=False)
+    if strict and create_graph:
+        call.refuse_constants(product, _JACOBIAN_CONSTANT)
+    return output, call.outward(product)
+
+
+def jvp(
+    func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False, strict: bool = False
+) -> tuple[Any, Any]:
+    r"""Value of a function and the product of its Jacobian with a vector.
+
+    .. math:: (f(x),\; J_f(x)\, v)
+
+    Forward mode serves where it gives what a backward pass would, in about a third of the time;
+    otherwise the pullback of the pullback does.
+
+    >>> import torch
+    >>> jvp(lambda x: x**2, torch.tensor([1.0, 2.0]), torch.tensor([1.0, 10.0]))
+    (tensor([1., 4.]), tensor([ 2., 40.]))
+
+    Args:
+        func: a function of tensors or trees that returns a tensor or a tree of them.
+        inputs: a tensor, a tuple of arguments, or any other tree, which is one argument.
+        v: like the inputs; may be left out where they are one tensor with one element.
+        create_graph: connect output and product to inputs that require grad, and give them a grad_fn in
+            any case. Off, both are detached.
+        strict: raise where an output does not depend on an input, instead of giving zeros.
+
+    Returns:
+        ``(output, product)``; the product is nested as the output is.
+
+    Raises:
+        RuntimeError: ``v`` does not fit the inputs, or ``strict`` and something is independent.
+        TypeError: inputs, ``v`` or outputs are neither tensors nor trees.
+
+    The documented behaviour of ``torch.autograd.functional.jvp``, over any tree.
+    """
+    call = Contract("jvp", inputs, create_graph, strict)
+    tangents = _input_vector(call, v)
+    with call.modes():
+        if not (strict or create_graph):
+            rewind = remember_randomness(call.args)
+            try:
+                return transform_jvp(_as_forward_sees(call.checked(func)), call.args, tangents)
+            except (BackwardOnlyError, RuntimeError):
+                # No forward rule, or something in func that only a backward pass honours. An error of
+                # func's own comes again below.
+                rewind()
+        output, pullback = transform_vjp(call.checked(func), *call.args, strict=strict)
+        product = _transposed(call, pullback, output, tangents, _OUTPUT_INDEPENDENT, _ENTRY_INDEPENDENT)
+    if strict and create_graph:
+        call.refuse_constants(product, _JACOBIAN_CONSTANT)
+    return output, product
+
+
+def vhp(
+    func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False, strict: bool = False
+) -> tuple[Any, Any]:
+    r"""Value of a function and the product of a vector with its Hessian.
+
+    .. math:: (f(x),\; v^\top \nabla^2 f(x))
+
+    >>> import torch
+    >>> vhp(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 10.0]))
+    (tensor(9.), tensor([  6., 120.]))
+
+    Args:
+        func: a function of tensors or trees that returns a tensor with one element.
+        inputs: a tensor, a tuple of arguments, or any other tree, which is one argument.
+        v: like the inputs; may be left out where they are one tensor with one element.
+        create_graph: connect output and product to inputs that require grad, and give them a grad_fn in
+            any case. Off, both are detached.
+        strict: raise where the output or its gradient does not depend on an input, instead of giving
+            zeros.
+
+    Returns:
+        ``(output, product)``; the product is nested as the inputs are, with their shapes and dtypes.
+
+    Raises:
+        RuntimeError: the output has several elements, ``v`` does not fit the inputs, or ``strict`` and
+            something is independent.
+        TypeError: inputs, ``v`` or the output are neither tensors nor trees.
+
+    The documented behaviour of ``torch.autograd.functional.vhp``, over any tree.
+    """
+    call = Contract("vhp", inputs, create_graph, strict)
+    vector = _input_vector(call, v)
+    with call.modes():
+        _, pullback, output = transform_vjp(
+            gradient(call, func, strict=strict), *call.args, has_aux=True, strict=strict
+        )
+        with legacy_words(_JACOBIAN_INDEPENDENT):
+            product = pullback(vector, retain_graph=False)
+    if strict and create_graph:
+        call.refuse_constants(product, _HESSIAN_CONSTANT)
+    return output, call.outward(product)
+
+
+def hvp(
+    func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False, strict: bool = False
+) -> tuple[Any, Any]:
+    r"""Value of a function and the product of its Hessian with a vector.
+
+    .. math:: (f(x),\; \nabla^2 f(x)\, v)
+
+    The Hessian is symmetric, so this is :func:`vhp`, about twice as fast as the double-backward trick.
+    Where func's graph holds an ``autograd.Function``, whose gradient need not be the gradient of
+    anything, the trick is used, as torch does.
+
+    >>> import torch
+    >>> hvp(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 10.0]))
+    (tensor(9.), tensor([  6., 120.]))
+
+    Args:
+        func: a function of tensors or trees that returns a tensor with one element.
+        inputs: a tensor, a tuple of arguments, or any other tree, which is one argument.
+        v: like the inputs; may be left out where they are one tensor with one element.
+        create_graph: connect output and product to inputs that require grad, and give them a grad_fn in
+            any case. Off, both are detached.
+        strict: raise where the output or its gradient does not depend on an input, instead of giving
+            zeros.
+
+    Returns:
+        ``(output, product)``; the product is nested as the inputs are, with their shapes and dtypes.
+
+    Raises:
+        RuntimeError: the output has several elements, ``v`` does not fit the inputs, or ``strict`` and
+            something is independent.
+        TypeError: inputs, ``v`` or the output are neither tensors nor trees.
+
+    The documented behaviour of ``torch.autograd.functional.hvp``, over any tree.
+    """
+    call = Contract("hvp", inputs, create_graph, strict)
+    vector = _input_vector(call, v)
+    custom: list[bool] = []
+    with call.modes():
+        slope = gradient(
+            call, func, strict=strict, look=lambda output: custom.append(has_custom_gradient(output))
+        )
+        grad, pullback, output = transform_vjp(slope, *call.args, has_aux=True, strict=strict)
+        if strict or custom[0]:
+            messages = _JACOBIAN_INDEPENDENT, _HESSIAN_ENTRY_INDEPENDENT
+            product = _transposed(call, pullback, grad, vector, *messages)
+        else:
+            product = pullback(vector, retain_graph=False)
+    if strict and create_graph:
+        call.refuse_constants(product, _HESSIAN_CONSTANT)
+    return output, call.outward(product)
+
+
+def gradient(
+    call: Contract,
+    func: Callable[..., Any],
+    *,
+    strict: bool,
+    look: Callable[[Tensor], None] = lambda _: None,
+) -> Callable[..., tuple[Any, Tensor]]:
+    """The gradient of a function of one number, as a tuple over the arguments, and the output beside it.
+
+    ``strict`` tells an output that is independent of an input from one whose gradient is constant;
+    ``look`` is shown the output where it is made.
+    """
+    checked = call.checked(func, single=True)
+
+    def scalar(*args: Any) -> tuple[Tensor, Tensor]:
+        output = checked(*args)
+        look(output)
+        return output.squeeze(), output
+
+    of_scalar = transform_grad(scalar, call.argnums, has_aux=True, strict=strict)
+
+    def slope(*args: Any) -> tuple[Any, Tensor]:
+        with legacy_words(_OUTPUT_INDEPENDENT):
+            grad, output = of_scalar(*args)
+        if call.strict:
+            call.refuse_constants(grad, _GRADIENT_CONSTANT)
+        return grad, output
+
+    return slope
+
+
+def _transposed(
+    call: Contract, pullback: Callable[..., Any], output: Any, tangents: Any, reached: str, entry: str
+) -> Any:
+    """The pullback of a pullback: the product from the other side, as legacy's trick has it."""
+
+    def of_cotangents(cotangents: Any) -> Any:
+        with legacy_words(reached):
+            product = pullback(cotangents)
+        if call.strict:
+            call.refuse_constants(product, _GRADIENT_INDEPENDENT)
+        return product
+
+    # The pullback is linear: where it is differentiated does not matter, and zeros hold no nan.
+    _, push = transform_vjp(of_cotangents, zeros_like(output), strict=call.strict)
+    with legacy_words(entry):
+        (product,) = push(tangents, retain_graph=call.create_graph)
+    return product
+
+
+def _input_vector(call: Contract, v: Any) -> tuple[Any, ...]:
+    """``v`` as a tuple over the arguments."""
+    like = call.args if call.several else call.args[0]
+    vector = call.vector(v, like, call.several, _ONE_INPUT)
+    return vector if call.several else (vector,)
+
+
+def _as_forward_sees(func: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(*args: Any) -> Any:
+        with BackwardOnly():
+            return func(*args)
+
+    return watched
