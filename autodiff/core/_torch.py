@@ -182,23 +182,24 @@ def backward(
     )
 
 
-def nodes(ends: Iterable[Any]) -> Iterator[Any]:
-    """The nodes of the graph that the tensors end, each once."""
+def nodes(ends: Iterable[Any]) -> Iterator[tuple[Any, Sequence[Any]]]:
+    """The nodes of the graph that the tensors end, each once, with what each hands its cotangents on to."""
     stack = [end.grad_fn for end in ends if isinstance(end, Tensor) and end.grad_fn is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()
-        yield node
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
+        following = node.next_functions
+        yield node, following
+        for one, _ in following:
+            if one is not None and one not in seen:
+                seen.add(one)
+                stack.append(one)
 
 
 def graph_bytes(ends: Sequence[Tensor]) -> tuple[int, int]:
     """The bytes of all the cotangents that a pull from ``ends`` makes, and of the largest of them."""
     sizes = [
-        prod(metadata.shape) * metadata.dtype.itemsize for node in nodes(ends) for metadata in node._input_metadata
+        prod(metadata.shape) * metadata.dtype.itemsize for node, _ in nodes(ends) for metadata in node._input_metadata
     ]
     return sum(sizes), max(sizes, default=0)
 

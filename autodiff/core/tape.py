@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from autodiff.core import _torch
 
@@ -76,6 +77,14 @@ class Tape(ABC):
     def _watched(self) -> bool:
         """Whether somebody outside can see a derivative of what this tape gives."""
 
+    def first_constant(self) -> int | None:
+        """The first output that no operation connects to anything watched, None where there is none."""
+        return next((i for i, end in enumerate(self._ends) if not end.requires_grad), None)
+
+    def has_custom_gradient(self) -> bool:
+        """Whether an ``autograd.Function`` stands in the graph: its gradient may be no gradient at all."""
+        return any(isinstance(node, BackwardCFunction) for node, _ in _torch.nodes(self._ends))
+
     def bytes_of_a_pull(self) -> tuple[int, int]:
         """The bytes of all the cotangents in one pull, and of the largest of them."""
         return _torch.graph_bytes(self._ends)
@@ -106,8 +115,9 @@ class _GroundTape(Tape):
     def __init__(self, func: Recordable, primals: Sequence[Tensor], private: Sequence[Tensor]) -> None:
         recording = torch.is_grad_enabled()
         with _torch.Recording():
-            self._known = True if any(p.requires_grad for p in primals) else None
             self._inputs = [_enter(p) for p in primals]
+            # An input that requires grad entered as a view, which is no leaf.
+            self._known = None if all(p.is_leaf for p in self._inputs) else True
             self._private = private
             self._ends, aux = func(self._inputs, _torch.outside_inference)
         if recording and self._watched():
@@ -130,9 +140,9 @@ class _GroundTape(Tape):
         for end in ends:
             if isinstance(end, Tensor) and end.is_leaf and end.requires_grad and id(end) not in own:
                 return True
-        for node in _torch.nodes(ends):
+        for node, following in _torch.nodes(ends):
             # Only the node that accumulates into a leaf has nothing before it and a variable.
-            if not node.next_functions:
+            if not following:
                 leaf = getattr(node, "variable", None)
                 if leaf is not None and id(leaf) not in own:
                     return True

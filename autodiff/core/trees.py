@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import optree
 import torch.utils._cxx_pytree  # noqa: F401  registers torch's classes with optree
 from optree import PyTreeSpec as Spec
+from torch import Tensor
 
 from autodiff.core._torch import register_with_torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["FlatTree", "Spec", "broadcast", "flatten", "match", "paths", "register", "subtrees", "unflatten"]
 
 NAMESPACE = "torch"
+LEAF = optree.treespec_leaf(none_is_leaf=True, namespace=NAMESPACE)
 
 
 class FlatTree(NamedTuple):
@@ -31,13 +33,16 @@ class FlatTree(NamedTuple):
 
 def flatten(tree: Any) -> FlatTree:
     """Take a tree apart. An object of an unregistered class, and None, are leaves."""
+    if isinstance(tree, Tensor):
+        # Most trees are one tensor: 0.3 us instead of 1.2.
+        return FlatTree([tree], LEAF)
     leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
     return FlatTree(leaves, spec)
 
 
-def unflatten(spec: Spec, leaves: Iterable[Any]) -> Any:
+def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
     """Put a tree together from its leaves in order."""
-    return spec.unflatten(leaves)
+    return leaves[0] if spec is LEAF else spec.unflatten(leaves)
 
 
 def match(spec: Spec, tree: Any) -> list[Any] | None:
@@ -46,7 +51,7 @@ def match(spec: Spec, tree: Any) -> list[Any] | None:
     Dicts match by key, whatever their order.
     """
     leaves, own = flatten(tree)
-    if own == spec:
+    if own is spec or own == spec:
         return leaves
     try:
         subtrees = spec.flatten_up_to(tree)

@@ -6,7 +6,7 @@ Imports `core` for trees; the derivatives themselves are the business of the mod
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -25,7 +25,7 @@ from autodiff.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 
 class Contract:
@@ -46,11 +46,14 @@ class Contract:
 
     # On the way in.
 
-    @contextmanager
-    def modes(self) -> Iterator[None]:
+    def modes(self) -> AbstractContextManager[Any]:
         """Grad mode as ``create_graph`` says, and no inference mode, which would cut every graph."""
-        with torch.inference_mode(mode=False), torch.set_grad_enabled(self.create_graph):
-            yield
+        if not torch.is_inference_mode_enabled():
+            return torch.set_grad_enabled(self.create_graph)
+        modes = ExitStack()
+        modes.enter_context(torch.inference_mode(mode=False))
+        modes.enter_context(torch.set_grad_enabled(self.create_graph))
+        return modes
 
     def _entering(self, leaf: Any) -> Any:
         """An input that is connected to the caller's, or cut off from it."""
@@ -62,17 +65,26 @@ class Contract:
         # transform decides what is watched.
         return leaf if leaf.requires_grad or not on_ground() else leaf.detach().requires_grad_()
 
-    def checked(self, func: Callable[..., Any], *, single: bool = False) -> Callable[..., Any]:
-        """``func`` with its output checked where it is made; ``single`` asks for one number."""
+    def checked(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """``func`` with its output checked where it is made."""
 
         def returning(*args: Any) -> Any:
             output = func(*args)
             self._refuse_bare_leaves("outputs of the user-provided function", output)
             if self.strict:
                 self._refuse_independent_outputs(output)
-            if single:
-                self._refuse_several_numbers(output)
             return output
+
+        return returning
+
+    def scalar(self, func: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+        """``func``, checked to return one number, as a scalar; the output as it is rides along."""
+        checked = self.checked(func)
+
+        def returning(*args: Any) -> tuple[Tensor, Tensor]:
+            output = checked(*args)
+            self._refuse_several_numbers(output)
+            return output.squeeze(), output
 
         return returning
 
@@ -165,21 +177,18 @@ class Contract:
                 raise StrictModeError(message.format(input=index), input=index)
 
 
-@contextmanager
-def legacy_words(message: str) -> Iterator[None]:
+class legacy_words(AbstractContextManager[None]):  # noqa: N801  used as a function
     """A transform's error about independence in legacy's words for it."""
-    try:
-        yield
-    except StrictModeError:
-        raise
-    except IndependenceError as error:
-        worded = message.format(input=error.input, output=error.output)
-        raise StrictModeError(worded, output=error.output, input=error.input) from None
 
+    __slots__ = ("_message",)
 
-def zeros_like(tree: Any) -> Any:
-    """A tree of zeros like a tree of tensors."""
-    return _map(lambda leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, IndependenceError) and not isinstance(error, StrictModeError):
+            worded = self._message.format(input=error.input, output=error.output)
+            raise StrictModeError(worded, output=error.output, input=error.input) from None
 
 
 def _map(change: Callable[[Any], Any], tree: Any) -> Any:

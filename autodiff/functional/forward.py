@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from autodiff.core._torch import SWITCH_OF_GRAD_MODE, nodes
+from autodiff.core._torch import SWITCH_OF_GRAD_MODE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,8 +49,3 @@ class BackwardOnly(TorchFunctionMode):
         if func in _SEEN_BY_BACKWARD:
             raise BackwardOnlyError
         return func(*args, **kwargs) if kwargs else func(*args)
-
-
-def has_custom_gradient(output: Tensor) -> bool:
-    """Whether an ``autograd.Function`` stands in the output's graph: its gradient may be anything."""
-    return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes([output]))

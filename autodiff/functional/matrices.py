@@ -10,7 +10,8 @@ from autodiff.core import trees
 from autodiff.core.batch import remember_randomness
 from autodiff.errors import OptionError, StrategyError, StrictModeError
 from autodiff.functional.contract import Contract, legacy_words
-from autodiff.functional.products import gradient
+from autodiff.functional.products import GRADIENT_CONSTANT
+from autodiff.transforms.grad import grad
 from autodiff.transforms.jacobian import by_mode
 
 if TYPE_CHECKING:
@@ -122,13 +123,15 @@ def hessian(
     call = Contract("hessian", inputs, create_graph, strict)
     if outer_jacobian_strategy not in _STRATEGIES:
         raise StrategyError('Expected strategy to be either "forward-mode" or "reverse-mode".')
-    slope = gradient(call, func, strict=False)
+    of_scalar = grad(call.scalar(func), call.argnums, has_aux=True)
 
-    def of_args(*args: Any) -> Any:
-        grad, _ = slope(*args)
-        return call.outward(grad)
+    def gradient(*args: Any) -> Any:
+        slope, _ = of_scalar(*args)
+        if strict:
+            call.refuse_constants(slope, GRADIENT_CONSTANT)
+        return call.outward(slope)
 
-    return _jacobian(call, of_args, vectorize, outer_jacobian_strategy)
+    return _jacobian(call, gradient, vectorize, outer_jacobian_strategy)
 
 
 def _jacobian(call: Contract, func: Callable[..., Any], vectorize: bool, strategy: str) -> Any:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from autodiff.core import checks
+from autodiff.core.arguments import Call
 from autodiff.core.batch import remember_randomness
-from autodiff.functional.contract import Contract, legacy_words, zeros_like
-from autodiff.functional.forward import BackwardOnly, BackwardOnlyError, has_custom_gradient
-from autodiff.transforms.grad import grad as transform_grad
+from autodiff.core.tape import record
+from autodiff.errors import StrictModeError
+from autodiff.functional.contract import Contract, legacy_words
+from autodiff.functional.forward import BackwardOnly, BackwardOnlyError
+from autodiff.transforms.grad import dense
+from autodiff.transforms.hessian import gradient_tape
+from autodiff.transforms.jvp import dense_tangents
 from autodiff.transforms.jvp import jvp as transform_jvp
+from autodiff.transforms.linearize import transpose
 from autodiff.transforms.vjp import vjp as transform_vjp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+    from autodiff.core.tape import Tape
 
 _OUTPUT_INDEPENDENT = (
     "The output of the user-provided function is independent of input {input}. This is not allowed in "
@@ -36,14 +45,14 @@ _HESSIAN_CONSTANT = (
     "The hessian of the user-provided function is independent of input {input}. This is not allowed in "
     "strict mode when create_graph=True."
 )
-_GRADIENT_CONSTANT = (
+GRADIENT_CONSTANT = (
     "While computing the hessian, found that the jacobian of the user-provided function with respect to "
     "input {input} is independent of the input. This is not allowed in strict mode. You should ensure that "
     "your function is twice differentiable and that the jacobian depends on the inputs (this would be "
     "violated by a linear function for example)."
 )
 _ENTRY_INDEPENDENT = (
-    "The gradient with respect to the input is independent of entry {input} in the grad_outputs when using "
+    "The gradient with respect to the input is independent of entry {output} in the grad_outputs when using "
     "the double backward trick to compute forward mode gradients. This is not allowed in strict mode."
 )
 _HESSIAN_ENTRY_INDEPENDENT = (
@@ -136,8 +145,14 @@ def jvp(
                 # No forward rule, or something in func that only a backward pass honours. An error of
                 # func's own comes again below.
                 rewind()
-        output, pullback = transform_vjp(call.checked(func), *call.args, strict=strict)
-        product = _transposed(call, pullback, output, tangents, _OUTPUT_INDEPENDENT, _ENTRY_INDEPENDENT)
+        recorded = Call("jvp", call.checked(func), call.args, {}, None, has_aux=False)
+        tape = record(recorded.evaluate, recorded.primals)
+        checks.tensor_outputs("jvp", tape.outputs, recorded.path_of_output)
+        push = transpose(tape, _looking_for_independence(call, _OUTPUT_INDEPENDENT))
+        pushed = push(recorded.tangents("v", tangents))
+        with legacy_words(_ENTRY_INDEPENDENT):
+            product = recorded.like_output(dense_tangents(recorded, tape.outputs, pushed, strict))
+        output = recorded.like_output(tape.outputs)
     if strict and create_graph:
         call.refuse_constants(product, _JACOBIAN_CONSTANT)
     return output, product
@@ -173,17 +188,15 @@ def vhp(
 
     The documented behaviour of ``torch.autograd.functional.vhp``, over any tree.
     """
-    call = Contract("vhp", inputs, create_graph, strict)
-    vector = _input_vector(call, v)
-    with call.modes():
-        _, pullback, output = transform_vjp(
-            gradient(call, func, strict=strict), *call.args, has_aux=True, strict=strict
-        )
+    contract = Contract("vhp", inputs, create_graph, strict)
+    vector = _input_vector(contract, v)
+    with contract.modes():
+        call, tape, output = _second_order(contract, func)
         with legacy_words(_JACOBIAN_INDEPENDENT):
-            product = pullback(vector, retain_graph=False)
+            product = call.like_arguments(dense(call, tape.pull(call.tangents("v", vector)), strict))
     if strict and create_graph:
-        call.refuse_constants(product, _HESSIAN_CONSTANT)
-    return output, call.outward(product)
+        contract.refuse_constants(product, _HESSIAN_CONSTANT)
+    return output, contract.outward(product)
 
 
 def hvp(
@@ -220,72 +233,50 @@ def hvp(
 
     The documented behaviour of ``torch.autograd.functional.hvp``, over any tree.
     """
-    call = Contract("hvp", inputs, create_graph, strict)
-    vector = _input_vector(call, v)
-    custom: list[bool] = []
-    with call.modes():
-        slope = gradient(
-            call, func, strict=strict, look=lambda output: custom.append(has_custom_gradient(output))
-        )
-        grad, pullback, output = transform_vjp(slope, *call.args, has_aux=True, strict=strict)
-        if strict or custom[0]:
-            messages = _JACOBIAN_INDEPENDENT, _HESSIAN_ENTRY_INDEPENDENT
-            product = _transposed(call, pullback, grad, vector, *messages)
+    contract = Contract("hvp", inputs, create_graph, strict)
+    vector = _input_vector(contract, v)
+    with contract.modes():
+        call, tape, output = _second_order(contract, func)
+        tangents = call.tangents("v", vector)
+        if strict or tape.has_custom_gradient():
+            push = transpose(tape, _looking_for_independence(contract, _JACOBIAN_INDEPENDENT))
+            pushed = push(tangents)
         else:
-            product = pullback(vector, retain_graph=False)
+            pushed = tape.pull(tangents)
+        with legacy_words(_HESSIAN_ENTRY_INDEPENDENT):
+            product = call.like_arguments(dense(call, pushed, strict))
     if strict and create_graph:
-        call.refuse_constants(product, _HESSIAN_CONSTANT)
-    return output, call.outward(product)
+        contract.refuse_constants(product, _HESSIAN_CONSTANT)
+    return output, contract.outward(product)
 
 
-def gradient(
-    call: Contract,
-    func: Callable[..., Any],
-    *,
-    strict: bool,
-    look: Callable[[Tensor], None] = lambda _: None,
-) -> Callable[..., tuple[Any, Tensor]]:
-    """The gradient of a function of one number, as a tuple over the arguments, and the output beside it.
-
-    ``strict`` tells an output that is independent of an input from one whose gradient is constant;
-    ``look`` is shown the output where it is made.
-    """
-    checked = call.checked(func, single=True)
-
-    def scalar(*args: Any) -> tuple[Tensor, Tensor]:
-        output = checked(*args)
-        look(output)
-        return output.squeeze(), output
-
-    of_scalar = transform_grad(scalar, call.argnums, has_aux=True, strict=strict)
-
-    def slope(*args: Any) -> tuple[Any, Tensor]:
-        with legacy_words(_OUTPUT_INDEPENDENT):
-            grad, output = of_scalar(*args)
-        if call.strict:
-            call.refuse_constants(grad, _GRADIENT_CONSTANT)
-        return grad, output
-
-    return slope
+def _second_order(contract: Contract, func: Callable[..., Any]) -> tuple[Call, Tape, Tensor]:
+    """The gradient of a function of one number, recorded, and the number as the function shaped it."""
+    call = Call(contract.name, contract.scalar(func), contract.args, {}, None, has_aux=True)
+    with legacy_words(_OUTPUT_INDEPENDENT):
+        tape = gradient_tape(call, strict=contract.strict)
+    constant = tape.first_constant() if contract.strict else None
+    if constant is not None:
+        raise StrictModeError(GRADIENT_CONSTANT.format(input=constant), input=constant)
+    _, output = tape.aux
+    return call, tape, output
 
 
-def _transposed(
-    call: Contract, pullback: Callable[..., Any], output: Any, tangents: Any, reached: str, entry: str
-) -> Any:
-    """The pullback of a pullback: the product from the other side, as legacy's trick has it."""
+def _looking_for_independence(
+    contract: Contract, message: str
+) -> Callable[[list[Tensor | None]], None]:
+    """Where strict: legacy's errors for what the first pullback of its double-backward trick gives."""
 
-    def of_cotangents(cotangents: Any) -> Any:
-        with legacy_words(reached):
-            product = pullback(cotangents)
-        if call.strict:
-            call.refuse_constants(product, _GRADIENT_INDEPENDENT)
-        return product
+    def look(pulled: list[Tensor | None]) -> None:
+        if not contract.strict:
+            return
+        for index, cotangent in enumerate(pulled):
+            if cotangent is None:
+                raise StrictModeError(message.format(input=index), input=index)
+            if not cotangent.requires_grad:
+                raise StrictModeError(_GRADIENT_INDEPENDENT.format(input=index), input=index)
 
-    # The pullback is linear: where it is differentiated does not matter, and zeros hold no nan.
-    _, push = transform_vjp(of_cotangents, zeros_like(output), strict=call.strict)
-    with legacy_words(entry):
-        (product,) = push(tangents, retain_graph=call.create_graph)
-    return product
+    return look
 
 
 def _input_vector(call: Contract, v: Any) -> tuple[Any, ...]:

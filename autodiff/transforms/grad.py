@@ -55,7 +55,7 @@ def grad(
 
     @wraps(func)
     def gradient(*args: Any, **kwargs: Any) -> Any:
-        result = _differentiate("grad", func, argnums, has_aux, strict, args, kwargs)
+        result = differentiate("grad", func, argnums, has_aux, strict, args, kwargs)
         return (result.gradient, result.aux) if has_aux else result.gradient
 
     return gradient
@@ -91,7 +91,7 @@ def value_and_grad(
 
     @wraps(func)
     def valued(*args: Any, **kwargs: Any) -> Any:
-        result = _differentiate("value_and_grad", func, argnums, has_aux, strict, args, kwargs)
+        result = differentiate("value_and_grad", func, argnums, has_aux, strict, args, kwargs)
         return ((result.value, result.aux) if has_aux else result.value), result.gradient
 
     return valued
@@ -127,34 +127,37 @@ def grad_and_value(
 
     @wraps(func)
     def valued(*args: Any, **kwargs: Any) -> Any:
-        result = _differentiate("grad_and_value", func, argnums, has_aux, strict, args, kwargs)
+        result = differentiate("grad_and_value", func, argnums, has_aux, strict, args, kwargs)
         return result.gradient, ((result.value, result.aux) if has_aux else result.value)
 
     return valued
 
 
-class _Result(NamedTuple):
+class Differentiated(NamedTuple):
+    """What one evaluation and one pull give; aux is None where there is none."""
+
     gradient: Any
     value: Tensor
     aux: Any
 
 
-def _differentiate(
+def differentiate(
     name: str,
     func: Callable[..., Any],
-    argnums: Argnums,
+    argnums: Argnums | None,
     has_aux: bool,
     strict: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> _Result:
+) -> Differentiated:
+    """Value, gradient and aux of one call, under the public name that the user called."""
     call = Call(name, func, args, kwargs, argnums, has_aux)
     tape = record(call.evaluate, call.primals)
     checks.scalar_output(name, call.out_spec, tape.outputs)
     (value,) = tape.outputs
     pulled = tape.pull([torch.ones_like(value)])
     gradient = call.like_arguments(dense(call, pulled, strict))
-    return _Result(gradient, value, call.aux(tape.aux) if has_aux else None)
+    return Differentiated(gradient, value, call.aux(tape.aux) if has_aux else None)
 
 
 def dense(call: Call, pulled: Sequence[Tensor | None], strict: bool) -> list[Tensor]:

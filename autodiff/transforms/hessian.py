@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from autodiff.core.arguments import Argnums, Lift
-    from autodiff.core.tape import Recordable
+    from autodiff.core.tape import Recordable, Tape
 
 HessianMode: TypeAlias = Literal[
     "auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward", "forward-over-forward"
@@ -156,7 +156,7 @@ _Product: TypeAlias = "tuple[Tensor, list[Tensor | None], list[Any]]"
 
 def _reverse_over_reverse(call: Call, directions: list[Tensor]) -> _Product:
     """The pullback of the gradient: the Hessian is symmetric."""
-    tape = record(lambda leaves, lift: _gradient(call, leaves, lift), call.primals)
+    tape = gradient_tape(call)
     value, *aux = tape.aux
     return value, tape.pull(directions), aux
 
@@ -181,13 +181,18 @@ def _reverse_over_forward(call: Call, directions: list[Tensor]) -> _Product:
     return value, tape.pull([torch.ones_like(tape.outputs[0])]), aux
 
 
-def _gradient(call: Call, leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
-    """The gradient at ``leaves``; the value and aux ride along."""
+def gradient_tape(call: Call, *, strict: bool = False) -> Tape:
+    """The gradient of one call, recorded; the value and aux ride along as the tape's aux."""
+    return record(lambda leaves, lift: _gradient(call, leaves, lift, strict=strict), call.primals)
+
+
+def _gradient(
+    call: Call, leaves: Sequence[Tensor], lift: Lift | None, *, strict: bool = False
+) -> tuple[list[Any], list[Any]]:
     tape = record(_lifted_by(lift, call), leaves)
-    checks.scalar_output("hvp", call.out_spec, tape.outputs)
+    checks.scalar_output(call.name, call.out_spec, tape.outputs)
     pulled = tape.pull([torch.ones_like(tape.outputs[0])])
-    gradient = [_or_zeros(p, leaf) for p, leaf in zip(pulled, leaves, strict=True)]
-    return gradient, [*tape.outputs, *tape.aux]
+    return dense(call, pulled, strict), [*tape.outputs, *tape.aux]
 
 
 def _lifted_by(outer: Lift | None, call: Call) -> Recordable:

@@ -59,15 +59,19 @@ def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..
     return call.like_output(tape.outputs), pushforward
 
 
-def transpose(tape: Tape) -> Callable[[Sequence[Tensor]], list[Tensor | None]]:
+def transpose(
+    tape: Tape, look: Callable[[list[Tensor | None]], None] = lambda _: None
+) -> Callable[[Sequence[Tensor]], list[Tensor | None]]:
     """The tape's derivative as a function of tangents: the pullback of its pullback.
 
     Conjugate twice: the engine's pullback is the conjugate transpose, and so is its own pullback.
+    ``look`` is shown what the first pullback gives, None where no output depends on an input.
     """
     reached: list[int] = []
 
     def pull(cotangents: Sequence[Tensor], _: Any) -> tuple[list[Tensor], list[Any]]:
         pulled = tape.pull(cotangents, retain_graph=True)
+        look(pulled)
         reached[:] = [i for i, cotangent in enumerate(pulled) if cotangent is not None]
         return [cotangent for cotangent in pulled if cotangent is not None], []
 
