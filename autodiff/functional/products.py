@@ -236,9 +236,12 @@ def hvp(
     contract = Contract("hvp", inputs, create_graph, strict)
     vector = _input_vector(contract, v)
     with contract.modes():
-        call, tape, output = _second_order(contract, func)
+        custom: list[bool] = []
+        call, tape, output = _second_order(
+            contract, func, lambda value: custom.append(value.has_custom_gradient())
+        )
         tangents = call.tangents("v", vector)
-        if strict or tape.has_custom_gradient():
+        if strict or custom[0]:
             push = transpose(tape, _looking_for_independence(contract, _JACOBIAN_INDEPENDENT))
             pushed = push(tangents)
         else:
@@ -250,11 +253,16 @@ def hvp(
     return output, contract.outward(product)
 
 
-def _second_order(contract: Contract, func: Callable[..., Any]) -> tuple[Call, Tape, Tensor]:
-    """The gradient of a function of one number, recorded, and the number as the function shaped it."""
+def _second_order(
+    contract: Contract, func: Callable[..., Any], look: Callable[[Tape], None] = lambda _: None
+) -> tuple[Call, Tape, Tensor]:
+    """The gradient of a function of one number, recorded, and the number as the function shaped it.
+
+    ``look`` is shown the tape of the number.
+    """
     call = Call(contract.name, contract.scalar(func), contract.args, {}, None, has_aux=True)
     with legacy_words(_OUTPUT_INDEPENDENT):
-        tape = gradient_tape(call, strict=contract.strict)
+        tape = gradient_tape(call, strict=contract.strict, look=look)
     constant = tape.first_constant() if contract.strict else None
     if constant is not None:
         raise StrictModeError(GRADIENT_CONSTANT.format(input=constant), input=constant)

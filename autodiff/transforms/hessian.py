@@ -181,15 +181,25 @@ def _reverse_over_forward(call: Call, directions: list[Tensor]) -> _Product:
     return value, tape.pull([torch.ones_like(tape.outputs[0])]), aux
 
 
-def gradient_tape(call: Call, *, strict: bool = False) -> Tape:
-    """The gradient of one call, recorded; the value and aux ride along as the tape's aux."""
-    return record(lambda leaves, lift: _gradient(call, leaves, lift, strict=strict), call.primals)
+def gradient_tape(
+    call: Call, *, strict: bool = False, look: Callable[[Tape], None] = lambda _: None
+) -> Tape:
+    """The gradient of one call, recorded; the value and aux ride along as the tape's aux.
+
+    ``look`` is shown the tape of the value.
+    """
+    return record(lambda leaves, lift: _gradient(call, leaves, lift, strict, look), call.primals)
 
 
 def _gradient(
-    call: Call, leaves: Sequence[Tensor], lift: Lift | None, *, strict: bool = False
+    call: Call,
+    leaves: Sequence[Tensor],
+    lift: Lift | None,
+    strict: bool = False,
+    look: Callable[[Tape], None] = lambda _: None,
 ) -> tuple[list[Any], list[Any]]:
     tape = record(_lifted_by(lift, call), leaves)
+    look(tape)
     checks.scalar_output(call.name, call.out_spec, tape.outputs)
     pulled = tape.pull([torch.ones_like(tape.outputs[0])])
     return dense(call, pulled, strict), [*tape.outputs, *tape.aux]
