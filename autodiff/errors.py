@@ -39,6 +39,10 @@ class OutputError(AutodiffError, RuntimeError):
     """The differentiated function returned something that the transform cannot differentiate."""
 
 
+class InPlaceError(AutodiffError, RuntimeError):
+    """The differentiated function wrote in place to what it is differentiated by."""
+
+
 class IndependenceError(AutodiffError, RuntimeError):
     """``strict=True`` and an output does not depend on an input.
 

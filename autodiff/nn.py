@@ -63,7 +63,11 @@ def functional_call(
         raise RuntimeError(
             "functional_call: The stateless API can't be used with nn.DataParallel module. Pass its .module."
         )
-    dicts = [parameter_and_buffer_dicts] if isinstance(parameter_and_buffer_dicts, dict) else parameter_and_buffer_dicts
+    dicts = (
+        [parameter_and_buffer_dicts]
+        if isinstance(parameter_and_buffer_dicts, dict)
+        else parameter_and_buffer_dicts
+    )
     if not isinstance(dicts, list | tuple) or not all(isinstance(one, dict) for one in dicts):
         raise OptionError(
             "functional_call: Expected parameter_and_buffer_dicts to be a dict, or a list/tuple of dicts, "
@@ -102,7 +106,9 @@ def stack_module_state(models: Sequence[nn.Module] | nn.ModuleList) -> tuple[dic
     {'weight': (5, 3, 2), 'bias': (5, 3)}
     """
     if len(models) == 0:
-        raise StructureError("stack_module_state: Expected at least one model, got 0. Pass a list of modules.")
+        raise StructureError(
+            "stack_module_state: Expected at least one model, got 0. Pass a list of modules."
+        )
     if len({model.training for model in models}) > 1:
         raise StructureError(
             "stack_module_state: Expected all models to have the same training/eval mode, got both. Call "
@@ -154,7 +160,8 @@ def _check_names(module: nn.Module, given: dict[str, Tensor]) -> None:
         parts = [f"Unexpected key(s): {', '.join(map(repr, unknown))}."] if unknown else []
         parts += [f"Missing key(s): {', '.join(map(repr, sorted(missing)))}."] if missing else []
         raise StructureError(
-            f"functional_call: Error(s) in reparametrizing for {type(module).__name__}:\n\t" + "\n\t".join(parts)
+            f"functional_call: Error(s) in reparametrizing for {type(module).__name__}:\n\t"
+            + "\n\t".join(parts)
         )
 
 
@@ -217,7 +224,8 @@ def _set(root: nn.Module, name: str, tensor: Tensor) -> None:
             f"functional_call: parameter_and_buffer_dicts[{name!r}] names no submodule {path!r} of "
             f"{type(root).__name__}. Use the names of named_parameters() and named_buffers()."
         ) from None
-    for home in (owner._parameters, owner._buffers):
+    homes: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+    for home in homes:
         if attribute in home:
             home[attribute] = tensor
             return

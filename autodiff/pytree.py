@@ -93,7 +93,7 @@ def register_dataclass(cls: C) -> C:
 
     def unflatten(_: Any, children: Sequence[Any]) -> Any:
         # Past __init__, __post_init__ and a frozen class's __setattr__: the children may be None.
-        obj = object.__new__(cls)
+        obj: Any = object.__new__(cls)
         for field, child in zip(fields, children, strict=True):
             object.__setattr__(obj, field, child)
         return obj
@@ -208,7 +208,9 @@ def from_matrix(matrix: Tensor, outputs: Any, inputs: Any) -> Any:
     rows = _differentiable("from_matrix", outputs, "outputs")
     heights, widths = [leaf.numel() for _, leaf in rows], [leaf.numel() for _, leaf in columns]
     expected = (sum(heights), sum(widths))
-    checks.shape("from_matrix", "matrix", matrix, expected, "a row for each output number, a column for each input")
+    checks.shape(
+        "from_matrix", "matrix", matrix, expected, "a row for each output number, a column for each input"
+    )
     in_spec, out_spec = trees.flatten(inputs).spec, trees.flatten(outputs).spec
     outer: list[Any] = [None] * out_spec.num_leaves
     for (row, output), strip in zip(rows, matrix.split(heights), strict=True):

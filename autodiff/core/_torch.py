@@ -21,7 +21,7 @@ from torch.autograd import graph as autograd_graph
 from torch.utils import _pytree as torch_pytree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _SAVED_TENSOR_HOOKS = (
     "a saved-tensor hook (torch.utils.checkpoint, save_on_cpu, saved_tensors_hooks) cannot run inside "
@@ -50,8 +50,19 @@ def on_ground() -> bool:
 
 def grad_level_active() -> bool:
     """Whether a reverse-mode level is on this thread's stack of transforms."""
+    return _on_stack(_functorch.TransformType.Grad)
+
+
+def forward_level_active() -> bool:
+    """Whether this thread pushes tangents, or forward mode is on for somebody unknown."""
+    if _thread.pushes or _on_stack(_functorch.TransformType.Jvp):
+        return True
+    return forward_ad._current_level >= 0 and not _dual_level.owned
+
+
+def _on_stack(kind: _functorch.TransformType) -> bool:
     stack = _functorch.get_interpreter_stack()
-    return stack is not None and any(layer.key() == _functorch.TransformType.Grad for layer in stack)
+    return stack is not None and any(layer.key() == kind for layer in stack)
 
 
 def requires_grad_at_any_depth(tensor: Tensor) -> bool:
@@ -196,10 +207,17 @@ def nodes(ends: Iterable[Any]) -> Iterator[tuple[Any, Sequence[Any]]]:
                 stack.append(one)
 
 
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor's storage was written in place."""
+    return [tensor._version for tensor in tensors]
+
+
 def graph_bytes(ends: Sequence[Tensor]) -> tuple[int, int]:
     """The bytes of all the cotangents that a pull from ``ends`` makes, and of the largest of them."""
     sizes = [
-        prod(metadata.shape) * metadata.dtype.itemsize for node, _ in nodes(ends) for metadata in node._input_metadata
+        prod(metadata.shape) * metadata.dtype.itemsize
+        for node, _ in nodes(ends)
+        for metadata in node._input_metadata
     ]
     return sum(sizes), max(sizes, default=0)
 
@@ -210,11 +228,11 @@ def quiet_fallbacks() -> Iterator[None]:
 
     torch has no way to ask what the switch was; it is on unless somebody uses the same private call.
     """
-    _functorch._set_vmap_fallback_warning_enabled(False)
+    _functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        _functorch._set_vmap_fallback_warning_enabled(True)
+        _functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
 
 # Forward mode.
@@ -281,7 +299,7 @@ def dual_ground() -> Iterator[None]:
         _dual_level.arrive()
         _thread.pushes += 1
         try:
-            with _forward_grad_enabled():
+            with _ForwardGrad():
                 yield
         finally:
             _thread.pushes -= 1
@@ -296,7 +314,7 @@ def dual_stacked() -> Iterator[int]:
         try:
             level = _functorch._jvp_increment_nesting()
             try:
-                with _forward_grad_enabled():
+                with _ForwardGrad():
                     yield level
             finally:
                 _functorch._jvp_decrement_nesting()
@@ -304,7 +322,7 @@ def dual_stacked() -> Iterator[int]:
             _dual_level.leave()
 
 
-class _forward_grad_enabled(AbstractContextManager[None]):
+class _ForwardGrad(AbstractContextManager[None]):
     __slots__ = ("_before",)
 
     def __enter__(self) -> None:
@@ -317,12 +335,12 @@ class _forward_grad_enabled(AbstractContextManager[None]):
 
 def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
     """A tensor that carries a tangent; a view of the primal."""
-    return torch._VF._make_dual(primal, tangent, level=0)  # type: ignore[attr-defined]
+    return torch._VF._make_dual(primal, tangent, level=0)
 
 
 def unpack_dual(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
     """Primal and tangent, the latter None where the tensor carries none."""
-    primal, tangent = torch._VF._unpack_dual(tensor, level=0)  # type: ignore[attr-defined]
+    primal, tangent = torch._VF._unpack_dual(tensor, level=0)
     return primal, tangent
 
 

@@ -29,8 +29,20 @@ class Call:
     """
 
     __slots__ = (
-        "_given", "_leaves", "_picks", "_where", "args", "aux_spec", "func", "has_aux", "kwargs", "name",
-        "out_spec", "primals", "root", "spec",
+        "_given",
+        "_leaves",
+        "_picks",
+        "_where",
+        "args",
+        "aux_spec",
+        "func",
+        "has_aux",
+        "kwargs",
+        "name",
+        "out_spec",
+        "primals",
+        "root",
+        "spec",
     )
 
     out_spec: Spec
@@ -77,7 +89,7 @@ class Call:
         """
         filled = list(leaves)
         if len(filled) < len(self._leaves):
-            filled = [_lifted(leaf, lift) for leaf in self._leaves]
+            filled = [leaf if lift is None else _lifted(leaf, lift) for leaf in self._leaves]
             for position, leaf in zip(self._where, leaves, strict=True):
                 filled[position] = leaf
         output = self._run(trees.unflatten(self.spec, filled), lift)
@@ -137,7 +149,11 @@ class Call:
         leaves = checks.same_structure(self.name, "cotangents", self.out_spec, tree, "primal output")
         picked = [leaves[i] for i in self._given]
         for output, cotangent, position in zip(outputs, picked, self._given, strict=True):
-            if type(cotangent) is not Tensor or cotangent.shape != output.shape or cotangent.dtype != output.dtype:
+            if (
+                type(cotangent) is not Tensor
+                or cotangent.shape != output.shape
+                or cotangent.dtype != output.dtype
+            ):
                 path = trees.paths(self.out_spec, "cotangents")[position]
                 home = trees.paths(self.out_spec, "output")[position]
                 checks.like_leaf(self.name, "cotangent", path, cotangent, home, output)

@@ -79,6 +79,7 @@ class Chunks:
             yield start, min(start + self.size, self.total)
 
     def is_last(self, stop: int) -> bool:
+        """Whether the piece that ends at ``stop`` is the last."""
         return stop == self.total
 
     def add(self, key: int, start: int, piece: Tensor, dim: int = 0) -> None:

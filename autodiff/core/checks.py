@@ -53,9 +53,7 @@ def allowed(name: str, option: str, value: object, choices: Sequence[str | None]
     if value in choices:
         return
     listed = ", ".join(repr(choice) for choice in choices)
-    raise OptionError(
-        f"{name}: {opening or 'the allowed values'} for {option} are {listed}. Got {value!r}."
-    )
+    raise OptionError(f"{name}: {opening or 'the allowed values'} for {option} are {listed}. Got {value!r}.")
 
 
 def argnums(name: str, value: object) -> None:
@@ -100,10 +98,14 @@ def argnums_unique(name: str, value: object) -> NoReturn:
 
 def no_differentiable_leaf(name: str, spec: Spec, leaves: Sequence[Any], root: str) -> NoReturn:
     """Name the leaf that came in place of a floating or complex tensor."""
-    opening = f"{name}: {root} has no leaf to differentiate. Expected at least one floating-point or complex tensor"
+    opening = (
+        f"{name}: {root} has no leaf to differentiate. Expected at least one floating-point or complex tensor"
+    )
     if not leaves:
-        raise LeafError(f"{opening}, got an empty {spec.type.__name__ if spec.type else 'tree'}. "
-                        f"Pass a tensor, or pick another argument with argnums.")
+        raise LeafError(
+            f"{opening}, got an empty {spec.type.__name__ if spec.type else 'tree'}. "
+            f"Pass a tensor, or pick another argument with argnums."
+        )
     where = trees.paths(spec, root)
     for path, leaf in zip(where, leaves, strict=True):
         if not isinstance(leaf, Tensor) and not isinstance(leaf, _PASSIVE_KINDS):
@@ -224,9 +226,7 @@ def tuple_of_primals(name: str, primals: object) -> None:
         )
 
 
-def same_structure(
-    name: str, kind: str, spec: Spec, tree: Any, reference: str
-) -> list[Any]:
+def same_structure(name: str, kind: str, spec: Spec, tree: Any, reference: str) -> list[Any]:
     """The leaves of ``tree`` in the order of ``spec``; an error where the structures differ."""
     leaves = trees.match(spec, tree)
     if leaves is not None:
@@ -249,9 +249,10 @@ def like_leaf(name: str, kind: str, path: str, value: object, model_path: str, m
             )
         unregistered(name, path, value)
     if value.shape != model.shape:
+        opening = "Mismatch in shape: " if kind == "cotangent" else ""
         raise ShapeError(
-            f"{name}: {'Mismatch in shape: ' if kind == 'cotangent' else ''}{path} has shape {tuple(value.shape)}, but {model_path} has "
-            f"shape {tuple(model.shape)}. {rule}"
+            f"{name}: {opening}{path} has shape {tuple(value.shape)}, but {model_path} has shape "
+            f"{tuple(model.shape)}. {rule}"
         )
     if value.dtype != model.dtype and not _castable(kind, value.dtype, model.dtype):
         raise DtypeError(

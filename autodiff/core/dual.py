@@ -64,7 +64,8 @@ def _push_traced(func: Recordable, primals: Sequence[Tensor], tangents: Sequence
         outputs, aux = func(inputs, None)
         return tuple(outputs), tuple(aux)
 
-    outputs, pushed, aux = torch.func.jvp(returning_tuples, tuple(primals), tuple(tangents), has_aux=True)
+    result: Any = torch.func.jvp(returning_tuples, tuple(primals), tuple(tangents), has_aux=True)
+    outputs, pushed, aux = result
     return Pushed(list(outputs), list(pushed), list(aux))
 
 

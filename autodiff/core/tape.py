@@ -1,7 +1,7 @@
 """Floor 1: reverse mode. Record a function once, pull cotangents back many times.
 
 Works on flat lists of tensors and hands on `record`, whose tape gives None for an input that the
-output does not depend on. Never sees a tree; imports only `_torch`.
+output does not depend on. Never sees a tree; imports `_torch` and `errors`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from autodiff.core import _torch
+from autodiff.errors import InPlaceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,18 +59,26 @@ class Tape(ABC):
         ]
         if not pairs:
             return [None] * len(self._inputs)
-        ends, seeds = zip(*pairs, strict=True)
+        ends = [end for end, _ in pairs]
+        seeds = [seed for _, seed in pairs]
         if create_graph is None:
             create_graph = torch.is_grad_enabled() and (
-                self._watched() or any(map(_torch.requires_grad_at_any_depth, seeds))
+                self._watched()
+                or any(map(_torch.requires_grad_at_any_depth, seeds))
+                # The backward formulas of linalg take what forward saved, without its tangent, where
+                # grad mode is off.
+                or _torch.forward_level_active()
             )
         with _torch.NormalMode():
             if create_graph:
                 seeds = [_torch.outside_inference(seed) for seed in seeds]
             return list(
                 _torch.backward(
-                    ends, seeds, self._inputs,
-                    retain_graph=retain_graph or create_graph, create_graph=create_graph,
+                    ends,
+                    seeds,
+                    self._inputs,
+                    retain_graph=retain_graph or create_graph,
+                    create_graph=create_graph,
                 )
             )
 
@@ -119,7 +128,9 @@ class _GroundTape(Tape):
             # An input that requires grad entered as a view, which is no leaf.
             self._known = None if all(p.is_leaf for p in self._inputs) else True
             self._private = private
+            versions = _torch.versions(self._inputs)
             self._ends, aux = func(self._inputs, _torch.outside_inference)
+            _refuse_written(self._inputs, versions)
         if recording and self._watched():
             self.outputs, self.aux = self._ends, aux
         else:
@@ -167,7 +178,8 @@ class _LevelTape(Tape):
 
     def _watched(self) -> bool:
         return _torch.grad_level_active() or any(
-            isinstance(output, Tensor) and _torch.requires_grad_at_any_depth(output) for output in self.outputs
+            isinstance(output, Tensor) and _torch.requires_grad_at_any_depth(output)
+            for output in self.outputs
         )
 
 
@@ -181,8 +193,14 @@ class _TracedTape(Tape):
             outputs, aux = func(inputs, None)
             return tuple(outputs), tuple(aux)
 
-        outputs, self._pullback, aux = torch.func.vjp(returning_tuples, *primals, has_aux=True)
-        self.outputs, self.aux, self._ends, self._inputs = list(outputs), list(aux), list(outputs), list(primals)
+        recorded: Any = torch.func.vjp(returning_tuples, *primals, has_aux=True)
+        outputs, self._pullback, aux = recorded
+        self.outputs, self.aux, self._ends, self._inputs = (
+            list(outputs),
+            list(aux),
+            list(outputs),
+            list(primals),
+        )
 
     def pull(
         self,
@@ -191,6 +209,7 @@ class _TracedTape(Tape):
         retain_graph: bool = False,
         create_graph: bool | None = None,
     ) -> list[Tensor | None]:
+        del retain_graph, create_graph  # the tracer's graph holds what it needs
         filled = [
             torch.zeros_like(output) if cotangent is None else cotangent
             for output, cotangent in zip(self.outputs, cotangents, strict=True)
@@ -199,6 +218,17 @@ class _TracedTape(Tape):
 
     def _watched(self) -> bool:
         return True
+
+
+def _refuse_written(inputs: Sequence[Tensor], versions: Sequence[int]) -> None:
+    """A view that is written in place becomes another point of the graph than the one it entered as."""
+    for index, (now, before) in enumerate(zip(_torch.versions(inputs), versions, strict=True)):
+        if now != before:
+            raise InPlaceError(
+                f"the function wrote in place to leaf {index} of the arguments that are differentiated, as "
+                f"where a leaf Variable that requires grad is being used in an in-place operation. Expected "
+                f"a function that leaves them as they are; write to a clone of it."
+            )
 
 
 def _enter(primal: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ registrations live, with None as a leaf and dicts in insertion order. Imports on
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import optree
 import torch.utils._cxx_pytree  # noqa: F401  registers torch's classes with optree
@@ -121,6 +121,6 @@ def register(
 
     entry = optree.AutoEntry if fields is None else optree.GetAttrEntry
     optree.register_pytree_node(
-        cls, flatten_for_optree, unflatten_one, path_entry_type=entry, namespace=NAMESPACE
+        cls, flatten_for_optree, cast("Any", unflatten_one), path_entry_type=entry, namespace=NAMESPACE
     )
     register_with_torch(cls, flatten_for_torch, lambda children, metadata: unflatten_one(metadata, children))

@@ -28,13 +28,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+_OUTPUT_DETACHED = (
+    "Output {output} of the user-provided function does not require gradients. The outputs must be computed "
+    "in a differentiable manner from the input when running in strict mode."
+)
+
+
 class Contract:
     """One call: its arguments as the transforms take them, and its results as the caller wants them.
 
     A tuple of inputs means several arguments; any other tree is one.
     """
 
-    __slots__ = ("args", "argnums", "create_graph", "name", "several", "strict")
+    __slots__ = ("argnums", "args", "create_graph", "name", "several", "strict")
 
     def __init__(self, name: str, inputs: Any, create_graph: bool, strict: bool) -> None:
         self.name, self.create_graph, self.strict = name, create_graph, strict
@@ -59,6 +65,9 @@ class Contract:
         """An input that is connected to the caller's, or cut off from it."""
         if not is_differentiable(leaf):
             return leaf
+        if leaf.is_inference():
+            with torch.inference_mode(mode=False):
+                leaf = leaf.clone()
         if not self.create_graph:
             return leaf.detach()
         # Without a leaf that requires grad, no result would carry a grad_fn. Inside a transform the
@@ -101,11 +110,7 @@ class Contract:
     def _refuse_independent_outputs(self, output: Any) -> None:
         for index, leaf in enumerate(trees.flatten(output).leaves):
             if isinstance(leaf, Tensor) and not leaf.requires_grad:
-                raise StrictModeError(
-                    f"Output {index} of the user-provided function does not require gradients. The outputs "
-                    "must be computed in a differentiable manner from the input when running in strict mode.",
-                    output=index,
-                )
+                self.refuse(_OUTPUT_DETACHED, output=index)
 
     def _refuse_several_numbers(self, output: Any) -> None:
         if not isinstance(output, Tensor):
@@ -120,7 +125,9 @@ class Contract:
     def vector(self, v: Any, like: Any, several: bool, whose: str) -> Any:
         """``v`` as a tree like ``like``, or ones where it may be left out."""
         if v is None:
-            if not isinstance(like, Tensor) and not (several and len(like) == 1 and isinstance(like[0], Tensor)):
+            if not isinstance(like, Tensor) and not (
+                several and len(like) == 1 and isinstance(like[0], Tensor)
+            ):
                 self._refuse_missing_vector(whose)
             only = like[0] if several else like
             if only.numel() != 1:
@@ -131,9 +138,7 @@ class Contract:
             # Legacy takes a tensor for a tuple of one, and a tuple of one for a tensor.
             v = (v,) if several else v[0] if len(v) == 1 else v
         if several and len(v) != len(like):
-            raise StructureError(
-                f"v is a tuple of invalid length: should be {len(like)} but got {len(v)}."
-            )
+            raise StructureError(f"v is a tuple of invalid length: should be {len(like)} but got {len(v)}.")
         if not several and isinstance(v, tuple):
             raise StructureError("The given v should contain a single Tensor.")
         return self._sized_like(v, like, several)
@@ -170,25 +175,40 @@ class Contract:
         """What belongs to the inputs, nested as they were."""
         return product if self.several else product[0]
 
+    # Strict.
+
     def refuse_constants(self, tree: Any, message: str) -> None:
         """Legacy's last strict check: a result that is to be differentiated again has to allow it."""
-        for index, leaf in enumerate(trees.flatten(tree).leaves):
-            if isinstance(leaf, Tensor) and not leaf.requires_grad:
-                raise StrictModeError(message.format(input=index), input=index)
+        leaves = [leaf for leaf in trees.flatten(tree).leaves if leaf is not None]
+        for index, leaf in enumerate(leaves):
+            if not leaf.requires_grad:
+                self.refuse(message, input=index)
+
+    def refuse(self, message: str, *, input: int | None = None, output: int | None = None) -> NoReturn:  # noqa: A002
+        """Legacy's words, which number tensors; in other trees a leaf is named by its path."""
+        place: Any = input
+        if input is not None and not all(isinstance(arg, Tensor) for arg in self.args):
+            leaves, spec = trees.flatten(self.args if self.several else self.args[0])
+            differentiated = [i for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
+            place = trees.paths(spec, "inputs")[differentiated[input]]
+        raise StrictModeError(
+            message.format(input=place, output=output), output=output, input=input
+        ) from None
+
+    def words(self, message: str) -> _LegacyWords:
+        """Inside this context, a transform's error about independence comes out in legacy's words."""
+        return _LegacyWords(self, message)
 
 
-class legacy_words(AbstractContextManager[None]):  # noqa: N801  used as a function
-    """A transform's error about independence in legacy's words for it."""
+class _LegacyWords(AbstractContextManager[None]):
+    __slots__ = ("_contract", "_message")
 
-    __slots__ = ("_message",)
-
-    def __init__(self, message: str) -> None:
-        self._message = message
+    def __init__(self, contract: Contract, message: str) -> None:
+        self._contract, self._message = contract, message
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, IndependenceError) and not isinstance(error, StrictModeError):
-            worded = self._message.format(input=error.input, output=error.output)
-            raise StrictModeError(worded, output=error.output, input=error.input) from None
+            self._contract.refuse(self._message, input=error.input, output=error.output)
 
 
 def _map(change: Callable[[Any], Any], tree: Any) -> Any:
@@ -196,4 +216,3 @@ def _map(change: Callable[[Any], Any], tree: Any) -> Any:
         return change(tree)
     leaves, spec = trees.flatten(tree)
     return trees.unflatten(spec, [change(leaf) for leaf in leaves])
-

@@ -27,7 +27,7 @@ _SEEN_BY_BACKWARD = frozenset(
         Tensor.requires_grad_,
         Tensor.retain_grad,
         Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-        Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
+        Tensor.grad_fn.__get__,  # type: ignore[union-attr]
         Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
         Tensor.scatter_reduce,
         Tensor.scatter_reduce_,

@@ -9,7 +9,7 @@ from torch import Tensor
 from autodiff.core import trees
 from autodiff.core.batch import remember_randomness
 from autodiff.errors import OptionError, StrategyError, StrictModeError
-from autodiff.functional.contract import Contract, legacy_words
+from autodiff.functional.contract import Contract
 from autodiff.functional.products import GRADIENT_CONSTANT
 from autodiff.transforms.grad import grad
 from autodiff.transforms.jacobian import by_mode
@@ -145,7 +145,7 @@ def _jacobian(call: Contract, func: Callable[..., Any], vectorize: bool, strateg
     if call.strict and vectorize:
         # Legacy runs the function first, and its errors come first.
         func = _then_refuse(func)
-    with call.modes(), legacy_words(_OUTPUT_INDEPENDENT):
+    with call.modes(), call.words(_OUTPUT_INDEPENDENT):
         blocks = _by_mode(call, func, "reverse", frugal=not vectorize)
     if call.strict and call.create_graph:
         leaves = trees.flatten(blocks).leaves
@@ -153,7 +153,9 @@ def _jacobian(call: Contract, func: Callable[..., Any], vectorize: bool, strateg
         for index, block in enumerate(leaves):
             if isinstance(block, Tensor) and not block.requires_grad:
                 # Legacy names the output here, though it says input.
-                raise StrictModeError(_JACOBIAN_CONSTANT.format(input=index // per_output), output=index // per_output)
+                raise StrictModeError(
+                    _JACOBIAN_CONSTANT.format(input=index // per_output), output=index // per_output
+                )
     return blocks
 
 
@@ -194,5 +196,3 @@ def _then_refuse(func: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return refusing
-
-

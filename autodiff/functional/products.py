@@ -8,8 +8,7 @@ from autodiff.core import checks
 from autodiff.core.arguments import Call
 from autodiff.core.batch import remember_randomness
 from autodiff.core.tape import record
-from autodiff.errors import StrictModeError
-from autodiff.functional.contract import Contract, legacy_words
+from autodiff.functional.contract import Contract
 from autodiff.functional.forward import BackwardOnly, BackwardOnlyError
 from autodiff.transforms.grad import dense
 from autodiff.transforms.hessian import gradient_tape
@@ -96,7 +95,7 @@ def vjp(
     with call.modes():
         output, pullback = transform_vjp(call.checked(func), *call.args, strict=strict)
         cotangents = call.vector(v, output, isinstance(output, tuple), _ONE_OUTPUT)
-        with legacy_words(_OUTPUT_INDEPENDENT):
+        with call.words(_OUTPUT_INDEPENDENT):
             product = pullback(cotangents, retain_graph=False)
     if strict and create_graph:
         call.refuse_constants(product, _JACOBIAN_CONSTANT)
@@ -150,7 +149,7 @@ def jvp(
         checks.tensor_outputs("jvp", tape.outputs, recorded.path_of_output)
         push = transpose(tape, _looking_for_independence(call, _OUTPUT_INDEPENDENT))
         pushed = push(recorded.tangents("v", tangents))
-        with legacy_words(_ENTRY_INDEPENDENT):
+        with call.words(_ENTRY_INDEPENDENT):
             product = recorded.like_output(dense_tangents(recorded, tape.outputs, pushed, strict))
         output = recorded.like_output(tape.outputs)
     if strict and create_graph:
@@ -192,7 +191,7 @@ def vhp(
     vector = _input_vector(contract, v)
     with contract.modes():
         call, tape, output = _second_order(contract, func)
-        with legacy_words(_JACOBIAN_INDEPENDENT):
+        with contract.words(_JACOBIAN_INDEPENDENT):
             product = call.like_arguments(dense(call, tape.pull(call.tangents("v", vector)), strict))
     if strict and create_graph:
         contract.refuse_constants(product, _HESSIAN_CONSTANT)
@@ -246,7 +245,7 @@ def hvp(
             pushed = push(tangents)
         else:
             pushed = tape.pull(tangents)
-        with legacy_words(_HESSIAN_ENTRY_INDEPENDENT):
+        with contract.words(_HESSIAN_ENTRY_INDEPENDENT):
             product = call.like_arguments(dense(call, pushed, strict))
     if strict and create_graph:
         contract.refuse_constants(product, _HESSIAN_CONSTANT)
@@ -261,18 +260,16 @@ def _second_order(
     ``look`` is shown the tape of the number.
     """
     call = Call(contract.name, contract.scalar(func), contract.args, {}, None, has_aux=True)
-    with legacy_words(_OUTPUT_INDEPENDENT):
+    with contract.words(_OUTPUT_INDEPENDENT):
         tape = gradient_tape(call, strict=contract.strict, look=look)
     constant = tape.first_constant() if contract.strict else None
     if constant is not None:
-        raise StrictModeError(GRADIENT_CONSTANT.format(input=constant), input=constant)
+        contract.refuse(GRADIENT_CONSTANT, input=constant)
     _, output = tape.aux
     return call, tape, output
 
 
-def _looking_for_independence(
-    contract: Contract, message: str
-) -> Callable[[list[Tensor | None]], None]:
+def _looking_for_independence(contract: Contract, message: str) -> Callable[[list[Tensor | None]], None]:
     """Where strict: legacy's errors for what the first pullback of its double-backward trick gives."""
 
     def look(pulled: list[Tensor | None]) -> None:
@@ -280,9 +277,9 @@ def _looking_for_independence(
             return
         for index, cotangent in enumerate(pulled):
             if cotangent is None:
-                raise StrictModeError(message.format(input=index), input=index)
+                contract.refuse(message, input=index)
             if not cotangent.requires_grad:
-                raise StrictModeError(_GRADIENT_INDEPENDENT.format(input=index), input=index)
+                contract.refuse(_GRADIENT_INDEPENDENT, input=index)
 
     return look
 

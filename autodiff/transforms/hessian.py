@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
 import torch
 
 from autodiff.core import checks
-from autodiff.core.arguments import Call, wraps
+from autodiff.core.arguments import Call
 from autodiff.core.dual import push
 from autodiff.core.tape import record
 from autodiff.transforms.grad import dense
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from autodiff.core.arguments import Argnums, Lift
     from autodiff.core.tape import Recordable, Tape
+    from autodiff.transforms.jacobian import JacobianMode
 
 HessianMode: TypeAlias = Literal[
     "auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward", "forward-over-forward"
@@ -79,6 +80,8 @@ def hessian(
     """
     checks.allowed("hessian", "mode", mode, _HESSIAN_MODES)
     checks.chunk_size("hessian", chunk_size)
+    outer: JacobianMode
+    inner: JacobianMode
     match mode:
         case "auto" | "reverse-over-reverse":
             outer, inner = "reverse", "reverse"
@@ -181,9 +184,7 @@ def _reverse_over_forward(call: Call, directions: list[Tensor]) -> _Product:
     return value, tape.pull([torch.ones_like(tape.outputs[0])]), aux
 
 
-def gradient_tape(
-    call: Call, *, strict: bool = False, look: Callable[[Tape], None] = lambda _: None
-) -> Tape:
+def gradient_tape(call: Call, *, strict: bool = False, look: Callable[[Tape], None] = lambda _: None) -> Tape:
     """The gradient of one call, recorded; the value and aux ride along as the tape's aux.
 
     ``look`` is shown the tape of the value.
@@ -209,7 +210,9 @@ def _lifted_by(outer: Lift | None, call: Call) -> Recordable:
     """``call.evaluate`` inside two levels: what the outer lifts, the inner one lifts on."""
     if outer is None:
         return call.evaluate
-    return lambda leaves, inner: call.evaluate(leaves, lambda t: outer(t) if inner is None else inner(outer(t)))
+    return lambda leaves, inner: call.evaluate(
+        leaves, lambda t: outer(t) if inner is None else inner(outer(t))
+    )
 
 
 def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:

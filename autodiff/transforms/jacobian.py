@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
 
 import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from autodiff.core.tape import Tape
 
 JacobianMode: TypeAlias = Literal["auto", "reverse", "forward"]
+
+# Of (co)tangents, and ``last=``; None where nothing depends.
+Product: TypeAlias = "Callable[..., list[Tensor | None]]"
 
 # A block for each output and each primal; None where the output does not depend on the primal.
 Blocks: TypeAlias = "list[list[Tensor]]"
@@ -209,11 +213,16 @@ def _rows(
     if strict:
         _check_rows(call, tape)
     if mode == "auto" and basis.size_of(call.primals) < basis.size_of(outputs):
-        push = transpose(tape)
-        columns = _stacked(lambda tangents, _: push(tangents), call.primals, chunk_size)
+        move = transpose(tape)
+
+        def without_last(tangents: list[Tensor], *, last: bool) -> list[Tensor | None]:
+            del last
+            return move(tangents)
+
+        columns = _stacked(without_last, call.primals, chunk_size)
         return _by_columns(call, outputs, columns), tape.aux
 
-    def pull(cotangents: Sequence[Tensor | None], last: bool) -> list[Tensor | None]:
+    def pull(cotangents: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
         pulled = tape.pull(cotangents, retain_graph=frugal or not last)
         # The engine pulls by the conjugate transpose.
         return [None if p is None else p.conj() for p in pulled] if holomorphic else pulled
@@ -222,14 +231,13 @@ def _rows(
         return _frugal_blocks(pull, tape, call.primals), tape.aux
     rows = _stacked(pull, outputs, chunk_size)
     by_input = [
-        basis.row_blocks(of_primal, outputs, primal) for of_primal, primal in zip(rows, call.primals, strict=True)
+        basis.row_blocks(of_primal, outputs, primal)
+        for of_primal, primal in zip(rows, call.primals, strict=True)
     ]
     return [list(of_output) for of_output in zip(*by_input, strict=True)], tape.aux
 
 
-def _frugal_blocks(
-    pull: Callable[[Sequence[Tensor | None], bool], list[Tensor | None]], tape: Tape, primals: Sequence[Tensor]
-) -> Blocks:
+def _frugal_blocks(pull: Product, tape: Tape, primals: Sequence[Tensor]) -> Blocks:
     """Rows of one output after the other, in batches where a batched pull is possible.
 
     A pull never runs the user's function again, so a batch that fails costs only its own time.
@@ -238,8 +246,10 @@ def _frugal_blocks(
     for position, output in enumerate(tape.outputs):
         before, after = [None] * position, [None] * (len(tape.outputs) - position - 1)
 
-        def pull_one(rows: list[Tensor], last: bool, before: Any = before, after: Any = after) -> list[Tensor | None]:
-            return pull([*before, *rows, *after], last)
+        def pull_one(
+            rows: Any, *, last: bool, before: Any = before, after: Any = after
+        ) -> list[Tensor | None]:
+            return pull([*before, *rows, *after], last=last)
 
         chunk_size = _frugal_chunk(tape, output, primals)
         try:
@@ -273,7 +283,8 @@ def _columns(
     seen: list[Any] = []
     aux: list[Any] = []
 
-    def pushed(tangents: list[Tensor], _: bool) -> list[Tensor | None]:
+    def pushed(tangents: list[Tensor], *, last: bool) -> list[Tensor | None]:
+        del last
         if rewind is not None:
             rewind()
         result = push(call.evaluate, call.primals, tangents)
@@ -286,7 +297,7 @@ def _columns(
         seen[:], aux[:] = result.outputs, result.aux
         return result.tangents
 
-    draws = "error" if randomness == "error" else "same"
+    draws: Randomness = "error" if randomness == "error" else "same"
     # Every chunk runs the function again, and has to see the same random numbers.
     rewind = None if chunk_size is None else remember_randomness(call.primals)
     columns = _stacked(pushed, call.primals, chunk_size, draws)
@@ -294,7 +305,7 @@ def _columns(
 
 
 def _stacked(
-    product: Callable[[list[Tensor], bool], list[Tensor | None]],
+    product: Product,
     leaves: Sequence[Tensor],
     chunk_size: int | None,
     randomness: Randomness = "same",
@@ -302,7 +313,7 @@ def _stacked(
     """``product`` of every standard basis vector of the leaves' space, stacked.
 
     A space of one dimension, and ``chunk_size=1``, need no batch: the product is taken as it is.
-    ``product`` is also told whether it is called for the last time.
+    ``product`` is also told whether it is called for the ``last`` time.
     """
     chunks, count = Chunks(basis.size_of(leaves), chunk_size), 0
     for start, stop in chunks:
@@ -310,10 +321,10 @@ def _stacked(
         last = chunks.is_last(stop)
         if chunks.size <= 1:
             # One vector, or none: then one product still says what the results would look like.
-            results = product([vector.squeeze(0) for vector in vectors], last)
+            results = product([vector.squeeze(0) for vector in vectors], last=last)
             pieces = [None if result is None else result.unsqueeze(0)[: stop - start] for result in results]
         else:
-            pieces = over_rows(lambda rows, last=last: product(rows, last), vectors, stop - start, randomness)
+            pieces = over_rows(partial(product, last=last), vectors, stop - start, randomness)
         count = len(pieces)
         for key, piece in enumerate(pieces):
             if piece is not None:

@@ -1,4 +1,4 @@
-"""Floor 2: one evaluation, many Jacobian-vector products. Builds on `core`, `vjp` and `jvp`."""
+"""Floor 2: one evaluation, many Jacobian-vector products. Builds on `core` and `jvp`."""
 
 from __future__ import annotations
 

@@ -57,4 +57,3 @@ def vjp(
 
     output = call.like_output(tape.outputs)
     return (output, pullback, call.aux(tape.aux)) if has_aux else (output, pullback)
-

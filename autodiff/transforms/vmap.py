@@ -90,7 +90,12 @@ class _Mapped:
     out_dims: list[int | None]
 
     def __init__(
-        self, func: Callable[..., Any], in_dims: Any, out_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        func: Callable[..., Any],
+        in_dims: Any,
+        out_dims: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
         self._func, self._out_dims = func, out_dims
         self.leaves, self.dims, self._spec, where = _batched_leaves(func, in_dims, args, kwargs)
@@ -110,7 +115,7 @@ class _Mapped:
         for start, stop in chunks:
             if rewind is not None:
                 rewind()
-            pieces = self.leaves if in_one else self._each(lambda leaf, dim: leaf.narrow(dim, start, stop - start))
+            pieces = self.leaves if in_one else self._each(Tensor.narrow, start, stop - start)
             results = batch.run(self._call, pieces, self.dims, stop - start, randomness, self._destinations)
             for key, (result, dim) in enumerate(zip(results, self.out_dims, strict=True)):
                 if dim is not None:
@@ -124,7 +129,7 @@ class _Mapped:
         for sample, _ in chunks:
             if rewind is not None:
                 rewind()
-            results = self._call(self._each(lambda leaf, dim: leaf.select(dim, sample)))
+            results = self._call(self._each(Tensor.select, sample))
             tensors = [isinstance(result, Tensor) for result in results]
             for key, dim in enumerate(self._destinations(results, tensors)):
                 if dim is not None:
@@ -136,10 +141,9 @@ class _Mapped:
         results, self.out_spec = trees.flatten(self._func(*args, **kwargs))
         return results
 
-    def _each(self, part: Callable[[Tensor, int], Tensor]) -> list[Any]:
-        return [
-            leaf if dim is None else part(leaf, dim) for leaf, dim in zip(self.leaves, self.dims, strict=True)
-        ]
+    def _each(self, part: Callable[..., Tensor], *of_dim: int) -> list[Any]:
+        pairs = zip(self.leaves, self.dims, strict=True)
+        return [leaf if dim is None else part(leaf, dim, *of_dim) for leaf, dim in pairs]
 
     def _assembled(self, chunks: Chunks, results: list[Any]) -> Any:
         return trees.unflatten(

@@ -1,0 +1,33 @@
+"""Sphinx: MyST pages, the API from docstrings, the furo theme. Builds without a network."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+project = "autodiff"
+author = "the autodiff contributors"
+copyright = "2026, the autodiff contributors"
+version = release = importlib.metadata.version("autodiff")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_build"]
+root_doc = "index"
+
+html_theme = "furo"
+html_static_path = ["_static"]
+html_title = "autodiff"
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+# Types are said in words under Args, with shapes; signatures keep names and defaults.
+autodoc_typehints = "none"
+napoleon_numpy_docstring = False
+# What is returned is said in a sentence, which may have a colon; it is no type to link to.
+napoleon_use_rtype = False

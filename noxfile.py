@@ -1,0 +1,95 @@
+"""Every check of this project, each in an environment of its own.
+
+``nox`` runs what CI runs. ``nox -s demo`` shows the main use; ``nox -l`` lists the sessions.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+# pip knows the machine's own package sources; uv would not.
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["tests", "lint", "types", "ops", "docs"]
+
+CONSTRAINTS = Path("constraints.txt")
+# One thread per process: the test processes share the cores, and timings need a quiet one.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+WORKERS = str(min(os.cpu_count() or 1, 8))
+
+
+def install(session: nox.Session, *what: str) -> None:
+    """Install under the pins."""
+    session.install(*what, "-c", str(CONSTRAINTS))
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Compute the Hessian of every digit's loss, with the package as users install it."""
+    install(session, ".[examples]")
+    session.run("python", "examples/per_sample_hessians.py", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests, and every example in docstrings, README and docs."""
+    install(session, "-e", ".[tests]")
+    run_tests(session)
+
+
+@nox.session
+def ops(session: nox.Session) -> None:
+    """Compare with torch.func over torch's own operator database."""
+    install(session, "-e", ".[tests]")
+    session.run("pytest", "-n", WORKERS, "tests/ops", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, docstrings and the two seams."""
+    install(session, "ruff")
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the package's types, strictly."""
+    install(session, "-e", ".[types]")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into docs/_build; every warning is an error."""
+    install(session, "-e", ".[docs]")
+    session.run("sphinx-build", "-W", "--keep-going", "-n", "-q", "docs", "docs/_build", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure time and memory beside torch.func and torch.autograd.functional."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "-m", "benchmarks", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+@nox.parametrize("torch", ["2.11.0", "2.15.0"])
+def torch_versions(session: nox.Session, torch: str) -> None:
+    """Run the tests under the oldest and the newest torch: by hand, for it fetches several GB."""
+    # Each torch brings bounds on setuptools of its own; all other pins hold.
+    freed = ("torch==", "setuptools==")
+    pins = [pin for pin in CONSTRAINTS.read_text().splitlines() if not pin.startswith(freed)]
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text("\n".join([*pins, f"torch=={torch}", ""]))
+    session.install("-e", ".[tests]", "-c", str(constraints))
+    run_tests(session)
+
+
+def run_tests(session: nox.Session) -> None:
+    """Run the suite without the operator matrix, which has a session of its own."""
+    session.run("pytest", "-n", WORKERS, "--ignore=tests/ops", *session.posargs, env=ONE_THREAD)
