@@ -64,10 +64,10 @@ OF_ONE = {
     "linear": lambda x: (2 * x).sum(),
     "clone": lambda x: x.clone(),
     "identity": lambda x: x,
-    "constant": lambda x: torch.ones(()),  # noqa: ARG005
-    "constant vector": lambda x: torch.ones(2),  # noqa: ARG005
+    "constant": lambda x: torch.ones(()),
+    "constant vector": lambda x: torch.ones(2),
     "captured parameter": lambda x: (_weight @ x).tanh().sum(),
-    "only captured": lambda x: _weight.sum(),  # noqa: ARG005
+    "only captured": lambda x: _weight.sum(),
     "old-style Function": lambda x: _OddGradient.apply(x * 1.3).sum(),
     "no_grad inside": region_without_grad,
     "grad inside": gradient_inside,
@@ -79,18 +79,20 @@ OF_ONE = {
     "wider dtype out": lambda x: x.double().pow(2).sum(),
     "requires_grad_ inside": lambda x: (x.requires_grad_() ** 2).sum(),
     "detach inside": lambda x: (x.detach() * x * x).sum(),
-    "number out": lambda x: 1.0,  # noqa: ARG005
+    "number out": lambda x: 1.0,
     "element": lambda x: x[0] ** 2,
     "times zero": lambda x: (x * 0).sum(),
     "complex inside": complex_inside,
-    "product by scatter": lambda x: torch.ones(1).scatter_reduce(0, torch.zeros(2, dtype=int), x, "prod").sum(),
+    "product by scatter": lambda x: (
+        torch.ones(1).scatter_reduce(0, torch.zeros(2, dtype=int), x, "prod").sum()
+    ),
     "raises": lambda x: x @ torch.ones(5),
 }
 
 # Tensors of shapes (2,) and (3,) in.
 OF_TWO = {
     "both": lambda x, y: (x**2).sum() * y.sum(),
-    "first only": lambda x, y: (x**2).sum(),  # noqa: ARG005
+    "first only": lambda x, y: (x**2).sum(),
     "two vectors": lambda x, y: (x * y.sum(), y.exp()),
     "linear in both": lambda x, y: 2 * x.sum() + 3 * y.sum(),
     "linear in one": lambda x, y: (x**2).sum() + 3 * y.sum(),
@@ -104,7 +106,12 @@ def _numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def one_tensor() -> dict[str, object]:
     watched = _numbers(2).requires_grad_()
-    return {"plain": _numbers(2), "requires grad": watched, "tuple": (_numbers(2),), "not a leaf": watched * 2}
+    return {
+        "plain": _numbers(2),
+        "requires grad": watched,
+        "tuple": (_numbers(2),),
+        "not a leaf": watched * 2,
+    }
 
 
 def two_tensors() -> dict[str, object]:

@@ -20,10 +20,10 @@ import itertools
 
 import pytest
 import torch
+import torch.autograd.functional as legacy
 from torch import Tensor
 
 import autodiff.functional as ours
-import torch.autograd.functional as legacy
 from tests.functional.cases import CASES, build
 
 FLAGS = list(itertools.product((False, True), repeat=3))
@@ -33,7 +33,7 @@ def outcome(api, name, func, inputs, **keywords):
     torch.manual_seed(0)
     try:
         return getattr(api, name)(func, inputs, **keywords)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  whatever legacy raises is compared
         return error
 
 
@@ -92,7 +92,9 @@ def test_products_are_legacys(product, name, kind):
 
 
 @pytest.mark.parametrize(("name", "kind"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-@pytest.mark.parametrize(("matrix", "keyword"), [("jacobian", "strategy"), ("hessian", "outer_jacobian_strategy")])
+@pytest.mark.parametrize(
+    ("matrix", "keyword"), [("jacobian", "strategy"), ("hessian", "outer_jacobian_strategy")]
+)
 @pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_matrices_are_legacys(matrix, keyword, strategy, vectorize, name, kind):

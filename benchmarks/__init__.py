@@ -1,0 +1,1 @@
+"""autodiff side by side with what torch ships, as ratios from interleaved runs."""
