@@ -192,27 +192,31 @@ def _with_tied_names(given: dict[str, Tensor], tied: dict[str, list[str]]) -> di
 
 
 def _twin(module: nn.Module, replaced: dict[str, Tensor]) -> nn.Module:
-    """A shallow copy of the module tree with other tensors; a module in two places stays one."""
+    """A shallow copy of the module tree with other tensors."""
     twins: dict[int, nn.Module] = {}
-
-    def copy(original: nn.Module) -> nn.Module:
-        if id(original) not in twins:
-            twin = original.__new__(type(original))
-            twins[id(original)] = twin
-            vars(twin).update(vars(original))
-            vars(twin)["_parameters"] = dict(original._parameters)
-            vars(twin)["_buffers"] = dict(original._buffers)
-            vars(twin)["_modules"] = {
-                name: child if child is None else copy(child) for name, child in original._modules.items()
-            }
-        return twins[id(original)]
-
-    root = copy(module)
+    root = _copied(module, twins)
     for name, tensor in replaced.items():
         _set(root, name, tensor)
     for twin in twins.values():
         _refresh_flat_weights(twin)
     return root
+
+
+def _copied(original: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
+    """A shallow copy of a module and of what it holds; a module in two places stays one."""
+    # A function of its own: one nested in _twin would refer to itself, and such a cycle keeps the
+    # tensors alive until the collector comes by.
+    if id(original) not in twins:
+        twin = original.__new__(type(original))
+        twins[id(original)] = twin
+        vars(twin).update(vars(original))
+        vars(twin)["_parameters"] = dict(original._parameters)
+        vars(twin)["_buffers"] = dict(original._buffers)
+        vars(twin)["_modules"] = {
+            name: child if child is None else _copied(child, twins)
+            for name, child in original._modules.items()
+        }
+    return twins[id(original)]
 
 
 def _set(root: nn.Module, name: str, tensor: Tensor) -> None:

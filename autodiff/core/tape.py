@@ -52,15 +52,13 @@ class Tape(ABC):
         ``create_graph=None`` makes a graph only when somebody outside can watch the result. A pull
         that makes a graph keeps the one that it reads, since the two share saved tensors.
         """
-        pairs = [
-            (end, cotangent)
-            for end, cotangent in zip(self._ends, cotangents, strict=True)
-            if cotangent is not None and end.requires_grad
-        ]
-        if not pairs:
+        ends, seeds = [], []
+        for end, cotangent in zip(self._ends, cotangents, strict=True):
+            if cotangent is not None and end.requires_grad:
+                ends.append(end)
+                seeds.append(cotangent)
+        if not ends:
             return [None] * len(self._inputs)
-        ends = [end for end, _ in pairs]
-        seeds = [seed for _, seed in pairs]
         if create_graph is None:
             create_graph = torch.is_grad_enabled() and (
                 self._watched()
@@ -69,18 +67,15 @@ class Tape(ABC):
                 # grad mode is off.
                 or _torch.forward_level_active()
             )
-        with _torch.NormalMode():
-            if create_graph:
-                seeds = [_torch.outside_inference(seed) for seed in seeds]
-            return list(
-                _torch.backward(
-                    ends,
-                    seeds,
-                    self._inputs,
-                    retain_graph=retain_graph or create_graph,
-                    create_graph=create_graph,
-                )
-            )
+        if create_graph:
+            seeds = [_torch.outside_inference(seed) for seed in seeds]
+        return _torch.backward(
+            ends,
+            seeds,
+            self._inputs,
+            retain_graph=retain_graph or create_graph,
+            create_graph=create_graph,
+        )
 
     @abstractmethod
     def _watched(self) -> bool:
@@ -125,12 +120,14 @@ class _GroundTape(Tape):
         recording = torch.is_grad_enabled()
         with _torch.Recording():
             self._inputs = [_enter(p) for p in primals]
-            # An input that requires grad entered as a view, which is no leaf.
-            self._known = None if all(p.is_leaf for p in self._inputs) else True
+            # An input that requires grad entered as a view, which is no leaf and may be written.
+            views = [p for p in self._inputs if not p.is_leaf]
+            self._known = True if views else None
             self._private = private
-            versions = _torch.versions(self._inputs)
+            versions = _torch.versions(views)
             self._ends, aux = func(self._inputs, _torch.outside_inference)
-            _refuse_written(self._inputs, versions)
+            if views:
+                _refuse_written(views, versions)
         if recording and self._watched():
             self.outputs, self.aux = self._ends, aux
         else:
@@ -220,15 +217,14 @@ class _TracedTape(Tape):
         return True
 
 
-def _refuse_written(inputs: Sequence[Tensor], versions: Sequence[int]) -> None:
+def _refuse_written(views: Sequence[Tensor], versions: Sequence[int]) -> None:
     """A view that is written in place becomes another point of the graph than the one it entered as."""
-    for index, (now, before) in enumerate(zip(_torch.versions(inputs), versions, strict=True)):
-        if now != before:
-            raise InPlaceError(
-                f"the function wrote in place to leaf {index} of the arguments that are differentiated, as "
-                f"where a leaf Variable that requires grad is being used in an in-place operation. Expected "
-                f"a function that leaves them as they are; write to a clone of it."
-            )
+    if _torch.versions(views) != versions:
+        raise InPlaceError(
+            "the function wrote in place to an argument that is differentiated, of shape "
+            f"{[tuple(view.shape) for view in views]}: a leaf Variable that requires grad is being used in "
+            "an in-place operation. Expected a function that leaves its inputs as they are; write to a clone."
+        )
 
 
 def _enter(primal: Tensor) -> Tensor:

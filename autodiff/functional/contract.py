@@ -99,13 +99,16 @@ class Contract:
 
     def _refuse_bare_leaves(self, what: str, tree: Any) -> None:
         """Legacy's TypeError for what is no tensor and no tree either."""
-        expected = f"The {what} given to {self.name} must be either a Tensor or a tuple of Tensors but the"
-        if isinstance(tree, tuple):
-            for index, one in enumerate(tree):
-                if not isinstance(one, Tensor) and trees.is_leaf(one):
-                    raise LeafError(f"{expected} value at index {index} has type {type(one)}.")
-        elif not isinstance(tree, Tensor) and trees.is_leaf(tree):
-            raise LeafError(f"{expected} given {what} has type {type(tree)}.")
+        if isinstance(tree, Tensor):
+            return
+        several = isinstance(tree, tuple)
+        for index, one in enumerate(tree if several else (tree,)):
+            if not isinstance(one, Tensor) and trees.is_leaf(one):
+                place = f"value at index {index}" if several else f"given {what}"
+                raise LeafError(
+                    f"The {what} given to {self.name} must be either a Tensor or a tuple of Tensors but the "
+                    f"{place} has type {type(one)}."
+                )
 
     def _refuse_independent_outputs(self, output: Any) -> None:
         for index, leaf in enumerate(trees.flatten(output).leaves):
@@ -162,7 +165,7 @@ class Contract:
     def _vector_leaf(self, leaf: Any, model: Any) -> Any:
         if not is_differentiable(model) or not is_differentiable(leaf):
             return leaf
-        if not self.create_graph:
+        if leaf.requires_grad and not self.create_graph:
             leaf = leaf.detach()
         return leaf.to(model.dtype) if leaf.dtype != model.dtype and not leaf.is_complex() else leaf
 
