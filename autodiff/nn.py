@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from autodiff.core._torch import on_ground
 from autodiff.errors import OptionError, StructureError
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ def _stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             )
         stack = torch.stack([tensor.detach() for tensor in tensors])
         # Inside a transform a stack cannot be asked to require grad, and need not.
-        stacked[name] = stack.requires_grad_() if tensors[0].requires_grad else stack
+        watched = tensors[0].requires_grad and on_ground()
+        stacked[name] = stack.requires_grad_() if watched else stack
     return stacked
 
 

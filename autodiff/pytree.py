@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -176,7 +177,10 @@ def to_matrix(jacobian: Any, inputs: Any) -> Tensor:
             continue
         for position, leaf in columns:
             checks.block("to_matrix", f"row {number} of jacobian", blocks[position], leaf.shape)
-        strips = [blocks[position].reshape(-1, leaf.numel()) for position, leaf in columns]
+        strips = [
+            blocks[position].reshape(_rows_of(blocks[position], leaf), leaf.numel())
+            for position, leaf in columns
+        ]
         rows.append(strips[0] if len(strips) == 1 else torch.cat(strips, dim=1))
     if not rows:
         checks.jacobian_of_inputs("to_matrix", trees.flatten(jacobian).spec, in_spec)
@@ -219,6 +223,11 @@ def from_matrix(matrix: Tensor, outputs: Any, inputs: Any) -> Any:
             inner[column] = block.reshape((*output.shape, *leaf.shape))
         outer[row] = trees.unflatten(in_spec, inner)
     return trees.unflatten(out_spec, outer)
+
+
+def _rows_of(block: Tensor, leaf: Tensor) -> int:
+    # Not -1, which is ambiguous where the leaf holds no numbers.
+    return prod(block.shape[: block.dim() - leaf.dim()])
 
 
 def _differentiable(name: str, tree: Any, root: str) -> list[tuple[int, Tensor]]:

@@ -337,6 +337,9 @@ class _ForwardGrad(AbstractContextManager[None]):
 
 def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
     """A tensor that carries a tangent; a view of the primal."""
+    if not primal.is_contiguous() and 0 in primal.stride():
+        # torch lays the tangent out like the primal, and refuses where that is expanded.
+        primal = primal.contiguous()
     return torch._VF._make_dual(primal, tangent, level=0)
 
 
@@ -372,6 +375,9 @@ def is_batched_at(tensor: Tensor, level: int) -> bool:
 
 def remove_batch(tensor: Tensor, dim: int, size: int, level: int) -> Tensor:
     """The tensor with the level's batch as dimension ``dim``, expanded if it carried none."""
+    if not is_batched_at(tensor, level):
+        # torch expands such a tensor at dimension 0, whatever dim says.
+        return tensor.unsqueeze(dim).expand(*tensor.shape[:dim], size, *tensor.shape[dim:])
     return _functorch._remove_batch_dim(tensor, level, size, dim)
 
 

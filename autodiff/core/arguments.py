@@ -190,9 +190,9 @@ def wraps(func: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[.
 
 
 def parameter_names(func: Callable[..., Any]) -> list[str]:
-    """The names of the positional parameters; empty for a callable without a signature."""
+    """The names of the positional parameters, a module's from its ``forward``; empty if unknown."""
     try:
-        parameters = inspect.signature(func).parameters.values()
+        parameters = inspect.signature(getattr(func, "forward", func)).parameters.values()
     except (TypeError, ValueError):
         return []
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -31,9 +31,12 @@ def push(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]
     """Run ``func`` once with a tangent on every primal."""
     if _torch.compiling():
         return _push_traced(func, primals, tangents)
-    if _torch.on_ground():
-        return _push_on_ground(func, primals, tangents)
-    return _push_on_level(func, primals, tangents)
+    on = _push_on_ground if _torch.on_ground() else _push_on_level
+    pushed = on(func, primals, tangents)
+    if torch.is_grad_enabled() or _torch.forward_level_active():
+        return pushed
+    # A pull inside made a graph, since tangents need one, but grad mode is off out here.
+    return Pushed(*([_detached(leaf) for leaf in leaves] for leaves in pushed))
 
 
 def _push_on_ground(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Pushed:
@@ -74,6 +77,10 @@ def _duals(primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor
         _torch.make_dual(_torch.outside_inference(primal), _torch.outside_inference(tangent))
         for primal, tangent in zip(primals, tangents, strict=True)
     ]
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _split(leaf: Any) -> tuple[Any, Tensor | None]:

@@ -60,12 +60,9 @@ class Tape(ABC):
         if not ends:
             return [None] * len(self._inputs)
         if create_graph is None:
-            create_graph = torch.is_grad_enabled() and (
-                self._watched()
-                or any(map(_torch.requires_grad_at_any_depth, seeds))
-                # The backward formulas of linalg take what forward saved, without its tangent, where
-                # grad mode is off.
-                or _torch.forward_level_active()
+            create_graph = self._may_carry_tangents() or (
+                torch.is_grad_enabled()
+                and (self._watched() or any(map(_torch.requires_grad_at_any_depth, seeds)))
             )
         if create_graph:
             seeds = [_torch.outside_inference(seed) for seed in seeds]
@@ -76,6 +73,13 @@ class Tape(ABC):
             retain_graph=retain_graph or create_graph,
             create_graph=create_graph,
         )
+
+    def _may_carry_tangents(self) -> bool:
+        """Whether saved tensors may carry tangents, which some backward formulas lose without grad mode.
+
+        Those of linalg do: without it they take what forward saved, and that has no tangent.
+        """
+        return False
 
     @abstractmethod
     def _watched(self) -> bool:
@@ -172,6 +176,9 @@ class _LevelTape(Tape):
             self._ends, aux = func(self._inputs, lambda tensor: _torch.wrap(tensor, level))
             self.outputs = [_unwrapped(end, level) for end in self._ends]
             self.aux = [_unwrapped(leaf, level) for leaf in aux]
+
+    def _may_carry_tangents(self) -> bool:
+        return _torch.forward_level_active()
 
     def _watched(self) -> bool:
         return _torch.grad_level_active() or any(

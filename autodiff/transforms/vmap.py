@@ -201,10 +201,13 @@ def _batched_leaves(
         checks.in_dims_fit("vmap", in_dims, args_spec)
     where = trees.paths(args_spec, "args") + trees.paths(kwargs_spec, "kwargs")
     dims: list[int | None] = []
-    for path, leaf, (dim, exact) in zip(where, leaves, [*of_args, *of_kwargs], strict=True):
+    alone = [child.is_leaf() for child in args_spec.children() for _ in range(child.num_leaves)]
+    alone += [False] * len(of_kwargs)
+    pairs = zip(where, leaves, [*of_args, *of_kwargs], alone, strict=True)
+    for path, leaf, (dim, exact), argument in pairs:
         # A number or string inside a tree that one in_dim stands for is the same for all samples; as
         # an argument of its own it is a mistake.
-        top = path.count("[") == 1 and not isinstance(in_dims, dict)
+        top = argument and not isinstance(in_dims, dict)
         if not isinstance(leaf, Tensor) and not exact and not top:
             dims.append(None)
             continue

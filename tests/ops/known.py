@@ -1,0 +1,129 @@
+"""The operators that do not pass a check of matrix.py under torch 2.13, and what is wrong with each.
+
+KNOWN maps a check to verdicts and those to operators. A test fails when an operator's verdict is not
+the one listed here: when a listed one starts to work, or fails in another way, and when one that is
+not listed fails. `python tests/ops/collect.py` prints what the tables should hold.
+
+The verdicts:
+    both raise ...              the operator lacks a rule, in torch.func as here
+    torch.func raises ...       autodiff works, and plain torch.autograd agrees with it
+    autodiff raises ...         torch.func works: a bug of autodiff
+    autodiff is wrong           plain torch.autograd agrees with torch.func: a bug of autodiff
+    torch.func is wrong         plain torch.autograd agrees with autodiff
+    both are wrong              torch.autograd and finite differences agree against both
+    torch.autograd is wrong     the two and finite differences agree against it
+    both contradict torch.autograd    and finite differences do not say who is right
+"""
+
+from __future__ import annotations
+
+TORCH = "2.13."  # the samples, and what fails on them, change with every minor version
+
+# Not run at all.
+LEFT_OUT = {
+    "as_strided.partial_views": "its samples are windows into larger storage, which a copy does not have",
+    "bfloat16": "it leaves double precision",
+    "cfloat": "it leaves double precision",
+    "chalf": "it leaves double precision",
+    "float": "it leaves double precision",
+    "half": "it leaves double precision",
+}
+
+# Samples with sparse CSR inputs, which have no strides for a level's wrapper to show.
+_SPARSE = "sparse.sampled_addmm sparse.mm.reduce"
+
+# A torch.library.custom_op, which torch runs as an autograd.Function of the old style: autodiff pulls
+# through it on the ground, and nothing can inside a level.
+_CUSTOM_OP = "nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none"
+
+# No forward-mode rule.
+_NO_FORWARD = """
+    _segment_reduce.lengths _segment_reduce.offsets cdist cholesky grid_sampler_2d grid_sampler_3d
+    index_reduce.amax index_reduce.amin index_reduce.mean index_reduce.prod native_dropout_backward
+    nn.functional.ctc_loss nn.functional.embedding_bag nn.functional.grid_sample
+    nn.functional.multi_margin_loss nn.functional.multilabel_margin_loss nn.functional.pdist
+    nn.functional.scaled_dot_product_attention ormqr to_sparse
+"""
+
+# The backward formula has no derivative.
+_NO_DOUBLE_BACKWARD = """
+    _segment_reduce.lengths _segment_reduce.offsets nn.functional.ctc_loss nn.functional.embedding_bag
+    nn.functional.hardsigmoid nn.functional.multi_margin_loss nn.functional.multilabel_margin_loss
+    nn.functional.scaled_dot_product_attention
+"""
+_NO_DOUBLE_BACKWARD_OF_DISTANCE = "cdist nn.functional.pdist"
+
+# No batching rule, and no fallback to a loop either: the operator branches on its data (cov,
+# gaussian_nll_loss, tensor_split), writes unbatched running statistics (the batch norms), draws random
+# numbers by batched parameters, asks for a memory format that the batched tensor has not (to, double,
+# cdouble), or says that it needs special handling.
+_NO_BATCHING = """
+    _batch_norm_with_update _native_batch_norm_legit as_strided_scatter bernoulli cdouble cov double
+    native_batch_norm nn.functional.batch_norm nn.functional.gaussian_nll_loss nn.functional.instance_norm
+    nn.functional.rrelu normal normal.number_mean tensor_split to
+"""
+# max_unpool2d's pullback asks for a memory format.
+_NO_BATCHING_OF_PULLBACK = "nn.functional.max_unpool2d nn.functional.max_unpool2d.grad"
+
+# What the pullback gives is not the transposed derivative where several entries write to one place.
+_OVERLAPPING_WRITES = "nn.functional.max_unpool1d nn.functional.max_unpool2d nn.functional.max_unpool3d"
+
+# Silent zeros: torch drops the tangents that enter a custom_op, and scatter_reduce's.
+_TANGENT_DROPPED = f"scatter_reduce.prod {_CUSTOM_OP}"
+
+_TABLES = {
+    "vjp": {
+        # tensor_split reads its split points from a tensor that a level hides.
+        "torch.func raises RuntimeError": f"tensor_split {_SPARSE} {_CUSTOM_OP}",
+    },
+    "jvp": {
+        "both are wrong": _TANGENT_DROPPED,
+        "both raise NotImplementedError": _NO_FORWARD,
+        # normal gives the tangent of its mean where the standard deviation makes the output larger.
+        "both raise RuntimeError": f"normal {_SPARSE}",
+        "torch.autograd is wrong": f"as_strided_scatter {_OVERLAPPING_WRITES}",
+        "torch.func raises RuntimeError": "tensor_split",
+    },
+    "grad of vjp": {
+        "both raise NotImplementedError": _NO_DOUBLE_BACKWARD_OF_DISTANCE,
+        "both raise RuntimeError": f"sparse.mm.reduce {_NO_DOUBLE_BACKWARD}",
+        "torch.func raises RuntimeError": f"sparse.sampled_addmm tensor_split {_CUSTOM_OP}",
+    },
+    "jvp of vjp": {
+        # triangular_solve's pullback loses a tangent, where linalg.solve_triangular's keeps it;
+        # scatter_reduce as under "jvp".
+        "both are wrong": "scatter_reduce.prod triangular_solve",
+        # At the kink of a norm a subgradient has no derivative to agree about.
+        "both contradict torch.autograd": "linalg.norm.subgradients_at_zero",
+        "both raise NotImplementedError": f"""
+            {_NO_FORWARD} nn.functional.hardsigmoid nn.functional.huber_loss nn.functional.soft_margin_loss
+        """,
+        "both raise RuntimeError": f"normal tensor_split {_SPARSE} {_CUSTOM_OP}",
+        # NaN from the double backward where the mask leaves only minus infinities.
+        "torch.autograd is wrong": "masked.logaddexp",
+    },
+    "vmap of vjp": {
+        "both raise NotImplementedError": "to_sparse",
+        "both raise RuntimeError": f"{_NO_BATCHING} {_NO_BATCHING_OF_PULLBACK} {_SPARSE} {_CUSTOM_OP}",
+        # Its differentiable backward formula branches on data; autodiff needs that one only where
+        # somebody watches.
+        "torch.func raises RuntimeError": "index_reduce.prod scatter_reduce.prod",
+    },
+    "vmap of jvp": {
+        "both are wrong": _TANGENT_DROPPED,
+        "both raise NotImplementedError": _NO_FORWARD,
+        "both raise RuntimeError": f"{_NO_BATCHING} {_SPARSE}",
+        "torch.autograd is wrong": _OVERLAPPING_WRITES,
+    },
+    "vmap of grad of vjp": {
+        "both raise NotImplementedError": f"to_sparse {_NO_DOUBLE_BACKWARD_OF_DISTANCE}",
+        "both raise RuntimeError": f"""
+            {_NO_BATCHING} {_NO_BATCHING_OF_PULLBACK} {_NO_DOUBLE_BACKWARD} {_SPARSE} {_CUSTOM_OP}
+            index_reduce.prod scatter_reduce.prod
+        """,
+    },
+}
+
+KNOWN = {
+    check: {verdict: names.split() for verdict, names in table.items()} for check, table in _TABLES.items()
+}
