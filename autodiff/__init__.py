@@ -7,35 +7,37 @@ tensor([[ 6.,  0.],
         [ 0., 12.]])
 """
 
-# What a torch.func user imports beside the transforms.
-from torch.func import debug_unwrap as debug_unwrap
-from torch.func import functionalize as functionalize
-from torch.func import replace_all_batch_norm_modules_ as replace_all_batch_norm_modules_
+# isort: off  the groups are what a reader looks for
 
-# Modules, trees and errors have names of their own.
-from autodiff import errors as errors
-from autodiff import functional as functional
-from autodiff import pytree as pytree
+# First derivatives.
+from autodiff.transforms.grad import grad as grad
+from autodiff.transforms.grad import value_and_grad as value_and_grad
+from autodiff.transforms.grad import grad_and_value as grad_and_value
+from autodiff.transforms.vjp import vjp as vjp
+from autodiff.transforms.jvp import jvp as jvp
+from autodiff.transforms.linearize import linearize as linearize
+from autodiff.transforms.jacobian import jacrev as jacrev
+from autodiff.transforms.jacobian import jacfwd as jacfwd
+from autodiff.transforms.jacobian import jacobian as jacobian
+
+# Second derivatives.
+from autodiff.transforms.hessian import hessian as hessian
+from autodiff.transforms.hessian import hvp as hvp
+
+# Batches.
+from autodiff.transforms.vmap import vmap as vmap
 
 # Modules as functions.
 from autodiff.nn import functional_call as functional_call
 from autodiff.nn import stack_module_state as stack_module_state
 
-# First derivatives.
-from autodiff.transforms.grad import grad as grad
-from autodiff.transforms.grad import grad_and_value as grad_and_value
-from autodiff.transforms.grad import value_and_grad as value_and_grad
+# The API of torch.autograd.functional, trees, and errors: modules of their own.
+from autodiff import functional as functional
+from autodiff import pytree as pytree
+from autodiff import errors as errors
 
-# Second derivatives.
-from autodiff.transforms.hessian import hessian as hessian
-from autodiff.transforms.hessian import hvp as hvp
-from autodiff.transforms.jacobian import jacfwd as jacfwd
-from autodiff.transforms.jacobian import jacobian as jacobian
-from autodiff.transforms.jacobian import jacrev as jacrev
-from autodiff.transforms.jvp import jvp as jvp
-from autodiff.transforms.linearize import linearize as linearize
-from autodiff.transforms.vjp import vjp as vjp
-
-# Batches.
-from autodiff.transforms.vmap import vmap as vmap
-from torch.func import rearrange as rearrange
+# What a torch.func user imports beside the transforms.
+from torch.func import functionalize as functionalize
+from torch.func import replace_all_batch_norm_modules_ as replace_all_batch_norm_modules_
+from torch.func import debug_unwrap as debug_unwrap
+from autodiff.core._torch import rearrange as rearrange

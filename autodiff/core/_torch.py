@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,10 @@ _SAVED_TENSOR_HOOKS = (
     "place of values. Enter the hook around the outermost transform's function only when nothing "
     "batches it, or leave it out."
 )
+
+
+# torch.func has it since 2.13.
+rearrange: Any = getattr(torch.func, "rearrange", None) or import_module("functorch.einops").rearrange
 
 
 # Where we are.

@@ -60,10 +60,10 @@ class Tape(ABC):
         if not ends:
             return [None] * len(self._inputs)
         if create_graph is None:
-            create_graph = self._may_carry_tangents() or (
+            create_graph = (
                 torch.is_grad_enabled()
                 and (self._watched() or any(map(_torch.requires_grad_at_any_depth, seeds)))
-            )
+            ) or self._needs_grad_mode()
         if create_graph:
             seeds = [_torch.outside_inference(seed) for seed in seeds]
         return _torch.backward(
@@ -74,11 +74,8 @@ class Tape(ABC):
             create_graph=create_graph,
         )
 
-    def _may_carry_tangents(self) -> bool:
-        """Whether saved tensors may carry tangents, which some backward formulas lose without grad mode.
-
-        Those of linalg do: without it they take what forward saved, and that has no tangent.
-        """
+    def _needs_grad_mode(self) -> bool:
+        """Whether some backward formula is right only where a graph is made, though nobody watches."""
         return False
 
     @abstractmethod
@@ -177,8 +174,13 @@ class _LevelTape(Tape):
             self.outputs = [_unwrapped(end, level) for end in self._ends]
             self.aux = [_unwrapped(leaf, level) for leaf in aux]
 
-    def _may_carry_tangents(self) -> bool:
-        return _torch.forward_level_active()
+    def _needs_grad_mode(self) -> bool:
+        # Without grad mode, linalg's formulas reuse the factors that forward saved. These have no
+        # tangent; and with factors of the outer of two batches and a right-hand side of the inner one
+        # torch's solve is silently wrong, as in vmap(hessian(logdet)).
+        return _torch.forward_level_active() or any(
+            type(node).__name__.startswith("Linalg") for node, _ in _torch.nodes(self._ends)
+        )
 
     def _watched(self) -> bool:
         return _torch.grad_level_active() or any(

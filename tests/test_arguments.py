@@ -1,0 +1,151 @@
+"""One call, lifted: argnums by number and name, keywords, signatures, aux."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autodiff as ad
+from autodiff.core.arguments import Call, is_differentiable, name_of, parameter_names
+from scenarios import assert_close
+
+X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+Y = torch.tensor([3.0, 0.25, -2.0], dtype=torch.float64)
+
+TRANSFORMS = [ad.grad, ad.jacrev, ad.jacfwd, ad.jacobian]
+
+
+def product(x: Tensor, y: Tensor = Y, *rest: Tensor, scale: Any = 1, **more: Tensor) -> Tensor:
+    total = (x * x * y).sum() * scale
+    return total + sum(r.sum() for r in rest) + sum((m**2).sum() for m in more.values())
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("argnums", "args", "kwargs", "expected"),
+    [
+        (0, (X,), {}, 2 * X * Y),
+        (0, (X,), {"scale": 3}, 6 * X * Y),
+        (0, (), {"x": X}, 2 * X * Y),
+        (1, (X,), {"y": Y}, X * X),
+        ("x", (X, Y), {}, 2 * X * Y),
+        ("y", (X, Y), {"scale": 2}, 2 * X * X),
+        (2, (X, Y, Y), {}, torch.ones_like(Y)),
+        (-1, (X, Y, Y), {}, torch.ones_like(Y)),
+        ("extra", (X, Y), {"extra": Y}, 2 * Y),
+        (("extra", 0), (X, Y), {"extra": Y}, (2 * Y, 2 * X * Y)),
+        (("y", "x"), (), {"x": X, "y": Y}, (X * X, 2 * X * Y)),
+    ],
+)
+def test_selected_arguments(transform: Any, argnums: Any, args: Any, kwargs: Any, expected: Any) -> None:
+    assert_close(transform(product, argnums=argnums)(*args, **kwargs), expected)
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, power: Tensor) -> Tensor:
+        return (x.abs() ** power).sum()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_name_of_a_parameter_of_a_modules_forward(transform: Any) -> None:
+    power = torch.tensor(2.0, dtype=torch.float64)
+    assert_close(transform(Scaled(), argnums="power")(X, power), (X**2 * X.abs().log()).sum())
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_name_of_a_parameter_of_a_method_and_a_partial(transform: Any) -> None:
+    class Owner:
+        def method(self, x: Tensor, y: Tensor) -> Tensor:
+            return (x * y).sum()
+
+    assert_close(transform(Owner().method, argnums="y")(X, Y), X)
+    assert_close(transform(functools.partial(product, scale=2), argnums="y")(X, Y), 2 * X * X)
+
+
+def test_builtin_without_a_signature_takes_numbers() -> None:
+    assert_close(ad.grad(torch.dot, argnums=1)(X, Y), X)
+    assert parameter_names(torch.dot) == []
+
+
+def test_names_used_in_messages() -> None:
+    assert name_of(product) == "product"
+    assert name_of(functools.partial(product, scale=2)) == "functools.partial(product, ...)"
+    assert name_of(nn.Linear(1, 1)) == "Linear"
+
+
+@pytest.mark.parametrize(
+    ("leaf", "expected"),
+    [
+        (X, True),
+        (torch.ones(1, dtype=torch.complex64), True),
+        (torch.ones(1, dtype=torch.bfloat16), True),
+        (torch.ones(1, dtype=torch.int64), False),
+        (torch.ones(1, dtype=torch.bool), False),
+        (1.0, False),
+        (None, False),
+    ],
+)
+def test_differentiable_leaves(leaf: Any, expected: bool) -> None:
+    assert is_differentiable(leaf) is expected
+
+
+def test_call_lifts_every_other_tensor() -> None:
+    lifted = []
+
+    def lift(tensor: Tensor) -> Tensor:
+        lifted.append(tensor)
+        return tensor * 1
+
+    index, other, keyword = torch.tensor([0, 1]), Y * 2, Y * 3
+    call = Call(
+        "grad",
+        lambda p, o, *, k: (p["x"] * o * k).sum(),
+        ({"x": X, "i": index}, other),
+        {"k": keyword},
+        0,
+        has_aux=False,
+    )
+    (output,), aux = call.evaluate([X], lift)
+    assert_close(output, (X * other * keyword).sum())
+    assert aux == []
+    assert {id(t) for t in lifted} >= {id(index), id(other), id(keyword)}
+
+
+def test_unselected_arguments_are_left_alone() -> None:
+    class Opaque:
+        pass
+
+    opaque = Opaque()
+
+    def func(x: Tensor, thing: Any, *, other: Any) -> Tensor:
+        assert thing is opaque
+        assert other == {"set": {1, 2}}
+        return (x**2).sum()
+
+    for transform in TRANSFORMS:
+        assert_close(transform(func)(X, opaque, other={"set": {1, 2}}), 2 * X)
+
+
+def test_watched_unselected_argument_keeps_its_gradient() -> None:
+    y = Y.clone().requires_grad_()
+    for transform in TRANSFORMS:
+        (by_y,) = torch.autograd.grad(transform(product)(X, y).sum(), y)
+        assert_close(by_y, 2 * X)
+
+
+def test_same_tensor_in_two_places_is_two_inputs() -> None:
+    result = ad.grad(lambda p: (p["a"] * p["b"] ** 2).sum())({"a": X, "b": X})
+    assert_close(result, {"a": X**2, "b": 2 * X * X})
+    assert_close(ad.grad(lambda a, b: (a * b**2).sum(), argnums=(0, 1))(X, X), (X**2, 2 * X * X))
+
+
+def test_default_arguments_count() -> None:
+    def func(x: Tensor, power: int = 3) -> Tensor:
+        return (x**power).sum()
+
+    assert_close(ad.grad(func)(X), 3 * X**2)
+    assert_close(ad.grad(func)(X, power=2), 2 * X)

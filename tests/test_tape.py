@@ -1,0 +1,248 @@
+"""The tape rule: on the ground everything that works with backward() works inside a transform.
+
+What torch.func refuses, and what these tests do, stands in docs/limitations.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import graph
+from torch.utils.checkpoint import checkpoint
+
+import autodiff as ad
+from autodiff.core import _torch
+from autodiff.core.tape import record
+from every_transform import EVERY, Every, T, W, X, cubic, each_derivative, gradient
+from scenarios import assert_close
+
+# What has no level at any time: the derivative is all plain autograd.
+GROUND = ["grad", "value_and_grad", "vjp", "linearize", "jacrev-1", "hessian-1", "hvp", "jacrev", "jacobian"]
+on_ground = pytest.mark.parametrize("name", GROUND)
+
+
+def transform_named(name: str) -> Every:
+    return next(every for every in EVERY if every.name == name)
+
+
+def checkpointed(x: Tensor) -> Tensor:
+    return checkpoint(cubic, x, use_reentrant=False)
+
+
+def saved_on_cpu(x: Tensor) -> Tensor:
+    with graph.save_on_cpu():
+        return cubic(x)
+
+
+def hooked(x: Tensor) -> Tensor:
+    with graph.saved_tensors_hooks(lambda t: t * 1, lambda t: t):
+        return cubic(x)
+
+
+class OldStyle(torch.autograd.Function):
+    """x^3 without setup_context."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * cotangent
+
+
+def old_style(x: Tensor) -> Tensor:
+    return (W * OldStyle.apply(x)).sum()
+
+
+def with_requires_grad(x: Tensor) -> Tensor:
+    free = torch.ones(3, dtype=x.dtype).requires_grad_()
+    (slope,) = torch.autograd.grad((free**2).sum(), free)
+    return (slope / 2 * W * x**3).sum()
+
+
+def with_retain_grad(x: Tensor) -> Tensor:
+    y = x**3
+    y.retain_grad()
+    return (W * y).sum()
+
+
+def with_hook(x: Tensor) -> Tensor:
+    y = x**3
+    y.register_hook(lambda cotangent: cotangent * 1)
+    return (W * y).sum()
+
+
+def with_nested_functional(x: Tensor) -> Tensor:
+    slopes = torch.autograd.functional.jacobian(lambda y: y**4 / 4, x, create_graph=True)
+    return (W * slopes.diagonal()).sum()
+
+
+def with_nested_grad(x: Tensor) -> Tensor:
+    (slope,) = torch.autograd.grad((x**4 / 4).sum(), x, create_graph=True)
+    return (W * slope).sum()
+
+
+def with_anomaly_detection(x: Tensor) -> Tensor:
+    with torch.autograd.set_detect_anomaly(mode=False):
+        return cubic(x)
+
+
+PLAIN_AUTOGRAD = [
+    checkpointed,
+    saved_on_cpu,
+    hooked,
+    old_style,
+    with_requires_grad,
+    with_retain_grad,
+    with_hook,
+    with_nested_functional,
+    with_nested_grad,
+    with_anomaly_detection,
+]
+
+
+@on_ground
+@pytest.mark.parametrize("func", PLAIN_AUTOGRAD, ids=lambda f: f.__name__)
+def test_what_backward_allows_works_on_the_ground(name: str, func: Any) -> None:
+    every = transform_named(name)
+    assert_close(every.apply(func, X), every.expected(X, W))
+
+
+@pytest.mark.parametrize("func", [saved_on_cpu, checkpointed, hooked], ids=lambda f: f.__name__)
+def test_saved_tensor_hooks_work_in_a_batched_hessian(func: Any) -> None:
+    every = transform_named("hessian")
+    assert_close(every.apply(func, X), every.expected(X, W))
+
+
+def test_saved_tensor_hook_inside_vmap_is_an_error_that_says_so() -> None:
+    with pytest.raises(RuntimeError, match=r"saved-tensor hook .* cannot run inside a transform"):
+        ad.vmap(ad.grad(saved_on_cpu))(X[None])
+
+
+def test_hook_inside_sees_the_cotangent() -> None:
+    seen = []
+
+    def func(x: Tensor) -> Tensor:
+        y = x * 1
+        y.register_hook(lambda cotangent: seen.append(cotangent.clone()))
+        return cubic(y)
+
+    ad.grad(func)(X)
+    assert_close(seen, [gradient(X)])
+
+
+def test_escaped_tensors_are_ordinary() -> None:
+    escaped = []
+
+    def func(x: Tensor) -> Tensor:
+        escaped.append(x * 2)
+        return cubic(x)
+
+    ad.grad(func)(X)
+    assert_close(escaped[0].detach() + 1, 2 * X + 1)
+    assert not _torch.is_wrapped(escaped[0])
+
+
+def test_in_place_writes_to_captured_tensors_take_effect() -> None:
+    counter, log = torch.zeros(()), torch.zeros(3, dtype=torch.float64)
+
+    def func(x: Tensor) -> Tensor:
+        counter.add_(1)
+        log.copy_(x.detach())
+        return cubic(x)
+
+    ad.grad(func)(X)
+    assert counter.item() == 1
+    assert_close(log, X)
+
+
+@each_derivative
+def test_same_numbers_on_a_level_as_on_the_ground(every: Every) -> None:
+    """Inside somebody else's vmap the tape is a functorch level."""
+    result = torch.func.vmap(lambda x: every.apply(cubic, x))(torch.stack([X, T]))
+    assert_close(result, torch.stack([every.expected(X, W), every.expected(T, W)]))
+
+
+def listed(func: Any) -> Any:
+    """A function of tensors as the tape wants it."""
+    return lambda inputs, lift: (list(func(*inputs)), [])
+
+
+def test_tape_gives_none_for_an_input_that_nothing_depends_on() -> None:
+    tape = record(listed(lambda x, y: (x * 2, y * 0)), [X, T])
+    assert_close(tape.outputs, [2 * X, T * 0])
+    assert_close(tape.pull([X, None], retain_graph=True), [2 * X, None])
+    assert_close(tape.pull([None, X], retain_graph=True), [None, X * 0])
+    assert_close(tape.pull([None, None]), [None, None])
+
+
+def test_tape_detaches_its_outputs_where_nobody_watches() -> None:
+    tape = record(listed(lambda x: (x.sin(), x)), [X])
+    assert [output.requires_grad for output in tape.outputs] == [False, False]
+
+
+def test_tape_sees_a_captured_leaf_that_is_itself_an_output() -> None:
+    w = W.clone().requires_grad_()
+    tape = record(listed(lambda x: (x * 2, w)), [X])
+    assert tape.outputs[1].requires_grad
+
+
+def test_tape_sees_a_captured_leaf_deep_in_the_graph() -> None:
+    w = W.clone().requires_grad_()
+    y = w * 1
+    for _ in range(50):
+        y = y * 1
+    result = ad.grad(lambda x: cubic(x, y))(X)
+    (by_w,) = torch.autograd.grad(result.sum(), w)
+    assert_close(by_w, 3 * X**2)
+
+
+def test_unwatched_gradient_frees_its_graph() -> None:
+    """No double backward is prepared: a Function whose backward has none is fine."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x**2
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+            made_with_graph.append(torch.is_grad_enabled())
+            return 2 * ctx.saved_tensors[0] * cotangent
+
+    made_with_graph: list[bool] = []
+    ad.grad(lambda x: Once.apply(x).sum())(X)
+    ad.jacrev(Once.apply)(X)
+    ad.vjp(Once.apply, X)[1](T)
+    assert made_with_graph == [False] * 3
+    ad.grad(lambda x: Once.apply(x).sum())(X.clone().requires_grad_())
+    assert made_with_graph == [False] * 3 + [True]
+
+
+def test_pull_with_retain_graph_frees_nothing_that_an_outer_tape_shares() -> None:
+    """An inner jacrev reads the graph that the outer one records."""
+    inner = ad.jacrev(lambda x: x.exp() * x[0])
+    result = ad.jacrev(lambda x: inner(x).sum() + inner(x * 2).sum())(X)
+    # J(x) = diag(exp(x) x0) + exp(x) e0^T, whose entries sum to sum(exp(x)) x0 + sum(exp(x)).
+    expected = X.exp() * (X[0] + 1) + 2 * (2 * X).exp() * (2 * X[0] + 1)
+    expected[0] += X.exp().sum() + 2 * (2 * X).exp().sum()
+    assert_close(result, expected)
+
+
+def test_tensor_subclass_goes_through_the_ground_tape() -> None:
+    class Tagged(Tensor):
+        pass
+
+    x = X.as_subclass(Tagged)
+    assert_close(ad.grad(cubic)(x).as_subclass(Tensor), gradient(X))
+    parameter = torch.nn.Parameter(X.clone())
+    result = ad.grad(cubic)(parameter)
+    assert type(result) is Tensor
+    assert_close(result.detach(), gradient(X))

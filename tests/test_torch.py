@@ -1,0 +1,362 @@
+"""Contracts of torch's private parts: each test says which symbol, and what it does for us.
+
+When a new torch breaks one of these, the place to mend is autodiff/core/_torch.py alone (or trees.py
+for the last). The final test fails when that file names a symbol that has no contract here.
+"""
+
+from __future__ import annotations
+
+import ast
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import optree
+import pytest
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch import eager_transforms, predispatch, pyfunctorch
+from torch.autograd import Variable, forward_ad
+from torch.autograd import graph as autograd_graph
+from torch.utils import _pytree as torch_pytree
+
+from autodiff.core import _torch
+
+X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+SOURCE = Path(_torch.__file__)
+
+# Every private symbol of the seam, and the test here that pins it.
+CONTRACTS = {
+    "_functorch.peek_interpreter_stack": "test_empty_stack_of_transforms_is_none",
+    "_functorch.get_interpreter_stack": "test_stack_tells_the_kinds_of_its_levels",
+    "_functorch.TransformType": "test_stack_tells_the_kinds_of_its_levels",
+    "_functorch.is_functorch_wrapped_tensor": "test_wrappers_are_told_and_opened",
+    "_functorch.get_unwrapped": "test_wrappers_are_told_and_opened",
+    "_functorch._grad_increment_nesting": "test_grad_level_differentiates_by_wrapping",
+    "_functorch._grad_decrement_nesting": "test_grad_level_differentiates_by_wrapping",
+    "_functorch._wrap_for_grad": "test_grad_level_differentiates_by_wrapping",
+    "_functorch._unwrap_for_grad": "test_grad_level_differentiates_by_wrapping",
+    "_functorch.get_inplace_requires_grad_allowed": "test_requires_grad_inside_a_level_must_be_allowed",
+    "_functorch.set_inplace_requires_grad_allowed": "test_requires_grad_inside_a_level_must_be_allowed",
+    "_functorch._jvp_increment_nesting": "test_jvp_level_nests",
+    "_functorch._jvp_decrement_nesting": "test_jvp_level_nests",
+    "_functorch._vmap_increment_nesting": "test_vmap_level_hides_a_dimension",
+    "_functorch._vmap_decrement_nesting": "test_vmap_level_hides_a_dimension",
+    "_functorch._add_batch_dim": "test_vmap_level_hides_a_dimension",
+    "_functorch._remove_batch_dim": "test_vmap_level_hides_a_dimension",
+    "_functorch.is_batchedtensor": "test_vmap_level_hides_a_dimension",
+    "_functorch.maybe_get_level": "test_vmap_level_hides_a_dimension",
+    "_functorch._set_vmap_fallback_warning_enabled": "test_fallback_warning_can_be_switched",
+    "forward_ad._current_level": "test_one_dual_level_per_process_by_a_global",
+    "forward_ad.enter_dual_level": "test_one_dual_level_per_process_by_a_global",
+    "forward_ad.exit_dual_level": "test_one_dual_level_per_process_by_a_global",
+    "forward_ad._maybe_load_decompositions": "test_loading_forward_rules_is_what_warns",
+    "eager_transforms.JVP_NESTING": "test_torch_func_jvp_enters_a_level_only_when_it_is_the_first",
+    "torch._C._set_grad_enabled": "test_modes_are_switched_without_context_managers",
+    "torch._C._is_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
+    "torch._C._set_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
+    "torch._VF._make_dual": "test_dual_tensors_are_made_and_opened",
+    "torch._VF._unpack_dual": "test_dual_tensors_are_made_and_opened",
+    "autograd_graph._engine_run_backward": "test_engine_is_called_like_autograd_grad",
+    "Variable._execution_engine": "test_engine_is_called_like_autograd_grad",
+    "autograd_graph.disable_saved_tensors_hooks": "test_saved_tensor_hooks_can_be_forbidden",
+    "predispatch.lazy_load_decompositions": "test_decompositions_load_lazily",
+    "pyfunctorch.retrieve_all_functorch_interpreters": "test_stack_tells_the_kinds_of_its_levels",
+    "tensor._version": "test_writes_are_counted",
+    "node._input_metadata": "test_nodes_know_the_shapes_of_their_cotangents",
+    "torch_pytree._private_register_pytree_node": "test_torchs_own_trees_learn_a_class",
+}
+
+
+def test_empty_stack_of_transforms_is_none() -> None:
+    """peek_interpreter_stack() is None on the ground: the tape rule's first question."""
+    assert _functorch.peek_interpreter_stack() is None
+    seen: list[Any] = []
+    torch.func.vmap(lambda x: (seen.append(_functorch.peek_interpreter_stack()), x)[1])(X)
+    assert seen[0] is not None
+
+
+def test_stack_tells_the_kinds_of_its_levels() -> None:
+    """get_interpreter_stack() and TransformType say whether an outer grad level watches a pull."""
+    assert _functorch.get_interpreter_stack() is None
+    seen: list[Any] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append([layer.key() for layer in _functorch.get_interpreter_stack()])
+        seen.append(len(pyfunctorch.retrieve_all_functorch_interpreters()))
+        return x.sum()
+
+    torch.func.vmap(torch.func.grad(look))(X[:, None])
+    kinds = _functorch.TransformType
+    assert seen == [[kinds.Vmap, kinds.Grad], 2]
+    assert pyfunctorch.retrieve_all_functorch_interpreters() == []
+
+
+def test_wrappers_are_told_and_opened() -> None:
+    """is_functorch_wrapped_tensor() and get_unwrapped() lead to a watched tensor inside a wrapper."""
+    x = X.clone().requires_grad_()
+    seen: list[Any] = []
+
+    def look(row: Tensor) -> Tensor:
+        inner = _functorch.get_unwrapped(row)
+        seen.append((_functorch.is_functorch_wrapped_tensor(row), row.requires_grad, inner.requires_grad))
+        return row
+
+    torch.func.vmap(look)(x)
+    assert seen == [(True, False, True)]
+    assert not _functorch.is_functorch_wrapped_tensor(x)
+    assert _torch.requires_grad_at_any_depth(x)
+    assert not _torch.requires_grad_at_any_depth(X)
+
+
+def test_grad_level_differentiates_by_wrapping() -> None:
+    """_grad_increment_nesting and _wrap_for_grad make the level on which an inner tape records."""
+    with _torch.grad_level() as level:
+        x = _torch.wrap_watched(X, level)
+        y = (x**2).sum()
+        assert _functorch.maybe_get_level(x) == level
+        assert not _torch.unwrap(y, level).requires_grad
+        (slope,) = torch.autograd.grad(y, x)
+        result = _torch.unwrap(slope, level)
+    torch.testing.assert_close(result, 2 * X)
+    assert _torch.interpreter_depth() == 0
+
+
+def test_pull_after_the_level_was_left() -> None:
+    """The engine may run after _grad_decrement_nesting: the tape's pull does."""
+    with _torch.grad_level() as level:
+        x = _torch.wrap_watched(X, level)
+        y = (x**2).sum()
+    (slope,) = torch.autograd.grad(y, x)
+    torch.testing.assert_close(_torch.unwrap(slope, level), 2 * X)
+
+
+def test_requires_grad_inside_a_level_must_be_allowed() -> None:
+    """set_inplace_requires_grad_allowed lets a level watch its inputs, and only them."""
+    with _torch.grad_level() as level:
+        allowed = _functorch.get_inplace_requires_grad_allowed()
+        assert not allowed
+        wrapped = _torch.wrap(X, level)
+        with pytest.raises(RuntimeError, match="requires_grad_"):
+            wrapped.requires_grad_()
+        _torch.wrap_watched(X, level)
+        assert _functorch.get_inplace_requires_grad_allowed() == allowed
+
+
+def test_jvp_level_nests() -> None:
+    """_jvp_increment_nesting makes forward mode over forward mode possible on torch's single level."""
+    with _torch.dual_stacked() as outer:
+        x = _torch.make_dual(X, torch.ones_like(X))
+        with _torch.dual_stacked() as inner:
+            y = _torch.make_dual(x, torch.ones_like(X)) ** 3
+            _, first = _torch.unpack_dual(y)
+            first = _torch.unwrap(first, inner)
+        _, second = _torch.unpack_dual(first)
+        second = _torch.unwrap(second, outer)
+    torch.testing.assert_close(second, 6 * X)
+
+
+def test_vmap_level_hides_a_dimension() -> None:
+    """_add_batch_dim, is_batchedtensor, maybe_get_level and _remove_batch_dim are what vmap is."""
+    x = torch.arange(6.0).reshape(2, 3)
+    with _torch.batch_level(3, "error") as level:
+        row = _functorch._add_batch_dim(x, 1, level)
+        assert row.shape == (2,)
+        assert _functorch.is_batchedtensor(row)
+        assert not _functorch.is_batchedtensor(x)
+        assert _functorch.maybe_get_level(row) == level
+        assert _functorch._remove_batch_dim(row * 2, level, 3, 0).tolist() == (2 * x.T).tolist()
+        assert _functorch._remove_batch_dim(x, level, 3, 0).shape == (3, 2, 3)
+
+
+@pytest.mark.parametrize(("randomness", "distinct"), [("same", 1), ("different", 3)])
+def test_vmap_level_takes_randomness_by_name(randomness: str, distinct: int) -> None:
+    """_vmap_increment_nesting(size, randomness) knows "error", "same" and "different"."""
+    with _torch.batch_level(3, randomness) as level:
+        row = _functorch._add_batch_dim(torch.zeros(3), 0, level)
+        drawn = _functorch._remove_batch_dim(row + torch.rand(()) + torch.rand_like(row), level, 3, 0)
+    assert len(set(drawn.tolist())) == distinct
+
+
+def test_fallback_warning_can_be_switched() -> None:
+    """_set_vmap_fallback_warning_enabled silences the warning about operations without a batching rule."""
+    try:
+        _functorch._set_vmap_fallback_warning_enabled(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.func.vmap(torch.nn.functional.bilinear, (0, 0, None))(
+                torch.ones(2, 1), torch.ones(2, 1), torch.ones(1, 1, 1)
+            )
+    finally:
+        _functorch._set_vmap_fallback_warning_enabled(True)
+
+
+def test_one_dual_level_per_process_by_a_global() -> None:
+    """forward_ad._current_level is a process-wide global: a second thread sees this one's level."""
+    assert forward_ad._current_level == -1
+    forward_ad.enter_dual_level()
+    try:
+        assert forward_ad._current_level == 0
+        seen: list[int] = []
+        thread = threading.Thread(target=lambda: seen.append(forward_ad._current_level))
+        thread.start()
+        thread.join()
+        assert seen == [0]
+    finally:
+        forward_ad.exit_dual_level(level=0)
+    assert forward_ad._current_level == -1
+
+
+def test_loading_forward_rules_is_what_warns() -> None:
+    """_maybe_load_decompositions is the import whose TorchScript warning we silence in advance."""
+    assert callable(forward_ad._maybe_load_decompositions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        forward_ad._maybe_load_decompositions()
+
+
+def test_torch_func_jvp_enters_a_level_only_when_it_is_the_first() -> None:
+    """JVP_NESTING > 0 tells torch.func.jvp that a level is open; ours counts as its outermost."""
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append((eager_transforms.JVP_NESTING, forward_ad._current_level))
+        return x.sin()
+
+    with _torch.dual_stacked():
+        torch.func.jvp(look, (X,), (X,))
+    assert seen == [(2, 0)]
+    torch.func.jvp(look, (X,), (X,))
+    assert seen[1] == (1, 0)
+
+
+def test_modes_are_switched_without_context_managers() -> None:
+    """_set_grad_enabled and _set_fwd_grad_enabled are the flags themselves, cheaper than managers."""
+    try:
+        torch._C._set_grad_enabled(False)
+        assert not torch.is_grad_enabled()
+        assert torch._C._is_fwd_grad_enabled()
+        torch._C._set_fwd_grad_enabled(False)
+        assert not torch._C._is_fwd_grad_enabled()
+    finally:
+        torch._C._set_grad_enabled(True)
+        torch._C._set_fwd_grad_enabled(True)
+
+
+def test_dual_tensors_are_made_and_opened() -> None:
+    """_VF._make_dual and _VF._unpack_dual take the level as an argument and give None for no tangent."""
+    with forward_ad.dual_level():
+        primal, tangent = torch._VF._unpack_dual(torch._VF._make_dual(X, 2 * X, level=0) * 3, level=0)
+        torch.testing.assert_close((primal, tangent), (3 * X, 6 * X))
+        assert torch._VF._unpack_dual(X, level=0)[1] is None
+
+
+@pytest.mark.parametrize(
+    "run",
+    [autograd_graph._engine_run_backward, Variable._execution_engine.run_backward],
+    ids=["wrapped", "bare"],
+)
+def test_engine_is_called_like_autograd_grad(run: Any) -> None:
+    """The engine gives cotangents of inputs, None where there is none, without accumulating.
+
+    _engine_run_backward is what torch.autograd.grad calls; _execution_engine is under it.
+    """
+    x, unused = X.clone().requires_grad_(), X.clone().requires_grad_()
+    y = (x**2).sum()
+    slope, nothing = run(
+        (y,), (torch.ones_like(y),), False, False, (x, unused), allow_unreachable=True, accumulate_grad=False
+    )
+    torch.testing.assert_close(slope, 2 * X)
+    assert nothing is None
+    assert x.grad is None
+
+
+def test_saved_tensor_hooks_can_be_forbidden() -> None:
+    """disable_saved_tensors_hooks(message) makes a hook inside a level an error with our words."""
+    with (
+        autograd_graph.disable_saved_tensors_hooks("our words"),
+        pytest.raises(RuntimeError, match="our words"),
+        autograd_graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+    ):
+        pass
+
+
+def test_decompositions_load_lazily() -> None:
+    """lazy_load_decompositions gives vmap the batching rules that torch keeps as decompositions."""
+    predispatch.lazy_load_decompositions()
+    assert torch.func.vmap(torch.nn.functional.silu)(X).shape == X.shape
+
+
+def test_torchs_own_trees_learn_a_class() -> None:
+    """_private_register_pytree_node registers with torch's Python trees, not also with optree."""
+
+    class Box:
+        def __init__(self, x: Any) -> None:
+            self.x = x
+
+    _torch.register_with_torch(Box, lambda b: ([b.x], None), lambda children, _: Box(*children))
+    leaves, spec = torch_pytree.tree_flatten(Box(X))
+    assert leaves[0] is X
+    assert torch_pytree.tree_unflatten([1], spec).x == 1
+    assert optree.tree_leaves(Box(X), namespace="torch")[0].__class__ is Box
+
+
+def test_accumulators_know_their_leaf() -> None:
+    """A graph's AccumulateGrad node has .variable and no next_functions: the walk finds leaves by it."""
+    w = X.clone().requires_grad_()
+    (node, _), *_ = (w * 2).grad_fn.next_functions
+    assert node.variable is w
+    assert node.next_functions == ()
+    assert not hasattr((w * 2).grad_fn, "variable")
+
+
+def test_writes_are_counted() -> None:
+    """A tensor's _version goes up with every write in place, also through a view: a write is noticed."""
+    tensor = torch.zeros(2)
+    before = tensor._version
+    tensor[0].add_(1)
+    assert tensor._version == before + 1
+
+
+def test_nodes_know_the_shapes_of_their_cotangents() -> None:
+    """A node's _input_metadata has shape and dtype of what comes into it: the size of a batched pull."""
+    (metadata,) = (X.clone().requires_grad_() * 2).grad_fn._input_metadata
+    assert (tuple(metadata.shape), metadata.dtype) == ((3,), torch.float64)
+
+
+def test_torch_registers_its_classes_with_optree_under_its_namespace() -> None:
+    """torch.utils._cxx_pytree puts torch's own containers into optree's namespace "torch"."""
+    result = torch.max(X, 0)
+    assert len(optree.tree_leaves(result, namespace="torch")) == 2
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """Dotted names in the file that begin with one of torch's private modules, or end in a private part."""
+    roots = {
+        "_functorch",
+        "forward_ad",
+        "eager_transforms",
+        "predispatch",
+        "pyfunctorch",
+        "autograd_graph",
+        "torch_pytree",
+    }
+    names = set()
+    for node in ast.walk(tree):
+        dotted = ast.unparse(node).split(".") if isinstance(node, ast.Attribute) else []
+        if not all(part.isidentifier() for part in dotted):
+            continue
+        if dotted[:2] in (["torch", "_C"], ["torch", "_VF"]):
+            names.add(".".join(dotted[:3]))
+        elif dotted and (dotted[0] in roots or (dotted[1].startswith("_") and dotted[0] != "self")):
+            names.add(".".join(dotted[:2]))
+    return names - {"torch._C", "torch._VF"}
+
+
+def test_every_private_symbol_of_the_seam_has_a_contract() -> None:
+    used = private_names(ast.parse(SOURCE.read_text()))
+    assert used - set(CONTRACTS) == set(), "a private symbol without a contract test"
+    assert set(CONTRACTS) - used == set(), "a contract for a symbol that nothing uses"
+    assert {name for name in CONTRACTS.values() if name not in globals()} == set()
