@@ -169,10 +169,10 @@ def to_matrix(jacobian: Any, inputs: Any) -> Tensor:
             [0., 6., 4.],
             [2., 4., 0.]])
     """
-    columns, in_spec = _differentiable("to_matrix", inputs, "inputs"), trees.flatten(inputs).spec
+    columns, in_spec = _differentiable("to_matrix", inputs, "inputs"), trees.structure(inputs)
     rows = []
     for number, row in enumerate(trees.subtrees(jacobian, in_spec)):
-        blocks = trees.flatten(row).leaves
+        blocks = trees.leaves(row)
         if in_spec.is_leaf() and blocks[0] is None:
             continue
         for position, leaf in columns:
@@ -183,7 +183,7 @@ def to_matrix(jacobian: Any, inputs: Any) -> Tensor:
         ]
         rows.append(strips[0] if len(strips) == 1 else torch.cat(strips, dim=1))
     if not rows:
-        checks.jacobian_of_inputs("to_matrix", trees.flatten(jacobian).spec, in_spec)
+        checks.jacobian_of_inputs("to_matrix", trees.structure(jacobian), in_spec)
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
@@ -215,7 +215,7 @@ def from_matrix(matrix: Tensor, outputs: Any, inputs: Any) -> Any:
     checks.shape(
         "from_matrix", "matrix", matrix, expected, "a row for each output number, a column for each input"
     )
-    in_spec, out_spec = trees.flatten(inputs).spec, trees.flatten(outputs).spec
+    in_spec, out_spec = trees.structure(inputs), trees.structure(outputs)
     outer: list[Any] = [None] * out_spec.num_leaves
     for (row, output), strip in zip(rows, matrix.split(heights), strict=True):
         inner: list[Any] = [None] * in_spec.num_leaves

@@ -170,7 +170,7 @@ def test_products_have_the_structure_of_output_and_argument(tree: Any) -> None:
         return trees.unflatten(spec, [2 * leaf if active(leaf) else None for leaf in flat])
 
     ones = trees.unflatten(
-        trees.flatten(tree).spec, [torch.ones_like(leaf) if active(leaf) else None for leaf in leaves(tree)]
+        trees.structure(tree), [torch.ones_like(leaf) if active(leaf) else None for leaf in leaves(tree)]
     )
 
     def twice(result: Any, leaf: Any) -> None:

@@ -227,18 +227,18 @@ def test_flatten_keeps_dict_order_and_none() -> None:
 
 def test_paths_are_code() -> None:
     tree = {"w": [1, Params(2, 3, {"b c": 4})], 5: (6,)}
-    assert trees.paths(trees.flatten(tree).spec, "p") == [
+    assert trees.paths(trees.structure(tree), "p") == [
         "p['w'][0]",
         "p['w'][1].z",
         "p['w'][1].name",
         "p['w'][1].a['b c']",
         "p[5][0]",
     ]
-    assert trees.paths(trees.flatten(7).spec, "args[0]") == ["args[0]"]
+    assert trees.paths(trees.structure(7), "args[0]") == ["args[0]"]
 
 
 def test_match_goes_by_key_and_refuses_other_structures() -> None:
-    spec = trees.flatten({"a": 1, "b": [2, 3]}).spec
+    spec = trees.structure({"a": 1, "b": [2, 3]})
     assert trees.match(spec, {"b": [5, 6], "a": 4}) == [4, 5, 6]
     for other in (
         {"a": 1},
@@ -250,11 +250,11 @@ def test_match_goes_by_key_and_refuses_other_structures() -> None:
         None,
     ):
         assert trees.match(spec, other) is None
-    assert trees.match(trees.flatten(None).spec, None) == [None]
+    assert trees.match(trees.structure(None), None) == [None]
 
 
 def test_broadcast_gives_one_value_for_each_leaf() -> None:
-    spec = trees.flatten(({"x": 1, "y": [2, 3]}, 4)).spec
+    spec = trees.structure(({"x": 1, "y": [2, 3]}, 4))
     assert trees.broadcast(7, spec) == [(7, False)] * 4
     assert trees.broadcast(({"x": 0, "y": None}, 1), spec) == [
         (0, True),
@@ -267,7 +267,7 @@ def test_broadcast_gives_one_value_for_each_leaf() -> None:
 
 
 def test_subtrees_are_found_at_any_depth() -> None:
-    spec = trees.flatten({"w": 0, "b": 0}).spec
+    spec = trees.structure({"w": 0, "b": 0})
     one, two = {"w": 1, "b": 2}, {"w": 3, "b": 4}
     assert trees.subtrees({"out": [one, {"deep": two}], "other": 5}, spec) == [one, two]
 

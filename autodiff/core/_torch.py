@@ -189,9 +189,7 @@ def backward(
     copy of its context either.
     """
     run = (
-        Variable._execution_engine.run_backward
-        if outputs[0].device.type == "cpu"
-        else autograd_graph._engine_run_backward
+        Variable._execution_engine.run_backward if outputs[0].is_cpu else autograd_graph._engine_run_backward
     )
     arguments = tuple(outputs), tuple(cotangents), retain_graph, create_graph, tuple(inputs)
     if not torch.is_inference_mode_enabled():

@@ -233,7 +233,7 @@ def same_structure(name: str, kind: str, spec: Spec, tree: Any, reference: str) 
         return leaves
     raise StructureError(
         f"{name}: Expected pytree structure of {kind} to be the same as pytree structure of {reference} "
-        f"(they must have the same python structure). {kind}: {trees.flatten(tree).spec}, {reference}: "
+        f"(they must have the same python structure). {kind}: {trees.structure(tree)}, {reference}: "
         f"{spec}. Give one of the {kind} for each leaf of {reference}."
     )
 
@@ -311,7 +311,7 @@ def in_dims_type(name: str, in_dims: object) -> None:
 def in_dims_fit(name: str, in_dims: object, args_spec: Spec) -> NoReturn:
     raise BatchError(
         f"{name}(in_dims={in_dims}): in_dims is not compatible with the structure of `inputs`. in_dims "
-        f"has structure {trees.flatten(in_dims).spec} but inputs has structure {args_spec}. Give one "
+        f"has structure {trees.structure(in_dims)} but inputs has structure {args_spec}. Give one "
         f"entry for each positional argument; an entry may stand for a whole tree."
     )
 
@@ -368,7 +368,7 @@ def no_inputs(name: str) -> NoReturn:
 
 
 def out_dims_type(name: str, out_dims: object) -> None:
-    for dim in trees.flatten(out_dims).leaves:
+    for dim in trees.leaves(out_dims):
         if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool)):
             raise BatchError(
                 f"{name}(out_dims={out_dims}): `out_dims` must be an int, None or a python collection of "
@@ -379,7 +379,7 @@ def out_dims_type(name: str, out_dims: object) -> None:
 def out_dims_fit(name: str, out_dims: object, spec: Spec) -> NoReturn:
     raise BatchError(
         f"{name}(out_dims={out_dims}): out_dims is not compatible with the structure of `outputs`. "
-        f"out_dims has structure {trees.flatten(out_dims).spec} but outputs has structure {spec}. Give "
+        f"out_dims has structure {trees.structure(out_dims)} but outputs has structure {spec}. Give "
         f"one entry for each output; an entry may stand for a whole tree."
     )
 

@@ -120,12 +120,16 @@ class _GroundTape(Tape):
     def __init__(self, func: Recordable, primals: Sequence[Tensor], private: Sequence[Tensor]) -> None:
         recording = torch.is_grad_enabled()
         with _torch.Recording():
-            self._inputs = [_enter(p) for p in primals]
-            # An input that requires grad entered as a view, which is no leaf and may be written.
-            views = [p for p in self._inputs if not p.is_leaf]
-            self._known = True if views else None
+            self._inputs, views, watched = [], [], False
+            for primal in primals:
+                self._inputs.append(_enter(primal))
+                watched = watched or primal.requires_grad
+                # torch refuses writes to a leaf and to a view of one.
+                if not primal.is_leaf:
+                    views.append(self._inputs[-1])
+            self._known: bool | None = watched or None
             self._private = private
-            versions = _torch.versions(views)
+            versions = _torch.versions(views) if views else []
             self._ends, aux = func(self._inputs, _torch.outside_inference)
             if views:
                 _refuse_written(views, versions)
@@ -239,7 +243,7 @@ def _refuse_written(views: Sequence[Tensor], versions: Sequence[int]) -> None:
 def _enter(primal: Tensor) -> Tensor:
     """The primal as an input of a graph: connected where somebody outside watches it."""
     if not primal.requires_grad:
-        return _torch.outside_inference(primal).detach().requires_grad_()
+        return (primal.clone() if primal.is_inference() else primal).detach().requires_grad_()
     # A sparse tensor has no views.
     return primal.view_as(primal) if primal.layout is torch.strided else primal.clone()
 

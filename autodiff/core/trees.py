@@ -6,11 +6,10 @@ registrations live, with None as a leaf and dicts in insertion order. Imports on
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import optree
 import torch.utils._cxx_pytree  # noqa: F401  registers torch's classes with optree
-from optree import PyTreeSpec as Spec
 from torch import Tensor
 
 from autodiff.core._torch import register_with_torch
@@ -18,31 +17,33 @@ from autodiff.core._torch import register_with_torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["FlatTree", "Spec", "broadcast", "flatten", "match", "paths", "register", "subtrees", "unflatten"]
+Spec: TypeAlias = optree.PyTreeSpec
 
 NAMESPACE = "torch"
 LEAF = optree.treespec_leaf(none_is_leaf=True, namespace=NAMESPACE)
 
 
-class FlatTree(NamedTuple):
-    """A tree taken apart: its leaves in order, and what puts them together again."""
-
-    leaves: list[Any]
-    spec: Spec
-
-
-def flatten(tree: Any) -> FlatTree:
-    """Take a tree apart. An object of an unregistered class, and None, are leaves."""
+def flatten(tree: Any) -> tuple[list[Any], Spec]:
+    """Leaves and structure. An object of an unregistered class, and None, are leaves."""
     if isinstance(tree, Tensor):
-        # Most trees are one tensor: 0.3 us instead of 1.2.
-        return FlatTree([tree], LEAF)
-    leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
-    return FlatTree(leaves, spec)
+        # Most trees are one tensor, and every transform flattens several: 0.1 us instead of 1.0.
+        return [tree], LEAF
+    return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
 
 
-def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
+def leaves(tree: Any) -> list[Any]:
+    """The leaves alone."""
+    return flatten(tree)[0]
+
+
+def structure(tree: Any) -> Spec:
+    """The structure alone."""
+    return flatten(tree)[1]
+
+
+def unflatten(spec: Spec, values: Sequence[Any]) -> Any:
     """Put a tree together from its leaves in order."""
-    return leaves[0] if spec is LEAF else spec.unflatten(leaves)
+    return values[0] if spec is LEAF else spec.unflatten(values)
 
 
 def match(spec: Spec, tree: Any) -> list[Any] | None:
@@ -50,14 +51,14 @@ def match(spec: Spec, tree: Any) -> list[Any] | None:
 
     Dicts match by key, whatever their order.
     """
-    leaves, own = flatten(tree)
+    found, own = flatten(tree)
     if own is spec or own == spec:
-        return leaves
+        return found
     try:
-        subtrees = spec.flatten_up_to(tree)
+        by_key = spec.flatten_up_to(tree)
     except ValueError:
         return None
-    return subtrees if len(leaves) == len(subtrees) and all(map(is_leaf, subtrees)) else None
+    return by_key if len(found) == len(by_key) and all(map(is_leaf, by_key)) else None
 
 
 def is_leaf(tree: Any) -> bool:
@@ -73,13 +74,13 @@ def broadcast(prefix: Any, spec: Spec) -> list[tuple[Any, bool]] | None:
     tree = spec.unflatten(range(spec.num_leaves))
     prefixes, prefix_spec = flatten(prefix)
     try:
-        subtrees = prefix_spec.flatten_up_to(tree)
+        places = prefix_spec.flatten_up_to(tree)
     except ValueError:
         return None
     values: list[Any] = [(None, False)] * spec.num_leaves
-    for value, subtree in zip(prefixes, subtrees, strict=True):
-        exact = is_leaf(subtree)
-        for position in flatten(subtree).leaves:
+    for value, place in zip(prefixes, places, strict=True):
+        exact = is_leaf(place)
+        for position in leaves(place):
             values[position] = (value, exact)
     return values
 
@@ -88,7 +89,7 @@ def subtrees(tree: Any, spec: Spec) -> list[Any]:
     """The subtrees of the structure ``spec``, in order; other leaves are left out."""
 
     def found(node: Any) -> bool:
-        return flatten(node).spec == spec
+        return structure(node) == spec
 
     nodes, _ = optree.tree_flatten(tree, is_leaf=found, none_is_leaf=True, namespace=NAMESPACE)
     return [node for node in nodes if found(node)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autodiff.core import trees
 from autodiff.core._torch import on_ground
-from autodiff.core.arguments import is_differentiable
+from autodiff.core.arguments import Call, is_differentiable
 from autodiff.errors import (
     IndependenceError,
     LeafError,
@@ -32,6 +32,7 @@ _OUTPUT_DETACHED = (
     "Output {output} of the user-provided function does not require gradients. The outputs must be computed "
     "in a differentiable manner from the input when running in strict mode."
 )
+_ONE_INPUT = "the input to the user-provided function is a single Tensor with a single element."
 
 
 class Contract:
@@ -74,6 +75,14 @@ class Contract:
         # transform decides what is watched.
         return leaf if leaf.requires_grad or not on_ground() else leaf.detach().requires_grad_()
 
+    def call(self, func: Callable[..., Any]) -> Call:
+        """The call, whose output is checked where it is made."""
+        return Call(self.name, self.checked(func), self.args, {}, None, has_aux=False)
+
+    def call_of_scalar(self, func: Callable[..., Any]) -> Call:
+        """The call of a function of one number, as a scalar; the output as it is rides along."""
+        return Call(self.name, self.scalar(func), self.args, {}, None, has_aux=True)
+
     def checked(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """``func`` with its output checked where it is made."""
 
@@ -93,7 +102,7 @@ class Contract:
         def returning(*args: Any) -> tuple[Tensor, Tensor]:
             output = checked(*args)
             self._refuse_several_numbers(output)
-            return output.squeeze(), output
+            return (output if output.dim() == 0 else output.squeeze()), output
 
         return returning
 
@@ -111,7 +120,7 @@ class Contract:
                 )
 
     def _refuse_independent_outputs(self, output: Any) -> None:
-        for index, leaf in enumerate(trees.flatten(output).leaves):
+        for index, leaf in enumerate(trees.leaves(output)):
             if isinstance(leaf, Tensor) and not leaf.requires_grad:
                 self.refuse(_OUTPUT_DETACHED, output=index)
 
@@ -125,17 +134,17 @@ class Contract:
 
     # The vector.
 
-    def vector(self, v: Any, like: Any, several: bool, whose: str) -> Any:
-        """``v`` as a tree like ``like``, or ones where it may be left out."""
+    def input_vector(self, v: Any) -> list[Tensor]:
+        """The leaves of a vector that is like the inputs."""
+        return self.vector(v, self.args if self.several else self.args[0], self.several, _ONE_INPUT)
+
+    def vector(self, v: Any, like: Any, several: bool, whose: str) -> list[Tensor]:
+        """The leaves of ``v`` where ``like`` has floating or complex ones; ones where v may be left out."""
         if v is None:
-            if not isinstance(like, Tensor) and not (
-                several and len(like) == 1 and isinstance(like[0], Tensor)
-            ):
-                self._refuse_missing_vector(whose)
-            only = like[0] if several else like
-            if only.numel() != 1:
-                self._refuse_missing_vector(whose)
-            return (torch.ones_like(only),) if several else torch.ones_like(only)
+            only = like[0] if several and len(like) == 1 else like
+            if not isinstance(only, Tensor) or only.numel() != 1:
+                raise OutputError(f"The vector v can only be None if {whose}")
+            return [torch.ones_like(only)]
         self._refuse_bare_leaves("v", v)
         if several != isinstance(v, tuple):
             # Legacy takes a tensor for a tuple of one, and a tuple of one for a tensor.
@@ -144,33 +153,31 @@ class Contract:
             raise StructureError(f"v is a tuple of invalid length: should be {len(like)} but got {len(v)}.")
         if not several and isinstance(v, tuple):
             raise StructureError("The given v should contain a single Tensor.")
-        return self._sized_like(v, like, several)
-
-    def _sized_like(self, v: Any, like: Any, several: bool) -> Any:
         leaves, spec = trees.flatten(like)
         given = trees.match(spec, v)
         if given is None:
             raise StructureError(
-                f"{self.name}: v has structure {trees.flatten(v).spec}, but {spec} is expected. Give one leaf "
+                f"{self.name}: v has structure {trees.structure(v)}, but {spec} is expected. Give one leaf "
                 f"for each leaf."
             )
-        for index, (one, model) in enumerate(zip(given, leaves, strict=True)):
-            if is_differentiable(model) and isinstance(one, Tensor) and one.shape != model.shape:
-                opening = f"Entry {index} in " if several else ""
-                raise ShapeError(
-                    f"{opening}v has invalid size: should be {model.size()} but got {one.size()}."
-                )
-        return trees.unflatten(spec, [self._vector_leaf(a, b) for a, b in zip(given, leaves, strict=True)])
+        pairs = zip(given, leaves, strict=True)
+        return [
+            self._vector_leaf(leaf, model, f"Entry {index} in " if several else "")
+            for index, (leaf, model) in enumerate(pairs)
+            if is_differentiable(model)
+        ]
 
-    def _vector_leaf(self, leaf: Any, model: Any) -> Any:
-        if not is_differentiable(model) or not is_differentiable(leaf):
-            return leaf
+    def _vector_leaf(self, leaf: object, model: Tensor, opening: str) -> Tensor:
+        if not isinstance(leaf, Tensor):
+            raise LeafError(
+                f"{self.name}: {opening}v is of type {type(leaf).__name__}, where a tensor of shape "
+                f"{tuple(model.shape)} is expected."
+            )
+        if leaf.shape != model.shape:
+            raise ShapeError(f"{opening}v has invalid size: should be {model.size()} but got {leaf.size()}.")
         if leaf.requires_grad and not self.create_graph:
             leaf = leaf.detach()
         return leaf.to(model.dtype) if leaf.dtype != model.dtype and not leaf.is_complex() else leaf
-
-    def _refuse_missing_vector(self, whose: str) -> NoReturn:
-        raise OutputError(f"The vector v can only be None if {whose}")
 
     # On the way out.
 
@@ -182,7 +189,7 @@ class Contract:
 
     def refuse_constants(self, tree: Any, message: str) -> None:
         """Legacy's last strict check: a result that is to be differentiated again has to allow it."""
-        leaves = [leaf for leaf in trees.flatten(tree).leaves if leaf is not None]
+        leaves = [leaf for leaf in trees.leaves(tree) if leaf is not None]
         for index, leaf in enumerate(leaves):
             if not leaf.requires_grad:
                 self.refuse(message, input=index)

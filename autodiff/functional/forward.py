@@ -1,7 +1,7 @@
 """Floor 3: when forward mode gives what legacy's double backward gives.
 
-Hands on `BackwardOnly`, under which a function either runs as forward mode sees it, or stops at the
-first thing that only a backward pass would honour. Imports `core` for one name.
+Hands on `as_forward_sees`, whose function either runs as forward mode sees it, or stops at the first
+thing that only a backward pass would honour. Imports `core` for one name.
 """
 
 from __future__ import annotations
@@ -49,3 +49,13 @@ class BackwardOnly(TorchFunctionMode):
         if func in _SEEN_BY_BACKWARD:
             raise BackwardOnlyError
         return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def as_forward_sees(func: Callable[..., Any]) -> Callable[..., Any]:
+    """``func``, which raises `BackwardOnlyError` where forward mode would give something else."""
+
+    def watched(*args: Any) -> Any:
+        with BackwardOnly():
+            return func(*args)
+
+    return watched

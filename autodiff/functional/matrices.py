@@ -148,8 +148,8 @@ def _jacobian(call: Contract, func: Callable[..., Any], vectorize: bool, strateg
     with call.modes(), call.words(_OUTPUT_INDEPENDENT):
         blocks = _by_mode(call, func, "reverse", frugal=not vectorize)
     if call.strict and call.create_graph:
-        leaves = trees.flatten(blocks).leaves
-        per_output = len(trees.flatten(call.args).leaves)
+        leaves = trees.leaves(blocks)
+        per_output = len(trees.leaves(call.args))
         for index, block in enumerate(leaves):
             if isinstance(block, Tensor) and not block.requires_grad:
                 # Legacy names the output here, though it says input.
@@ -165,7 +165,7 @@ def _forward(call: Contract, func: Callable[..., Any]) -> Any:
 
     def noting_dtypes(*args: Any) -> Any:
         output = func(*args)
-        dtypes[:] = [getattr(leaf, "dtype", None) for leaf in trees.flatten(output).leaves]
+        dtypes[:] = [getattr(leaf, "dtype", None) for leaf in trees.leaves(output)]
         return output
 
     rewind = remember_randomness(call.args)

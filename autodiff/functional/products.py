@@ -5,23 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from autodiff.core import checks
-from autodiff.core.arguments import Call
 from autodiff.core.batch import remember_randomness
+from autodiff.core.dual import push
 from autodiff.core.tape import record
 from autodiff.functional.contract import Contract
-from autodiff.functional.forward import BackwardOnly, BackwardOnlyError
+from autodiff.functional.forward import BackwardOnlyError, as_forward_sees
 from autodiff.transforms.grad import dense
 from autodiff.transforms.hessian import gradient_tape
 from autodiff.transforms.jvp import dense_tangents
-from autodiff.transforms.jvp import jvp as transform_jvp
 from autodiff.transforms.linearize import transpose
-from autodiff.transforms.vjp import vjp as transform_vjp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
+    from autodiff.core.arguments import Call
     from autodiff.core.tape import Tape
 
 _OUTPUT_INDEPENDENT = (
@@ -60,7 +59,6 @@ _HESSIAN_ENTRY_INDEPENDENT = (
     "mode AD."
 )
 _ONE_OUTPUT = "the user-provided function returns a single Tensor with a single element."
-_ONE_INPUT = "the input to the user-provided function is a single Tensor with a single element."
 
 
 def vjp(
@@ -91,15 +89,18 @@ def vjp(
 
     The documented behaviour of ``torch.autograd.functional.vjp``, over any tree.
     """
-    call = Contract("vjp", inputs, create_graph, strict)
-    with call.modes():
-        output, pullback = transform_vjp(call.checked(func), *call.args, strict=strict)
-        cotangents = call.vector(v, output, isinstance(output, tuple), _ONE_OUTPUT)
-        with call.words(_OUTPUT_INDEPENDENT):
-            product = pullback(cotangents, retain_graph=False)
+    contract = Contract("vjp", inputs, create_graph, strict)
+    call = contract.call(func)
+    with contract.modes():
+        tape = record(call.evaluate, call.primals)
+        checks.tensor_outputs("vjp", tape.outputs, call.path_of_output)
+        output = call.like_output(tape.outputs)
+        cotangents = contract.vector(v, output, isinstance(output, tuple), _ONE_OUTPUT)
+        with contract.words(_OUTPUT_INDEPENDENT):
+            product = call.like_arguments(dense(call, tape.pull(cotangents), strict))
     if strict and create_graph:
-        call.refuse_constants(product, _JACOBIAN_CONSTANT)
-    return output, call.outward(product)
+        contract.refuse_constants(product, _JACOBIAN_CONSTANT)
+    return output, contract.outward(product)
 
 
 def jvp(
@@ -133,28 +134,26 @@ def jvp(
 
     The documented behaviour of ``torch.autograd.functional.jvp``, over any tree.
     """
-    call = Contract("jvp", inputs, create_graph, strict)
-    tangents = _input_vector(call, v)
-    with call.modes():
+    contract = Contract("jvp", inputs, create_graph, strict)
+    tangents = contract.input_vector(v)
+    with contract.modes():
         if not (strict or create_graph):
-            rewind = remember_randomness(call.args)
+            rewind = remember_randomness(contract.args)
             try:
-                return transform_jvp(_as_forward_sees(call.checked(func)), call.args, tangents)
+                return _pushed(contract.call(as_forward_sees(func)), tangents)
             except (BackwardOnlyError, RuntimeError):
                 # No forward rule, or something in func that only a backward pass honours. An error of
                 # func's own comes again below.
                 rewind()
-        recorded = Call("jvp", call.checked(func), call.args, {}, None, has_aux=False)
-        tape = record(recorded.evaluate, recorded.primals)
-        checks.tensor_outputs("jvp", tape.outputs, recorded.path_of_output)
-        push = transpose(tape, _looking_for_independence(call, _OUTPUT_INDEPENDENT))
-        pushed = push(recorded.tangents("v", tangents))
-        with call.words(_ENTRY_INDEPENDENT):
-            product = recorded.like_output(dense_tangents(recorded, tape.outputs, pushed, strict))
-        output = recorded.like_output(tape.outputs)
+        call = contract.call(func)
+        tape = record(call.evaluate, call.primals)
+        checks.tensor_outputs("jvp", tape.outputs, call.path_of_output)
+        pushed = transpose(tape, _looking_for_independence(contract, _OUTPUT_INDEPENDENT))(tangents)
+        with contract.words(_ENTRY_INDEPENDENT):
+            product = call.like_output(dense_tangents(call, tape.outputs, pushed, strict))
     if strict and create_graph:
-        call.refuse_constants(product, _JACOBIAN_CONSTANT)
-    return output, product
+        contract.refuse_constants(product, _JACOBIAN_CONSTANT)
+    return call.like_output(tape.outputs), product
 
 
 def vhp(
@@ -188,11 +187,11 @@ def vhp(
     The documented behaviour of ``torch.autograd.functional.vhp``, over any tree.
     """
     contract = Contract("vhp", inputs, create_graph, strict)
-    vector = _input_vector(contract, v)
+    vector = contract.input_vector(v)
     with contract.modes():
         call, tape, output = _second_order(contract, func)
         with contract.words(_JACOBIAN_INDEPENDENT):
-            product = call.like_arguments(dense(call, tape.pull(call.tangents("v", vector)), strict))
+            product = call.like_arguments(dense(call, tape.pull(vector), strict))
     if strict and create_graph:
         contract.refuse_constants(product, _HESSIAN_CONSTANT)
     return output, contract.outward(product)
@@ -233,18 +232,16 @@ def hvp(
     The documented behaviour of ``torch.autograd.functional.hvp``, over any tree.
     """
     contract = Contract("hvp", inputs, create_graph, strict)
-    vector = _input_vector(contract, v)
+    vector = contract.input_vector(v)
     with contract.modes():
         custom: list[bool] = []
         call, tape, output = _second_order(
             contract, func, lambda value: custom.append(value.has_custom_gradient())
         )
-        tangents = call.tangents("v", vector)
         if strict or custom[0]:
-            push = transpose(tape, _looking_for_independence(contract, _JACOBIAN_INDEPENDENT))
-            pushed = push(tangents)
+            pushed = transpose(tape, _looking_for_independence(contract, _JACOBIAN_INDEPENDENT))(vector)
         else:
-            pushed = tape.pull(tangents)
+            pushed = tape.pull(vector)
         with contract.words(_HESSIAN_ENTRY_INDEPENDENT):
             product = call.like_arguments(dense(call, pushed, strict))
     if strict and create_graph:
@@ -259,7 +256,7 @@ def _second_order(
 
     ``look`` is shown the tape of the number.
     """
-    call = Call(contract.name, contract.scalar(func), contract.args, {}, None, has_aux=True)
+    call = contract.call_of_scalar(func)
     with contract.words(_OUTPUT_INDEPENDENT):
         tape = gradient_tape(call, strict=contract.strict, look=look)
     constant = tape.first_constant() if contract.strict else None
@@ -284,16 +281,8 @@ def _looking_for_independence(contract: Contract, message: str) -> Callable[[lis
     return look
 
 
-def _input_vector(call: Contract, v: Any) -> tuple[Any, ...]:
-    """``v`` as a tuple over the arguments."""
-    like = call.args if call.several else call.args[0]
-    vector = call.vector(v, like, call.several, _ONE_INPUT)
-    return vector if call.several else (vector,)
-
-
-def _as_forward_sees(func: Callable[..., Any]) -> Callable[..., Any]:
-    def watched(*args: Any) -> Any:
-        with BackwardOnly():
-            return func(*args)
-
-    return watched
+def _pushed(call: Call, tangents: list[Tensor]) -> tuple[Any, Any]:
+    """Output and product by forward mode."""
+    outputs, moved, _ = push(call.evaluate, call.primals, tangents)
+    checks.tensor_outputs("jvp", outputs, call.path_of_output)
+    return call.like_output(outputs), call.like_output(dense_tangents(call, outputs, moved, strict=False))
