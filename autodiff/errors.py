@@ -66,5 +66,9 @@ class StrictModeError(IndependenceError):
     """``strict=True`` in :mod:`autodiff.functional`, in the words of torch.autograd.functional."""
 
 
+class ForwardLevelError(AutodiffError, RuntimeError):
+    """Another thread left torch's one forward-AD level while this one was inside it."""
+
+
 class OptionError(AutodiffError, ValueError, RuntimeError):
     """A keyword has a value outside its documented set, such as ``chunk_size=0``."""

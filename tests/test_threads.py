@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import autodiff as ad
+from autodiff.errors import ForwardLevelError
 from every_transform import EVERY, Every, T, W, X
 from scenarios import assert_close
 
@@ -98,6 +99,52 @@ def test_jvp_in_a_thread_started_inside_a_jvp() -> None:
     _, tangent = ad.jvp(func, (X,), (T,))
     expected = 3 * W * X**2 @ T
     assert_close([tangent, *inner], [expected, expected])
+
+
+class Meeting:
+    """Two threads, the first inside torch.func.jvp while the second is inside ours."""
+
+    def __init__(self) -> None:
+        self.torch_is_in, self.ours_is_in, self.torch_is_out = (threading.Event() for _ in range(3))
+
+    def run_torchs(self) -> None:
+        def waiting(x: Tensor) -> Tensor:
+            self.torch_is_in.set()
+            assert self.ours_is_in.wait(5)
+            return x.sin()
+
+        torch.func.jvp(waiting, (X,), (T,))
+        self.torch_is_out.set()
+
+    def inside_ours(self, x: Tensor) -> Tensor:
+        y = x.sin()
+        self.ours_is_in.set()
+        assert self.torch_is_out.wait(5)
+        return y * x
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["on the ground", "in vmap"])
+def test_torchs_jvp_that_leaves_the_level_first_is_an_error(wrapped: bool) -> None:
+    """Never wrong numbers: torch's exit takes the tangents of every thread with it."""
+    meeting = Meeting()
+    other = threading.Thread(target=meeting.run_torchs)
+    other.start()
+    assert meeting.torch_is_in.wait(5)
+    func, x, t = (ad.vmap(meeting.inside_ours), X[None], T[None]) if wrapped else (meeting.inside_ours, X, T)
+    with pytest.raises(ForwardLevelError, match="another thread left"):
+        ad.jvp(func, (x,), (t,))
+    other.join()
+    _, tangent = ad.jvp(slow_cubic, (X,), (T,))
+    assert_close(tangent, (3 * W * X * X * T).sum())
+
+
+def test_a_level_of_the_callers_own_is_shared() -> None:
+    with forward_ad.dual_level():
+        _, tangent = ad.jvp(slow_cubic, (X,), (T,))
+        dual = forward_ad.make_dual(X, T)
+        outer = forward_ad.unpack_dual(ad.jvp(lambda x: x * dual, (X,), (T,))[1]).tangent
+    assert_close(tangent, (3 * W * X * X * T).sum())
+    assert_close(outer, T * T)
 
 
 def test_grad_mode_is_each_threads_own() -> None:

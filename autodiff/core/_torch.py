@@ -1,7 +1,7 @@
 """Floor 1, SEAM: the only file that names torch's private parts.
 
 Hands on levels, wrappers, modes and the engine under names of its own, each entered by ``with``.
-Every private symbol used here is pinned by tests/test_torch.py. Imports nothing from the package.
+Every private symbol used here is pinned by tests/test_torch.py. Imports only `errors`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch._functorch import eager_transforms, predispatch, pyfunctorch
 from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
 from torch.utils import _pytree as torch_pytree
+
+from autodiff.errors import ForwardLevelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -258,6 +260,8 @@ class _DualLevel:
     torch enters the level for the first ``jvp`` and leaves it with the last by unlocked module
     globals, so two threads get errors or, worse, tangents that vanish in mid-flight. Here the first
     user enters it and the last one leaves it, under a lock that is never held while user code runs.
+    Where another thread's torch.func.jvp has entered it before, it may leave it under our feet: a
+    witness, a dual tensor of our own, tells.
     """
 
     def __init__(self) -> None:
@@ -270,7 +274,7 @@ class _DualLevel:
         with self._lock:
             if not self._rules_loaded:
                 self._load_rules()
-            if self._users == 0 and forward_ad._current_level < 0:
+            if forward_ad._current_level < 0:
                 forward_ad.enter_dual_level()
                 # torch.func.jvp inside our level must find it and not enter one of its own.
                 eager_transforms.JVP_NESTING += 1
@@ -297,34 +301,56 @@ class _DualLevel:
 _dual_level = _DualLevel()
 
 
+class _InDualLevel(AbstractContextManager[None]):
+    """The level is there, and an error is raised on leaving if it was not there all the time."""
+
+    __slots__ = ("_witness",)
+
+    def __enter__(self) -> None:
+        _dual_level.arrive()
+        self._witness: Tensor | None = None
+        if not _dual_level.owned and not _on_stack(_functorch.TransformType.Jvp):
+            try:
+                self._witness = make_dual(torch.zeros(()), torch.ones(()))
+            except BaseException:
+                _dual_level.leave()
+                raise
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        try:
+            lost = kind is None and self._witness is not None and unpack_dual(self._witness)[1] is None
+        finally:
+            _dual_level.leave()
+        if lost:
+            raise ForwardLevelError(
+                "forward mode: another thread left torch's one forward-AD level, which it had entered first, "
+                "by torch.func.jvp or torch.autograd.forward_ad. The tangents of this thread went with it. Use "
+                "autodiff's transforms in all threads, or let only one thread at a time into forward mode."
+            )
+
+
 @contextmanager
 def dual_ground() -> Iterator[None]:
     """Plain forward AD in this thread, with no functorch level: half the time of `dual_stacked`."""
-    with NormalMode():
-        _dual_level.arrive()
+    with NormalMode(), _InDualLevel():
         _thread.pushes += 1
         try:
             with _ForwardGrad():
                 yield
         finally:
             _thread.pushes -= 1
-            _dual_level.leave()
 
 
 @contextmanager
 def dual_stacked() -> Iterator[int]:
     """A functorch forward-mode level, which nests; gives the level's number."""
-    with NormalMode():
-        _dual_level.arrive()
+    with NormalMode(), _InDualLevel():
+        level = _functorch._jvp_increment_nesting()
         try:
-            level = _functorch._jvp_increment_nesting()
-            try:
-                with _ForwardGrad():
-                    yield level
-            finally:
-                _functorch._jvp_decrement_nesting()
+            with _ForwardGrad():
+                yield level
         finally:
-            _dual_level.leave()
+            _functorch._jvp_decrement_nesting()
 
 
 class _ForwardGrad(AbstractContextManager[None]):
