@@ -66,6 +66,10 @@ class StrictModeError(IndependenceError):
     """``strict=True`` in :mod:`autodiff.functional`, in the words of torch.autograd.functional."""
 
 
+class OutDimError(BatchError, IndexError):
+    """``vmap``'s ``out_dims`` names a dimension that an output has not."""
+
+
 class ForwardLevelError(AutodiffError, RuntimeError):
     """Another thread left torch's one forward-AD level while this one was inside it."""
 

@@ -18,6 +18,7 @@ from autodiff.errors import (
     IndependenceError,
     LeafError,
     OptionError,
+    OutDimError,
     OutputError,
     ShapeError,
     StructureError,
@@ -39,9 +40,10 @@ _PASSIVE_KINDS = (bool, int, float, complex, str, bytes, type(None))
 def chunk_size(name: str, size: object) -> None:
     if size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0):
         return
+    rule = "chunk_size should be None or" if name == "vmap" else "`chunk_size` should be"
     raise OptionError(
-        f"{name}: `chunk_size` should be greater than 0, as an int, or None, got {size!r}. "
-        f"None takes everything in one batch; a smaller number takes less memory."
+        f"{name}: {rule} greater than 0. (got {size!r}) None takes everything in one batch; a smaller int "
+        f"takes less memory."
     )
 
 
@@ -65,9 +67,10 @@ def argnums(name: str, value: object) -> None:
         )
     for pick in picks:
         if isinstance(pick, bool) or not isinstance(pick, int | str):
+            several = "argnum must be int" if picks is value else "argnums must be int or Tuple[int, ...]"
             raise ArgnumsError(
-                f"{name}: argnums must be int or str or a tuple of them, got: {type(pick)}. "
-                f"Write argnums=0, argnums='w' or argnums=(0, 'w')."
+                f"{name}: {several}, or the name of a parameter, got: {type(pick)}. Write argnums=0, "
+                f"argnums='w' or argnums=(0, 'w')."
             )
 
 
@@ -99,7 +102,8 @@ def argnums_unique(name: str, value: object) -> NoReturn:
 def no_differentiable_leaf(name: str, spec: Spec, leaves: Sequence[Any], root: str) -> NoReturn:
     """Name the leaf that came in place of a floating or complex tensor."""
     opening = (
-        f"{name}: {root} has no leaf to differentiate. Expected at least one floating-point or complex tensor"
+        f"{name}: {root} has no leaf to differentiate. Expected at least one Tensor of floating-point or "
+        f"complex dtype"
     )
     if not leaves:
         raise LeafError(
@@ -119,7 +123,8 @@ def no_differentiable_leaf(name: str, spec: Spec, leaves: Sequence[Any], root: s
         )
     raise LeafError(
         f"{opening}, got {path} of type {type(leaf).__name__}: Thing passed to transform API must be "
-        f"Tensor, or a tree of them. Write torch.tensor({leaf!r}) for a number."
+        f"Tensor, or a tree of them, and {root} to only contain Tensors where it is differentiated. Write "
+        f"torch.tensor({leaf!r}) for a number."
     )
 
 
@@ -164,6 +169,7 @@ def has_aux_pair(name: str, output: object) -> None:
 
 def tensor_outputs(name: str, leaves: Sequence[Any], path: Callable[[int], str]) -> None:
     """At least one output, all of them floating or complex tensors."""
+    name = {"vjp": "vjp(f, *primals)", "jvp": "jvp(f, primals, tangents)"}.get(name, name)
     if not leaves:
         raise OutputError(
             f"{name}: Expected f to be a function that has non-empty output, got no leaf but None. Return "
@@ -233,7 +239,8 @@ def same_structure(name: str, kind: str, spec: Spec, tree: Any, reference: str) 
         return leaves
     raise StructureError(
         f"{name}: Expected pytree structure of {kind} to be the same as pytree structure of {reference} "
-        f"(they must have the same python structure). {kind}: {trees.structure(tree)}, {reference}: "
+        f"(to have the same python structure, or the same argspec as the {reference}). {kind}: "
+        f"{trees.structure(tree)}, {reference}: "
         f"{spec}. Give one of the {kind} for each leaf of {reference}."
     )
 
@@ -249,16 +256,22 @@ def like_leaf(name: str, kind: str, path: str, value: object, model_path: str, m
             )
         unregistered(name, path, value)
     if value.shape != model.shape:
-        opening = "Mismatch in shape: " if kind == "cotangent" else ""
+        opening = "Mismatch in shape: " if kind == "cotangent" else _flattened(name, "shape")
         raise ShapeError(
             f"{name}: {opening}{path} has shape {tuple(value.shape)}, but {model_path} has shape "
             f"{tuple(model.shape)}. {rule}"
         )
     if value.dtype != model.dtype and not _castable(kind, value.dtype, model.dtype):
+        opening = "" if kind == "cotangent" else _flattened(name, "dtype")
         raise DtypeError(
-            f"{name}: {path} has dtype {value.dtype}, but {model_path} has dtype {model.dtype}. {rule} "
+            f"{name}: {opening}{path} has dtype {value.dtype}, but {model_path} has dtype {model.dtype}. {rule} "
             f"Convert it, as in {path}.to({model_path}.dtype)."
         )
+
+
+def _flattened(name: str, what: str) -> str:
+    """How torch.func.linearize begins; the other transforms name the leaf at once."""
+    return f"a tangent in flattened pytree doesn't match the {what}: " if name == "linearize" else ""
 
 
 def _castable(kind: str, came: torch.dtype, wanted: torch.dtype) -> bool:
@@ -394,7 +407,7 @@ def out_dim(name: str, path: str, dim: int | None, leaf: Tensor, batched: bool) 
         return
     dims = leaf.dim() + 1
     if not -dims <= dim < dims:
-        raise BatchError(
-            f"{name}: out_dim={dim} is out of range for {path}, which has {dims} dimensions with the "
+        raise OutDimError(
+            f"{name}: Dimension out of range: out_dim={dim} for {path}, which has {dims} dimensions with the "
             f"batch's. Expected -{dims} <= out_dim < {dims}."
         )
