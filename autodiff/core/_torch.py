@@ -90,7 +90,17 @@ def outside_inference(tensor: Tensor) -> Tensor:
     A tensor made in inference mode can be neither watched nor saved for backward, and forward mode
     ignores it silently; a clone made outside is an ordinary tensor.
     """
-    return tensor.clone() if tensor.is_inference() else tensor
+    return tensor.clone() if is_inference(tensor) else tensor
+
+
+def is_inference(tensor: Tensor) -> bool:
+    """Whether the tensor was made in inference mode; torch.compile's tracer cannot tell."""
+    return not compiling() and tensor.is_inference()
+
+
+def in_inference_mode() -> bool:
+    """Whether inference mode is on; torch.compile's tracer cannot tell."""
+    return not compiling() and torch.is_inference_mode_enabled()
 
 
 # What torch.no_grad, torch.enable_grad and their kin call, as a torch function mode sees it.

@@ -22,6 +22,11 @@ Argnums: TypeAlias = int | str | tuple[int | str, ...]
 Lift: TypeAlias = Callable[[Tensor], Tensor]
 
 
+# By these words torch refuses a write to what is differentiated.
+_WRITTEN = ("a leaf Variable that requires grad", "a view of a leaf Variable")
+_CLONE = "the function writes in place to an argument that is differentiated. Write to a clone, as in x = x.clone()."
+
+
 class Call:
     """``func(*args, **kwargs)``, seen from the leaves that are differentiated.
 
@@ -92,7 +97,8 @@ class Call:
             filled = [leaf if lift is None else _lifted(leaf, lift) for leaf in self._leaves]
             for position, leaf in zip(self._where, leaves, strict=True):
                 filled[position] = leaf
-        output = self._run(trees.unflatten(self.spec, filled), lift)
+        with checks.advice(self.name, _WRITTEN, _CLONE):
+            output = self._run(trees.unflatten(self.spec, filled), lift)
         if self.has_aux:
             checks.has_aux_pair(self.name, output)
             output, aux = output

@@ -32,6 +32,8 @@ def run(
     ``out_dims`` is told the outputs, and which of them are batched, and says where each batch goes;
     None leaves an output as it is.
     """
+    if _torch.compiling():
+        return _run_traced(func, leaves, dims, randomness, out_dims)
     with _torch.batch_level(size, randomness) as level:
         entered = [
             leaf if dim is None else _torch.add_batch(leaf, dim, level)
@@ -43,6 +45,32 @@ def run(
             output if dim is None else _torch.remove_batch(output, dim, size, level)
             for output, dim in zip(outputs, out_dims(outputs, batched), strict=True)
         ]
+
+
+def _run_traced(
+    func: Callable[[list[Any]], list[Any]],
+    leaves: Sequence[Any],
+    dims: Sequence[int | None],
+    randomness: Randomness,
+    out_dims: Callable[[list[Any], list[bool]], Sequence[int | None]],
+) -> list[Any]:
+    """torch.func.vmap, which torch.compile's tracer knows; it does not tell which outputs are batched."""
+    kept: list[tuple[Any, int | None]] = []
+
+    def of_samples(*samples: Tensor) -> tuple[Tensor, ...]:
+        coming = iter(samples)
+        outputs = func(
+            [leaf if dim is None else next(coming) for leaf, dim in zip(leaves, dims, strict=True)]
+        )
+        destinations = out_dims(outputs, [False] * len(outputs))
+        for output, dim in zip(outputs, destinations, strict=True):
+            kept.append((output if dim is None else None, dim))
+        return tuple(output for output, dim in zip(outputs, destinations, strict=True) if dim is not None)
+
+    mapped = [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is not None]
+    in_dims = tuple(dim for dim in dims if dim is not None)
+    coming = iter(torch.func.vmap(of_samples, in_dims, randomness=randomness)(*mapped))
+    return [output if dim is None else next(coming).movedim(0, dim) for output, dim in kept]
 
 
 def over_rows(

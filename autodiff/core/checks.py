@@ -6,19 +6,19 @@ out. Words by which torch.func's own messages are recognised are kept. Imports `
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from autodiff.core import trees
 from autodiff.errors import (
     ArgnumsError,
-    BatchError,
     DtypeError,
     IndependenceError,
     LeafError,
     OptionError,
-    OutDimError,
     OutputError,
     ShapeError,
     StructureError,
@@ -130,9 +130,21 @@ def no_differentiable_leaf(name: str, spec: Spec, leaves: Sequence[Any], root: s
 
 def unregistered(name: str, path: str, leaf: object) -> NoReturn:
     cls = type(leaf)
+    opening = (
+        f"{name}: {path} is of class {cls.__qualname__}, where a tensor is needed: Thing passed to transform API "
+        f"must be Tensor"
+    )
+    if isinstance(leaf, nn.Module):
+        raise LeafError(
+            f"{opening}, or a tree of them. Differentiate dict(module.named_parameters()), and call the module "
+            f"with them by autodiff.functional_call."
+        )
+    if isinstance(leaf, GeneratorType):
+        raise LeafError(f"{opening}, or a tree of them. Make a dict or a list of what it generates.")
+    if hasattr(leaf, "__array_interface__"):
+        raise LeafError(f"{opening}, or a tree of them. Write torch.from_numpy({path}).")
     raise LeafError(
-        f"{name}: {path} is of class {cls.__qualname__}, where a tensor is needed: Thing passed to "
-        f"transform API must be Tensor, or a container that is registered as a tree. Register it once: "
+        f"{opening}, or a container that is registered as a tree. Register it once: "
         f"autodiff.pytree.register_dataclass({cls.__qualname__}), or autodiff.pytree.register("
         f"{cls.__qualname__}, flatten, unflatten) for a class that is no dataclass."
     )
@@ -150,7 +162,7 @@ def complex_pairing(name: str, tensors: Sequence[Tensor], holomorphic: bool, kin
             raise DtypeError(
                 f"{name}: Expected all {kind} to be real but received complex tensor at flattened "
                 f"{kind[:-1]} idx: {position}. For a holomorphic function pass holomorphic=True; "
-                f"otherwise differentiate torch.view_as_real of it."
+                f"otherwise use torch.view_as_real of it."
             )
 
 
@@ -237,11 +249,12 @@ def same_structure(name: str, kind: str, spec: Spec, tree: Any, reference: str) 
     leaves = trees.match(spec, tree)
     if leaves is not None:
         return leaves
+    came = trees.structure(tree)
     raise StructureError(
-        f"{name}: Expected pytree structure of {kind} to be the same as pytree structure of {reference} "
-        f"(to have the same python structure, or the same argspec as the {reference}). {kind}: "
-        f"{trees.structure(tree)}, {reference}: "
-        f"{spec}. Give one of the {kind} for each leaf of {reference}."
+        f"{name}: Expected pytree structure of {kind} to be the same as pytree structure of {reference} (to "
+        f"have the same python structure, or the same argspec as the {reference}), but "
+        f"{trees.difference(came, kind, spec, reference)} Give one of the {kind} for each leaf of {reference}. "
+        f"{kind}: {came}, {reference}: {spec}"
     )
 
 
@@ -280,6 +293,21 @@ def _castable(kind: str, came: torch.dtype, wanted: torch.dtype) -> bool:
     return kind == "cotangent" and came.is_floating_point and wanted.is_floating_point
 
 
+class advice(AbstractContextManager[None]):  # noqa: N801  used like a function
+    """Adds the way out to an error of torch's that is known by its words."""
+
+    __slots__ = ("_name", "_way_out", "_words")
+
+    def __init__(self, name: str, words: Sequence[str], way_out: str) -> None:
+        self._name, self._words, self._way_out = name, words, way_out
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in self._words):
+            note = f"{self._name}: {self._way_out}"
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+
+
 # Matrices.
 
 
@@ -307,107 +335,3 @@ def jacobian_of_inputs(name: str, came: Spec, expected: Spec) -> NoReturn:
         f"{name}: jacobian has structure {came}, which holds no tree like the inputs, {expected}. Pass "
         f"the inputs that the Jacobian was taken of: a tuple of them for a tuple of argnums."
     )
-
-
-# Batching.
-
-
-def in_dims_type(name: str, in_dims: object) -> None:
-    if isinstance(in_dims, int | tuple | dict) and not isinstance(in_dims, bool):
-        return
-    raise BatchError(
-        f"{name}(in_dims={in_dims}): expected `in_dims` to be int or a (potentially nested) tuple "
-        f"matching the structure of inputs, or a dict from parameter names to dims, got: {type(in_dims)}."
-    )
-
-
-def in_dims_fit(name: str, in_dims: object, args_spec: Spec) -> NoReturn:
-    raise BatchError(
-        f"{name}(in_dims={in_dims}): in_dims is not compatible with the structure of `inputs`. in_dims "
-        f"has structure {trees.structure(in_dims)} but inputs has structure {args_spec}. Give one "
-        f"entry for each positional argument; an entry may stand for a whole tree."
-    )
-
-
-def in_dims_name(name: str, unknown: str, known: Sequence[str]) -> NoReturn:
-    raise BatchError(
-        f"{name}: in_dims names {unknown!r}, which is no argument of this call. The arguments are "
-        f"{', '.join(map(repr, known)) or 'none'}. Correct the name, or pass the argument."
-    )
-
-
-def in_dim(name: str, in_dims: object, path: str, dim: object, leaf: object) -> None:
-    """A dim is None, or an int in the range of the tensor that it is for."""
-    opening = f"{name}(in_dims={in_dims}): Got in_dim={dim} for an input"
-    if dim is None:
-        return
-    if not isinstance(dim, int) or isinstance(dim, bool):
-        raise BatchError(
-            f"{opening} but in_dim must be either an integer dimension or None. It is for {path}."
-        )
-    if not isinstance(leaf, Tensor):
-        raise BatchError(
-            f"{opening} but the input is of type {type(leaf)}. We cannot vmap over non-Tensor arguments, "
-            f"please use None as the respective in_dim. It is {path}."
-        )
-    if not -leaf.dim() <= dim < leaf.dim():
-        raise BatchError(
-            f"{name}(in_dims={in_dims}): Got in_dim={dim} for some input, but that input is a Tensor of "
-            f"dimensionality {leaf.dim()} so expected in_dim to satisfy -{leaf.dim()} <= in_dim < "
-            f"{leaf.dim()}. It is {path}, of shape {tuple(leaf.shape)}."
-        )
-
-
-def batch_sizes(name: str, where: Sequence[str], sizes: Sequence[int]) -> None:
-    if not sizes:
-        raise BatchError(
-            f"{name}: Expected at least one Tensor to vmap over, got none with an in_dim. Give an in_dim "
-            f"to one argument, or call the function without vmap."
-        )
-    for path, size in zip(where, sizes, strict=True):
-        if size != sizes[0]:
-            raise BatchError(
-                f"{name}: Expected all tensors to have the same size in the mapped dimension, got sizes "
-                f"{list(sizes)} for the mapped dimension: {where[0]} has {sizes[0]}, {path} has {size}. "
-                f"Use None as in_dim for what is shared by all samples."
-            )
-
-
-def no_inputs(name: str) -> NoReturn:
-    raise BatchError(
-        f"{name}: got no inputs. Maybe you forgot to add inputs, or you are trying to vmap over a "
-        f"function with no inputs. The latter is unsupported."
-    )
-
-
-def out_dims_type(name: str, out_dims: object) -> None:
-    for dim in trees.leaves(out_dims):
-        if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool)):
-            raise BatchError(
-                f"{name}(out_dims={out_dims}): `out_dims` must be an int, None or a python collection of "
-                f"ints representing where in the outputs the vmapped dimension should appear, got {dim!r}."
-            )
-
-
-def out_dims_fit(name: str, out_dims: object, spec: Spec) -> NoReturn:
-    raise BatchError(
-        f"{name}(out_dims={out_dims}): out_dims is not compatible with the structure of `outputs`. "
-        f"out_dims has structure {trees.structure(out_dims)} but outputs has structure {spec}. Give "
-        f"one entry for each output; an entry may stand for a whole tree."
-    )
-
-
-def out_dim(name: str, path: str, dim: int | None, leaf: Tensor, batched: bool) -> None:
-    if dim is None:
-        if batched:
-            raise BatchError(
-                f"{name}: {path} can not return a BatchedTensor when out_dim is None: it differs from "
-                f"sample to sample. Give it an out_dim."
-            )
-        return
-    dims = leaf.dim() + 1
-    if not -dims <= dim < dims:
-        raise OutDimError(
-            f"{name}: Dimension out of range: out_dim={dim} for {path}, which has {dims} dimensions with the "
-            f"batch's. Expected -{dims} <= out_dim < {dims}."
-        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autodiff.core import trees
-from autodiff.core._torch import on_ground
+from autodiff.core._torch import in_inference_mode, is_inference, on_ground
 from autodiff.core.arguments import Call, is_differentiable
 from autodiff.errors import (
     IndependenceError,
@@ -55,7 +55,7 @@ class Contract:
 
     def modes(self) -> AbstractContextManager[Any]:
         """Grad mode as ``create_graph`` says, and no inference mode, which would cut every graph."""
-        if not torch.is_inference_mode_enabled():
+        if not in_inference_mode():
             return torch.set_grad_enabled(self.create_graph)
         modes = ExitStack()
         modes.enter_context(torch.inference_mode(mode=False))
@@ -66,7 +66,7 @@ class Contract:
         """An input that is connected to the caller's, or cut off from it."""
         if not is_differentiable(leaf):
             return leaf
-        if leaf.is_inference():
+        if is_inference(leaf):
             with torch.inference_mode(mode=False):
                 leaf = leaf.clone()
         if not self.create_graph:

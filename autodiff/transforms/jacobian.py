@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
 import torch
 
 from autodiff.core import basis, checks
-from autodiff.core._torch import quiet_fallbacks
+from autodiff.core._torch import compiling, quiet_fallbacks
 from autodiff.core.arguments import Call, wraps
 from autodiff.core.batch import Chunks, over_rows, remember_randomness
 from autodiff.core.dual import push
@@ -227,7 +227,7 @@ def _rows(
         # The engine pulls by the conjugate transpose.
         return [None if p is None else p.conj() for p in pulled] if holomorphic else pulled
 
-    if frugal:
+    if frugal and not compiling():
         return _frugal_blocks(pull, tape, call.primals), tape.aux
     rows = _stacked(pull, outputs, chunk_size)
     by_input = [

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from autodiff.core import batch, checks, trees
+from autodiff.core import batch, checks, mapped_dims, trees
 from autodiff.core.arguments import parameter_names, wraps
 from autodiff.core.batch import Chunks
 
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from autodiff.core.trees import Spec
 
 Fallback: TypeAlias = Literal["loop"] | None
+
+# By these words torch says that a function cannot be batched.
+_UNBATCHABLE = ("data-dependent control flow", ".item()", "dynamic shape", "doesn't have storage")
+_LOOP = (
+    "the function branches on data, or reads a value out of a tensor, which a batch cannot. Use torch.where, or "
+    "let vmap run it sample by sample: vmap(func, fallback='loop')."
+)
 
 
 def vmap(
@@ -64,13 +71,14 @@ def vmap(
     checks.chunk_size("vmap", chunk_size)
     checks.randomness("vmap", randomness)
     checks.allowed("vmap", "fallback", fallback, (None, "loop"))
-    checks.out_dims_type("vmap", out_dims)
+    mapped_dims.out_dims_type("vmap", out_dims)
 
     @wraps(func)
     def batched(*args: Any, **kwargs: Any) -> Any:
         mapped = _Mapped(func, in_dims, out_dims, args, kwargs)
         if fallback is None:
-            return mapped.run(randomness, chunk_size)
+            with checks.advice("vmap", _UNBATCHABLE, _LOOP):
+                return mapped.run(randomness, chunk_size)
         rewind = batch.remember_randomness(mapped.leaves)
         try:
             return mapped.run(randomness, chunk_size)
@@ -104,7 +112,7 @@ class _Mapped:
             for path, leaf, dim in zip(where, self.leaves, self.dims, strict=True)
             if dim is not None
         ]
-        checks.batch_sizes("vmap", [path for path, _ in mapped], [size for _, size in mapped])
+        mapped_dims.batch_sizes("vmap", [path for path, _ in mapped], [size for _, size in mapped])
         self.size = mapped[0][1]
 
     def run(self, randomness: Randomness, chunk_size: int | None) -> Any:
@@ -165,7 +173,7 @@ class _Mapped:
             dims = result.dim() + 1
             if dim is None or not -dims <= dim < dims:
                 path = trees.paths(self.out_spec, "output")[position]
-                checks.out_dim("vmap", path, dim, result, batched[position])
+                mapped_dims.out_dim("vmap", path, dim, result, batched[position])
             self.out_dims.append(dim if dim is None else dim % dims)
         return self.out_dims
 
@@ -178,7 +186,7 @@ class _Mapped:
             prefix = prefix[0]
         values = trees.broadcast(prefix, self.out_spec)
         if values is None:
-            checks.out_dims_fit("vmap", self._out_dims, self.out_spec)
+            mapped_dims.out_dims_fit("vmap", self._out_dims, self.out_spec)
         return [dim for dim, _ in values]
 
 
@@ -186,9 +194,9 @@ def _batched_leaves(
     func: Callable[..., Any], in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Any], list[int | None], Spec, list[str]]:
     """The leaves of ``(args, kwargs)``, the dim and the path of each, and the structure."""
-    checks.in_dims_type("vmap", in_dims)
+    mapped_dims.in_dims_type("vmap", in_dims)
     if not args and not kwargs:
-        checks.no_inputs("vmap")
+        mapped_dims.no_inputs("vmap")
     leaves, spec = trees.flatten((args, kwargs))
     args_spec, kwargs_spec = spec.children()
     if isinstance(in_dims, dict):
@@ -198,7 +206,7 @@ def _batched_leaves(
     of_args = trees.broadcast(positions, args_spec)
     of_kwargs = trees.broadcast(named, kwargs_spec)
     if of_args is None or of_kwargs is None:
-        checks.in_dims_fit("vmap", in_dims, args_spec)
+        mapped_dims.in_dims_fit("vmap", in_dims, args_spec)
     where = trees.paths(args_spec, "args") + trees.paths(kwargs_spec, "kwargs")
     dims: list[int | None] = []
     alone = [child.is_leaf() for child in args_spec.children() for _ in range(child.num_leaves)]
@@ -211,7 +219,7 @@ def _batched_leaves(
         if not isinstance(leaf, Tensor) and not exact and not top:
             dims.append(None)
             continue
-        checks.in_dim("vmap", in_dims, path, dim, leaf)
+        mapped_dims.in_dim("vmap", in_dims, path, dim, leaf)
         dims.append(dim if dim is None else dim % leaf.dim())
     return leaves, dims, spec, where
 
@@ -223,6 +231,6 @@ def _by_name(
     names = parameter_names(func)[: len(args)]
     for name in in_dims:
         if name not in names and name not in kwargs:
-            checks.in_dims_name("vmap", name, [*names, *kwargs])
+            mapped_dims.in_dims_name("vmap", name, [*names, *kwargs])
     positions = [in_dims.get(name) for name in names] + [None] * (len(args) - len(names))
     return tuple(positions), {key: in_dims.get(key) for key in kwargs}
