@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+import functools
+import threading
+from types import BuiltinFunctionType, FunctionType
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     State: TypeAlias = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
+
+# What every module has: the tables that a copy replaces, flags, and hooks, which may be bound to it.
+_STANDARD = frozenset(vars(nn.Module()))
+_HOOKS = tuple(name for name in _STANDARD if name.endswith("_hooks"))
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device)
+_swapping = threading.RLock()
 
 __all__ = ["functional_call", "stack_module_state"]
 
@@ -29,8 +38,11 @@ def functional_call(
 ) -> Any:
     """Call a module with other parameters and buffers than its own.
 
-    The call runs on a shallow copy of the module tree, so that the module is never touched: not by
-    another thread's call, not by an exception, not by an assignment inside ``forward``.
+    The call runs on a shallow copy of the module tree, so that the module is not touched: not by
+    another thread's call, not by an exception, not by an assignment inside ``forward``. A module that
+    keeps its own way to itself or to a submodule, which a copy would not change (a list of modules in an
+    attribute, a bound method, a hook, torch.compile), is called by torch's function instead, which swaps
+    the tensors in place and back; a lock keeps other threads' calls of such modules out meanwhile.
 
     Args:
         module: the module.
@@ -75,6 +87,16 @@ def functional_call(
             f"but got {type(parameter_and_buffer_dicts)}. Write dict(module.named_parameters())."
         )
     given = _merged(dicts)
+    if not all(map(_is_self_contained, module.modules())):
+        with _swapping:
+            return torch.func.functional_call(
+                module,
+                cast("Any", parameter_and_buffer_dicts),
+                args,
+                kwargs,
+                tie_weights=tie_weights,
+                strict=strict,
+            )
     if strict:
         _check_names(module, given)
     tied = _names_of_shared_tensors(module) if tie_weights else {}
@@ -174,9 +196,13 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _names_of_shared_tensors(module: nn.Module) -> dict[str, list[str]]:
     """Each name that shares its tensor with others, with all the names of that tensor."""
-    names: dict[Tensor, list[str]] = {}
-    for name, tensor in _named_tensors(module):
-        names.setdefault(tensor, []).append(name)
+    names: dict[int, list[str]] = {}
+    for path, owner in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for table in (owner._parameters, owner._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    names.setdefault(id(tensor), []).append(prefix + name)
     return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
@@ -199,8 +225,6 @@ def _twin(module: nn.Module, replaced: dict[str, Tensor]) -> nn.Module:
     root = _copied(module, twins)
     for name, tensor in replaced.items():
         _set(root, name, tensor)
-    for twin in twins.values():
-        _refresh_flat_weights(twin)
     return root
 
 
@@ -240,11 +264,33 @@ def _set(root: nn.Module, name: str, tensor: Tensor) -> None:
     owner._parameters.pop(attribute, None)
 
 
-def _refresh_flat_weights(module: nn.Module) -> None:
-    """A recurrent layer keeps its weights once more, in the list that its kernel is given."""
-    names = getattr(module, "_flat_weights_names", None)
-    if names is not None:
-        vars(module)["_flat_weights"] = [getattr(module, name, None) for name in names]
+def _is_self_contained(module: nn.Module) -> bool:
+    """Whether a module reaches itself and its submodules through nothing that a shallow copy leaves."""
+    attributes = vars(module)
+    if not _can_be_copied(cast("Any", type(module))) or any(attributes.get(table) for table in _HOOKS):
+        return False
+    return not any(name not in _STANDARD and _holds_a_module(value) for name, value in attributes.items())
+
+
+@functools.cache
+def _can_be_copied(cls: type[nn.Module]) -> bool:
+    """Whether ``__new__`` and ``__dict__`` make all of an object of the class."""
+    slots = any(vars(base).get("__slots__") for base in cls.__mro__)
+    return not slots and cls.__new__ is object.__new__ and not issubclass(cls, torch.fx.GraphModule)
+
+
+def _holds_a_module(value: object) -> bool:
+    """Whether a module may be reached through the value: it is one, or is bound to or holds one."""
+    if isinstance(value, _PLAIN):
+        return False
+    if isinstance(value, FunctionType):
+        return value.__closure__ is not None
+    if isinstance(value, dict):
+        return any(map(_holds_a_module, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(map(_holds_a_module, value))
+    # An object of any other class that cannot be called is taken for data.
+    return callable(value) and not isinstance(value, type | BuiltinFunctionType)
 
 
 def _state(twin: nn.Module, given: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

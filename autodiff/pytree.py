@@ -79,14 +79,14 @@ def register_dataclass(cls: C) -> C:
     >>> grad(lambda line: line.slope**2)(Line(torch.tensor(3.0), "first"))
     Line(slope=tensor(6.), name=None)
     """
-    if dataclasses.is_dataclass(cls):
+    if "__dataclass_fields__" in vars(cls):  # not inherited: an undecorated subclass has other fields
         fields = tuple(field.name for field in dataclasses.fields(cls))
     elif hasattr(cls, "__attrs_attrs__"):
         fields = tuple(field.name for field in cls.__attrs_attrs__)
     else:
         raise TypeError(
-            f"register_dataclass: expected a dataclass or an attrs class, got {cls!r}. Use "
-            f"autodiff.pytree.register(cls, flatten, unflatten) for any other class."
+            f"register_dataclass: expected a dataclass or an attrs class, got {cls!r}. Put it above "
+            f"@dataclass, or use autodiff.pytree.register(cls, flatten, unflatten) for any other class."
         )
 
     def flatten(obj: Any) -> tuple[Sequence[Any], Any]:

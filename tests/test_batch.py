@@ -82,3 +82,21 @@ def test_same_draws_once_for_all_chunks_of_a_jacobian() -> None:
     jacobian = ad.jacfwd(lambda x: x * torch.rand_like(x), chunk_size=2)(x)
     assert torch.equal(jacobian, torch.diag(jacobian.diagonal()))
     assert len(set(jacobian.diagonal().tolist())) == 9
+
+
+def test_pieces_of_different_kinds_are_put_together_right() -> None:
+    """A plain piece, none, a watched one and one of another dtype: nothing is lost, nothing invented."""
+    rows = torch.arange(14.0).view(7, 2)
+    watched = rows[4:6].clone().requires_grad_()
+    chunks = batch.Chunks(7, 2)
+    for start, piece in ((0, rows[0:2]), (2, None), (4, watched), (6, rows[6:].double())):
+        chunks.add(0, start, piece)
+    expected = torch.cat([rows[0:2], torch.zeros(2, 2), rows[4:]]).double()
+    torch.testing.assert_close(chunks.whole(0), expected, check_dtype=True)
+
+
+def test_a_result_that_never_comes_is_none() -> None:
+    chunks = batch.Chunks(4, 2)
+    chunks.add(0, 0, None)
+    chunks.add(0, 2, None)
+    assert chunks.whole(0) is None

@@ -7,6 +7,7 @@ for the last). The final test fails when that file names a symbol that has no co
 from __future__ import annotations
 
 import ast
+import dataclasses
 import threading
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
 from torch.utils import _pytree as torch_pytree
 
+import autodiff as ad
 from autodiff.core import _torch
 
 X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
@@ -67,6 +69,7 @@ CONTRACTS = {
     "tensor._version": "test_writes_are_counted",
     "node._input_metadata": "test_nodes_know_the_shapes_of_their_cotangents",
     "torch_pytree._private_register_pytree_node": "test_torchs_own_trees_learn_a_class",
+    "torch_pytree.SUPPORTED_NODES": "test_torchs_registry_holds_its_dataclasses",
 }
 
 
@@ -301,6 +304,22 @@ def test_torchs_own_trees_learn_a_class() -> None:
     assert leaves[0] is X
     assert torch_pytree.tree_unflatten([1], spec).x == 1
     assert optree.tree_leaves(Box(X), namespace="torch")[0].__class__ is Box
+
+
+def test_torchs_registry_holds_its_dataclasses() -> None:
+    """SUPPORTED_NODES maps a class to its flatten_fn and unflatten_fn: what optree is told of it."""
+
+    @dataclasses.dataclass
+    class Pair:
+        x: Tensor
+        y: Tensor
+
+    torch_pytree.register_dataclass(Pair)
+    node = torch_pytree.SUPPORTED_NODES[Pair]
+    children, context = node.flatten_fn(Pair(X, 2 * X))
+    assert node.unflatten_fn(children, context).y is children[1]
+    gradient = ad.grad(lambda pair: (pair.x * pair.y).sum())(Pair(X, 2 * X))
+    torch.testing.assert_close((gradient.x, gradient.y), (2 * X, X))
 
 
 def test_accumulators_know_their_leaf() -> None:

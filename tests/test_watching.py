@@ -221,3 +221,11 @@ def test_hvp_and_hessian_agree_in_every_mode(context: AbstractContextManager[Any
         matrix = ad.hessian(cubic)(X)
     assert_close(matrix.clone(), hessian(X))
     assert_close((value.clone(), product.clone()), (cubic(X), hessian(X) @ T))
+
+
+def test_a_mixed_partial_that_nobody_watches_has_no_graph() -> None:
+    """The leaf of the inner transform's tape is nobody's once that is done."""
+    x, w = torch.randn(2, 3, dtype=torch.float64).unbind(0)
+    mixed = ad.grad(lambda x: ad.grad(lambda x, w: (x * x * w * w).sum(), argnums=1)(x, w).sum())(x)
+    assert_close(mixed, 4 * x * w)
+    assert not mixed.requires_grad

@@ -420,6 +420,10 @@ def remove_batch(tensor: Tensor, dim: int, size: int, level: int) -> Tensor:
     return _functorch._remove_batch_dim(tensor, level, size, dim)
 
 
+# The classes that torch's own pytree knows, with how it takes them apart.
+torch_registry: dict[Any, Any] = torch_pytree.SUPPORTED_NODES
+
+
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether the tensor is a transform's wrapper around another."""
     return _functorch.is_functorch_wrapped_tensor(tensor)

@@ -97,7 +97,7 @@ class Chunks:
     def __init__(self, total: int, size: int | None) -> None:
         self.total = total
         self.size = total if size is None else min(size, total)
-        self._pieces: dict[int, list[Tensor]] = {}
+        self._pieces: dict[int, list[Tensor | None]] = {}
         self._wholes: dict[int, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -110,30 +110,62 @@ class Chunks:
         """Whether the piece that ends at ``stop`` is the last."""
         return stop == self.total
 
-    def add(self, key: int, start: int, piece: Tensor, dim: int = 0) -> None:
-        """Keep a piece of result ``key``, which begins at ``start`` along ``dim``.
+    def add(self, key: int, start: int, piece: Tensor | None, dim: int = 0) -> None:
+        """Keep a piece of result ``key``, which begins at ``start`` along ``dim``; None stands for zeros.
 
         Plain pieces go into one preallocated tensor, so that no second copy of the result is ever
-        made; pieces that are watched, wrapped or sparse are concatenated in the end.
+        made; pieces that are watched, wrapped, sparse, or unlike the first are concatenated in the end.
         """
-        length = piece.shape[dim]
-        if length == self.total or not _is_plain(piece):
-            self._pieces.setdefault(key, []).append(piece)
+        kept = self._pieces.setdefault(key, [])
+        if piece is None or kept or piece.shape[dim] == self.total or not _is_plain(piece):
+            self._give_up_whole(key, start, dim)
+            kept.append(piece)
             return
-        if key not in self._wholes:
+        whole = self._wholes.get(key)
+        if whole is None:
             shape = list(piece.shape)
             shape[dim] = self.total
-            self._wholes[key] = piece.new_empty(shape)
-        self._wholes[key].narrow(dim, start, length).copy_(piece)
+            whole = self._wholes[key] = piece.new_empty(shape)
+        if whole.dtype != piece.dtype or _without(whole, dim) != _without(piece, dim):
+            self._give_up_whole(key, start, dim)
+            kept.append(piece)
+        else:
+            whole.narrow(dim, start, piece.shape[dim]).copy_(piece)
+
+    def _give_up_whole(self, key: int, filled: int, dim: int) -> None:
+        """Go on with pieces: the part that is filled is the first of them."""
+        whole = self._wholes.pop(key, None)
+        if whole is not None and filled:
+            self._pieces[key].append(whole.narrow(dim, 0, filled))
 
     def whole(self, key: int, dim: int = 0) -> Tensor | None:
-        """Result ``key`` put together, None where no piece of it came."""
+        """Result ``key`` put together, None where every piece of it was."""
         if key in self._wholes:
             return self._wholes[key]
-        pieces = self._pieces.get(key)
-        if not pieces:
+        pieces = self._pieces.get(key, [])
+        model = next((piece for piece in pieces if piece is not None), None)
+        if model is None:
             return None
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+        if len(pieces) == 1:
+            return model
+        lengths = [stop - start for start, stop in self]
+        missing = [
+            length for piece, length in zip(pieces, lengths[-len(pieces) :], strict=True) if piece is None
+        ]
+        if missing:
+            zeros = iter([_zeros_like(model, dim, length) for length in missing])
+            pieces = [next(zeros) if piece is None else piece for piece in pieces]
+        return torch.cat([piece for piece in pieces if piece is not None], dim)
+
+
+def _without(tensor: Tensor, dim: int) -> list[int]:
+    return [size for at, size in enumerate(tensor.shape) if at != dim]
+
+
+def _zeros_like(model: Tensor, dim: int, length: int) -> Tensor:
+    shape = list(model.shape)
+    shape[dim] = length
+    return model.new_zeros(shape)
 
 
 def remember_randomness(leaves: Sequence[Any]) -> Callable[[], None]:

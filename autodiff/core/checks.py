@@ -150,8 +150,10 @@ def unregistered(name: str, path: str, leaf: object) -> NoReturn:
     )
 
 
-def complex_pairing(name: str, tensors: Sequence[Tensor], holomorphic: bool, kind: str) -> None:
-    """Real everywhere by default, complex everywhere with ``holomorphic=True``."""
+def complex_pairing(name: str, tensors: Sequence[Tensor], holomorphic: bool | None, kind: str) -> None:
+    """Real everywhere by default, complex everywhere with ``holomorphic=True``, anything with None."""
+    if holomorphic is None:
+        return
     for position, tensor in enumerate(tensors):
         if holomorphic and not tensor.is_complex():
             raise DtypeError(
@@ -179,7 +181,9 @@ def has_aux_pair(name: str, output: object) -> None:
     )
 
 
-def tensor_outputs(name: str, leaves: Sequence[Any], path: Callable[[int], str]) -> None:
+def tensor_outputs(
+    name: str, leaves: Sequence[Any], path: Callable[[int], str], *, any_dtype: bool = False
+) -> None:
     """At least one output, all of them floating or complex tensors."""
     name = {"vjp": "vjp(f, *primals)", "jvp": "jvp(f, primals, tangents)"}.get(name, name)
     if not leaves:
@@ -193,7 +197,7 @@ def tensor_outputs(name: str, leaves: Sequence[Any], path: Callable[[int], str])
                 f"{name}: expected f(*primals) to return only tensors, got unsupported type {type(leaf)} "
                 f"at {path(index)}. Return what is not to be differentiated through has_aux=True."
             )
-        if not (leaf.is_floating_point() or leaf.is_complex()):
+        if not (any_dtype or leaf.is_floating_point() or leaf.is_complex()):
             raise OutputError(
                 f"{name}: All outputs of f must be floating-point or complex Tensors, got Tensor with "
                 f"dtype {leaf.dtype} at {path(index)}. Convert it, or return it through has_aux=True."

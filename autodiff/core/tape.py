@@ -6,6 +6,7 @@ output does not depend on. Never sees a tree; imports `_torch` and `errors`.
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     Recordable: TypeAlias = Callable[[Sequence[Tensor], Lift | None], tuple[list[Any], list[Any]]]
 
 
+# cdist with three or more rows; masked_select and its double backward with a mask larger than the input.
+_WRONG_IN_BATCHES = frozenset({"CdistBackward0", "MaskedSelectBackward0", "MaskedScatterBackward0"})
+
+
 class Tape(ABC):
     """What one run of a function left: its outputs, and the way back to its inputs.
 
@@ -33,7 +38,7 @@ class Tape(ABC):
     tensors and the primals as the graph knows them.
     """
 
-    __slots__ = ("_ends", "_inputs", "aux", "outputs")
+    __slots__ = ("__weakref__", "_ends", "_inputs", "aux", "outputs")
 
     outputs: list[Any]
     aux: list[Any]
@@ -90,6 +95,10 @@ class Tape(ABC):
         """Whether an ``autograd.Function`` stands in the graph: its gradient may be no gradient at all."""
         return any(isinstance(node, BackwardCFunction) for node, _ in _torch.nodes(self._ends))
 
+    def is_wrong_in_batches(self) -> bool:
+        """Whether the graph holds a node whose batching rule is silently wrong in torch."""
+        return any(type(node).__name__ in _WRONG_IN_BATCHES for node, _ in _torch.nodes(self._ends))
+
     def bytes_of_a_pull(self) -> tuple[int, int]:
         """The bytes of all the cotangents in one pull, and of the largest of them."""
         return _torch.graph_bytes(self._ends)
@@ -122,8 +131,11 @@ class _GroundTape(Tape):
         with _torch.Recording():
             self._inputs, views, watched = [], [], False
             for primal in primals:
-                self._inputs.append(_enter(primal))
+                entered = _enter(primal)
+                self._inputs.append(entered)
                 watched = watched or primal.requires_grad
+                if entered.is_leaf:
+                    entered.autodiff_tape = weakref.ref(self)  # type: ignore[attr-defined]
                 # torch refuses writes to a leaf and to a view of one.
                 if not primal.is_leaf:
                     views.append(self._inputs[-1])
@@ -150,14 +162,20 @@ class _GroundTape(Tape):
         The walk costs 1 to 5 % of a gradient (chains of 1 to 1000 operations, a transformer layer).
         """
         own = {id(leaf) for leaf in (*self._inputs, *self._private)}
+
+        def is_foreign(leaf: Tensor) -> bool:
+            # The leaf of a tape that is gone, as of a transform inside this one, is nobody's either.
+            tape = getattr(leaf, "autodiff_tape", None)
+            return id(leaf) not in own and (tape is None or tape() is not None)
+
         for end in ends:
-            if isinstance(end, Tensor) and end.is_leaf and end.requires_grad and id(end) not in own:
+            if isinstance(end, Tensor) and end.is_leaf and end.requires_grad and is_foreign(end):
                 return True
         for node, following in _torch.nodes(ends):
             # Only the node that accumulates into a leaf has nothing before it and a variable.
             if not following:
                 leaf = getattr(node, "variable", None)
-                if leaf is not None and id(leaf) not in own:
+                if leaf is not None and is_foreign(leaf):
                     return True
         return False
 

@@ -6,13 +6,15 @@ registrations live, with None as a leaf and dicts in insertion order. Imports on
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import optree
 import torch.utils._cxx_pytree  # noqa: F401  registers torch's classes with optree
 from torch import Tensor
 
-from autodiff.core._torch import compiling, register_with_torch
+from autodiff.core._torch import compiling, register_with_torch, torch_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +30,33 @@ def flatten(tree: Any) -> tuple[list[Any], Spec]:
     if isinstance(tree, Tensor) and not compiling():
         # Most trees are one tensor, and every transform flattens several: 0.2 us instead of 1.0.
         return [tree], LEAF
+    if not compiling() and len(torch_registry) != _mirrored:
+        _mirror_torchs_classes()
     return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+
+
+_mirrored = 0
+
+
+def _mirror_torchs_classes() -> None:
+    """Register with optree what torch.utils._pytree.register_dataclass registered with torch alone."""
+    global _mirrored  # noqa: PLW0603  a count of what has been seen
+    seen = len(torch_registry)
+    for cls, node in list(torch_registry.items()):
+        if not dataclasses.is_dataclass(cls):
+            continue
+
+        def flatten_one(obj: Any, node: Any = node) -> tuple[Any, Any]:
+            children, context = node.flatten_fn(obj)
+            return tuple(children), context
+
+        def unflatten_one(context: Any, children: Any, node: Any = node) -> Any:
+            return node.unflatten_fn(list(children), context)
+
+        # A class that is registered with optree as well stays as it is.
+        with contextlib.suppress(ValueError):
+            optree.register_pytree_node(cast("Any", cls), flatten_one, unflatten_one, namespace=NAMESPACE)
+    _mirrored = seen
 
 
 def leaves(tree: Any) -> list[Any]:

@@ -138,8 +138,10 @@ class Contract:
         """The leaves of a vector that is like the inputs."""
         return self.vector(v, self.args if self.several else self.args[0], self.several, _ONE_INPUT)
 
-    def vector(self, v: Any, like: Any, several: bool, whose: str) -> list[Tensor]:
-        """The leaves of ``v`` where ``like`` has floating or complex ones; ones where v may be left out."""
+    def vector(
+        self, v: Any, like: Any, several: bool, whose: str, *, of: Callable[[Any], bool] = is_differentiable
+    ) -> list[Tensor]:
+        """The leaves of ``v`` where ``like`` has leaves of that kind; ones where v may be left out."""
         if v is None:
             only = like[0] if several and len(like) == 1 else like
             if not isinstance(only, Tensor) or only.numel() != 1:
@@ -164,7 +166,7 @@ class Contract:
         return [
             self._vector_leaf(leaf, model, f"Entry {index} in " if several else "")
             for index, (leaf, model) in enumerate(pairs)
-            if is_differentiable(model)
+            if of(model)
         ]
 
     def _vector_leaf(self, leaf: object, model: Tensor, opening: str) -> Tensor:

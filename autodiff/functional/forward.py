@@ -17,23 +17,34 @@ from autodiff.core._torch import SWITCH_OF_GRAD_MODE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Forward mode goes through a region without grad, ignores hooks, and knows no requires_grad; its rule
-# for the product mode of scatter_reduce gives zeros without a word.
-_SEEN_BY_BACKWARD = frozenset(
+# Forward mode goes through a region without grad, ignores hooks, and knows no requires_grad.
+_HOOKS = frozenset({Tensor.register_hook, Tensor.register_post_accumulate_grad_hook})
+_SEEN_BY_BACKWARD = _HOOKS | {
+    SWITCH_OF_GRAD_MODE,
+    Tensor.requires_grad_,
+    Tensor.retain_grad,
+    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    Tensor.grad_fn.__get__,  # type: ignore[union-attr]
+    Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
+}
+# Where torch's two modes differ without a word: the rule for products gives zeros, the one for a triangle
+# takes the other half, those of factorisations symmetrise, and an embedding's padding row moves.
+_DIFFERENT = frozenset(
     {
-        SWITCH_OF_GRAD_MODE,
-        Tensor.register_hook,
-        Tensor.register_post_accumulate_grad_hook,
-        Tensor.requires_grad_,
-        Tensor.retain_grad,
-        Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-        Tensor.grad_fn.__get__,  # type: ignore[union-attr]
-        Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
         Tensor.scatter_reduce,
         Tensor.scatter_reduce_,
         torch.scatter_reduce,
+        Tensor.triangular_solve,
+        torch.triangular_solve,
+        Tensor.cholesky,
+        torch.cholesky,
+        torch.linalg.cholesky,
+        torch.linalg.cholesky_ex,
+        torch.nn.functional.embedding,
     }
 )
+_OVERLOAD, _PACKET = type(torch.ops.aten.sin.default), type(torch.ops.aten.sin)
+_OWN_RULES = ("aten", "prims", "prim")
 
 
 class BackwardOnlyError(Exception):
@@ -46,16 +57,52 @@ class BackwardOnly(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _SEEN_BY_BACKWARD:
+        if func in _SEEN_BY_BACKWARD or func in _DIFFERENT or _is_custom(func):
             raise BackwardOnlyError
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
+class HookWatch(TorchFunctionMode):
+    """Notices whether a hook is registered: then a gradient may be no function's."""
+
+    seen = False
+
+    def over(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """``func``, watched."""
+
+        def watched(*args: Any) -> Any:
+            with self:
+                return func(*args)
+
+        return watched
+
+    def may_batch(self) -> bool:
+        """Whether a batched pull shows nobody a batched cotangent."""
+        return not self.seen
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.seen = self.seen or func in _HOOKS
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
 def as_forward_sees(func: Callable[..., Any]) -> Callable[..., Any]:
-    """``func``, which raises `BackwardOnlyError` where forward mode would give something else."""
+    """``func``, which raises `BackwardOnlyError` where forward mode would give something else.
+
+    It runs with grad mode on, as a backward pass has it, and on copies of its arguments, which it may
+    not write to.
+    """
 
     def watched(*args: Any) -> Any:
-        with BackwardOnly():
+        with torch.enable_grad(), BackwardOnly():
             return func(*args)
 
     return watched
+
+
+def _is_custom(func: object) -> bool:
+    """Whether the function is an operator that torch.library made: forward mode drops its tangent."""
+    if isinstance(func, _OVERLOAD):
+        return func.namespace not in _OWN_RULES
+    return isinstance(func, _PACKET) and str(func).split(".")[0] not in _OWN_RULES

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from autodiff.core import trees
 from autodiff.core.batch import remember_randomness
 from autodiff.errors import OptionError, StrategyError, StrictModeError
 from autodiff.functional.contract import Contract
+from autodiff.functional.forward import HookWatch
 from autodiff.functional.products import GRADIENT_CONSTANT
 from autodiff.transforms.grad import grad
 from autodiff.transforms.jacobian import by_mode
@@ -146,7 +148,7 @@ def _jacobian(call: Contract, func: Callable[..., Any], vectorize: bool, strateg
         # Legacy runs the function first, and its errors come first.
         func = _then_refuse(func)
     with call.modes(), call.words(_OUTPUT_INDEPENDENT):
-        blocks = _by_mode(call, func, "reverse", frugal=not vectorize)
+        blocks = _by_mode(call, func, "reverse") if vectorize else _by_rows(call, func)
     if call.strict and call.create_graph:
         leaves = trees.leaves(blocks)
         per_output = len(trees.leaves(call.args))
@@ -168,23 +170,39 @@ def _forward(call: Contract, func: Callable[..., Any]) -> Any:
         dtypes[:] = [getattr(leaf, "dtype", None) for leaf in trees.leaves(output)]
         return output
 
+    recording = call.create_graph or torch.is_grad_enabled()
+
+    def in_callers_mode(*args: Any) -> Any:
+        # Legacy's forward mode leaves grad mode as it is.
+        with torch.set_grad_enabled(recording):
+            return func(*args)
+
     rewind = remember_randomness(call.args)
     with call.modes():
         try:
-            return _by_mode(call, func, "forward")
+            return _by_mode(call, in_callers_mode, "forward")
         except RuntimeError as error:
             rewind()
             try:
-                blocks, spec = trees.flatten(_by_mode(call, noting_dtypes, "reverse", frugal=True))
+                blocks, spec = trees.flatten(_by_rows(call, noting_dtypes))
             except RuntimeError:
                 raise error from None
     per_output = len(blocks) // len(dtypes)
     return trees.unflatten(spec, [block.to(dtypes[i // per_output]) for i, block in enumerate(blocks)])
 
 
-def _by_mode(call: Contract, func: Callable[..., Any], mode: JacobianMode, *, frugal: bool = False) -> Any:
+def _by_rows(call: Contract, func: Callable[..., Any]) -> Any:
+    """Rows in batches; one by one where a hook would be shown a batch."""
+    hooks = HookWatch()
+    return _by_mode(call, hooks.over(func), "reverse", frugal=hooks.may_batch)
+
+
+def _by_mode(
+    call: Contract, func: Callable[..., Any], mode: JacobianMode, *, frugal: Callable[[], bool] | None = None
+) -> Any:
     argnums = call.argnums if call.several else 0
-    return by_mode(call.name, func, argnums, mode, strict=call.strict, frugal=frugal)(*call.args)
+    derive = by_mode(call.name, func, argnums, mode, holomorphic=None, strict=call.strict, frugal=frugal)
+    return derive(*call.args)
 
 
 def _then_refuse(func: Callable[..., Any]) -> Callable[..., Any]:

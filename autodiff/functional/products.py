@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from autodiff.core import checks
+from autodiff.core.arguments import is_differentiable
 from autodiff.core.batch import remember_randomness
 from autodiff.core.dual import push
 from autodiff.core.tape import record
+from autodiff.errors import OutputError
 from autodiff.functional.contract import Contract
-from autodiff.functional.forward import BackwardOnlyError, as_forward_sees
+from autodiff.functional.forward import BackwardOnlyError, HookWatch, as_forward_sees
 from autodiff.transforms.grad import dense
 from autodiff.transforms.hessian import gradient_tape
 from autodiff.transforms.jvp import dense_tangents
@@ -17,8 +21,6 @@ from autodiff.transforms.linearize import transpose
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import Tensor
 
     from autodiff.core.arguments import Call
     from autodiff.core.tape import Tape
@@ -93,9 +95,9 @@ def vjp(
     call = contract.call(func)
     with contract.modes():
         tape = record(call.evaluate, call.primals)
-        checks.tensor_outputs("vjp", tape.outputs, call.path_of_output)
+        checks.tensor_outputs("vjp", tape.outputs, call.path_of_output, any_dtype=True)
         output = call.like_output(tape.outputs)
-        cotangents = contract.vector(v, output, isinstance(output, tuple), _ONE_OUTPUT)
+        cotangents = contract.vector(v, output, isinstance(output, tuple), _ONE_OUTPUT, of=_is_tensor)
         with contract.words(_OUTPUT_INDEPENDENT):
             product = call.like_arguments(dense(call, tape.pull(cotangents), strict))
     if strict and create_graph:
@@ -147,7 +149,7 @@ def jvp(
                 rewind()
         call = contract.call(func)
         tape = record(call.evaluate, call.primals)
-        checks.tensor_outputs("jvp", tape.outputs, call.path_of_output)
+        _check_outputs_of_jvp(call, tape.outputs)
         pushed = transpose(tape, _looking_for_independence(contract, _OUTPUT_INDEPENDENT))(tangents)
         with contract.words(_ENTRY_INDEPENDENT):
             product = call.like_output(dense_tangents(call, tape.outputs, pushed, strict))
@@ -205,8 +207,8 @@ def hvp(
     .. math:: (f(x),\; \nabla^2 f(x)\, v)
 
     The Hessian is symmetric, so this is :func:`vhp`, about twice as fast as the double-backward trick.
-    Where func's graph holds an ``autograd.Function``, whose gradient need not be the gradient of
-    anything, the trick is used, as torch does.
+    Where func registers a hook, or its graph holds an ``autograd.Function``, the gradient need not be
+    the gradient of anything, and the trick is used, as torch does.
 
     >>> import torch
     >>> hvp(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 10.0]))
@@ -235,10 +237,11 @@ def hvp(
     vector = contract.input_vector(v)
     with contract.modes():
         custom: list[bool] = []
+        hooks = HookWatch()
         call, tape, output = _second_order(
-            contract, func, lambda value: custom.append(value.has_custom_gradient())
+            contract, hooks.over(func), lambda value: custom.append(value.has_custom_gradient())
         )
-        if strict or custom[0]:
+        if strict or custom[0] or hooks.seen:
             pushed = transpose(tape, _looking_for_independence(contract, _JACOBIAN_INDEPENDENT))(vector)
         else:
             pushed = tape.pull(vector)
@@ -281,8 +284,20 @@ def _looking_for_independence(contract: Contract, message: str) -> Callable[[lis
     return look
 
 
+def _check_outputs_of_jvp(call: Call, outputs: list[Any]) -> None:
+    checks.tensor_outputs("jvp", outputs, call.path_of_output, any_dtype=True)
+    if not all(map(is_differentiable, outputs)):
+        raise OutputError("Only Tensors of floating point and complex dtype can require gradients")
+
+
+def _is_tensor(leaf: object) -> bool:
+    # Legacy takes a vector for an integer output too, and has no use for it.
+    return isinstance(leaf, Tensor)
+
+
 def _pushed(call: Call, tangents: list[Tensor]) -> tuple[Any, Any]:
-    """Output and product by forward mode."""
-    outputs, moved, _ = push(call.evaluate, call.primals, tangents)
-    checks.tensor_outputs("jvp", outputs, call.path_of_output)
+    """Output and product by forward mode, detached from parameters that the function captures."""
+    copies = [primal.clone() for primal in call.primals]
+    outputs, moved, _ = push(call.evaluate, copies, tangents)
+    _check_outputs_of_jvp(call, outputs)
     return call.like_output(outputs), call.like_output(dense_tangents(call, outputs, moved, strict=False))

@@ -170,15 +170,16 @@ def by_mode(
     mode: JacobianMode,
     has_aux: bool = False,
     chunk_size: int | None = None,
-    holomorphic: bool = False,
+    holomorphic: bool | None = False,
     strict: bool = False,
     randomness: Randomness = "same",
-    frugal: bool = False,
+    frugal: Callable[[], bool] | None = None,
 ) -> Callable[..., Any]:
     """A Jacobian under the public name that the user called.
 
     ``frugal`` pulls rows in batches that take about the memory of single rows, and row by row where
-    they cannot be batched.
+    they cannot be batched, or where, asked after the function ran, it says no. ``holomorphic=None``
+    takes any dtypes, with torch's own convention.
     """
     checks.chunk_size(name, chunk_size)
     checks.allowed(name, "mode", mode, ("auto", "reverse", "forward"))
@@ -203,12 +204,17 @@ def by_mode(
 
 
 def _rows(
-    call: Call, chunk_size: int | None, mode: JacobianMode, holomorphic: bool, strict: bool, frugal: bool
+    call: Call,
+    chunk_size: int | None,
+    mode: JacobianMode,
+    holomorphic: bool | None,
+    strict: bool,
+    frugal: Callable[[], bool] | None,
 ) -> tuple[Blocks, list[Any]]:
     """One evaluation, then the rows by pulls, or with "auto" the columns where there are fewer."""
     tape = record(call.evaluate, call.primals)
     outputs = tape.outputs
-    checks.tensor_outputs(call.name, outputs, call.path_of_output)
+    checks.tensor_outputs(call.name, outputs, call.path_of_output, any_dtype=holomorphic is None)
     checks.complex_pairing(call.name, outputs, holomorphic, "outputs")
     if strict:
         _check_rows(call, tape)
@@ -223,12 +229,12 @@ def _rows(
         return _by_columns(call, outputs, columns), tape.aux
 
     def pull(cotangents: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
-        pulled = tape.pull(cotangents, retain_graph=frugal or not last)
+        pulled = tape.pull(cotangents, retain_graph=frugal is not None or not last)
         # The engine pulls by the conjugate transpose.
         return [None if p is None else p.conj() for p in pulled] if holomorphic else pulled
 
-    if frugal and not compiling():
-        return _frugal_blocks(pull, tape, call.primals), tape.aux
+    if frugal is not None and not compiling():
+        return _frugal_blocks(pull, tape, call.primals, batched=frugal()), tape.aux
     rows = _stacked(pull, outputs, chunk_size)
     by_input = [
         basis.row_blocks(of_primal, outputs, primal)
@@ -237,7 +243,7 @@ def _rows(
     return [list(of_output) for of_output in zip(*by_input, strict=True)], tape.aux
 
 
-def _frugal_blocks(pull: Product, tape: Tape, primals: Sequence[Tensor]) -> Blocks:
+def _frugal_blocks(pull: Product, tape: Tape, primals: Sequence[Tensor], *, batched: bool) -> Blocks:
     """Rows of one output after the other, in batches where a batched pull is possible.
 
     A pull never runs the user's function again, so a batch that fails costs only its own time.
@@ -251,12 +257,13 @@ def _frugal_blocks(pull: Product, tape: Tape, primals: Sequence[Tensor]) -> Bloc
         ) -> list[Tensor | None]:
             return pull([*before, *rows, *after], last=last)
 
-        chunk_size = _frugal_chunk(tape, output, primals)
+        chunk_size = _frugal_chunk(tape, output, primals) if batched else 1
         try:
             with quiet_fallbacks():
                 rows = _stacked(pull_one, [output], chunk_size)
-        except RuntimeError:
-            # Some backward passes cannot be batched: they read a value, or write in place.
+        except Exception:
+            # Some backward passes cannot be batched: they read a value, or write in place. What they
+            # raise then is theirs to choose.
             if chunk_size == 1:
                 raise
             rows = _stacked(pull_one, [output], 1)
@@ -271,13 +278,15 @@ def _frugal_chunk(tape: Tape, output: Tensor, primals: Sequence[Tensor]) -> int:
     Single rows need the graph, and the result twice: as rows and stacked. A batched pull has about
     three of its largest cotangents alive at a time (a heuristic).
     """
+    if tape.is_wrong_in_batches():
+        return 1
     total, largest = tape.bytes_of_a_pull()
     row = sum(primal.numel() * primal.element_size() for primal in primals)
     return max(1, (total + 2 * row * output.numel()) // 2 // max(3 * largest + row, 1))
 
 
 def _columns(
-    call: Call, chunk_size: int | None, randomness: Randomness, holomorphic: bool, strict: bool
+    call: Call, chunk_size: int | None, randomness: Randomness, holomorphic: bool | None, strict: bool
 ) -> tuple[Blocks, list[Any]]:
     """One evaluation for every chunk of columns."""
     seen: list[Any] = []
@@ -288,7 +297,7 @@ def _columns(
         if rewind is not None:
             rewind()
         result = push(call.evaluate, call.primals, tangents)
-        checks.tensor_outputs(call.name, result.outputs, call.path_of_output)
+        checks.tensor_outputs(call.name, result.outputs, call.path_of_output, any_dtype=holomorphic is None)
         checks.complex_pairing(call.name, result.outputs, holomorphic, "outputs")
         if strict:
             for position, tangent in enumerate(result.tangents):
@@ -327,8 +336,7 @@ def _stacked(
             pieces = over_rows(partial(product, last=last), vectors, stop - start, randomness)
         count = len(pieces)
         for key, piece in enumerate(pieces):
-            if piece is not None:
-                chunks.add(key, start, piece)
+            chunks.add(key, start, piece)
     return [chunks.whole(key) for key in range(count)]
 
 

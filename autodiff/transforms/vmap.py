@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from autodiff.core import batch, checks, mapped_dims, trees
@@ -56,7 +57,8 @@ def vmap(
             begins that of the output, with None for an output that does not depend on the sample.
         randomness: ``"error"`` forbids random operations, ``"different"`` draws for each sample,
             ``"same"`` draws once for all.
-        chunk_size: how many samples to compute in one batch; None computes all. Less takes less memory.
+        chunk_size: how many samples to compute in one batch; None computes all. Less takes less memory,
+            unless the results are watched: a captured parameter that requires grad keeps every graph.
         fallback: ``"loop"`` runs a function that cannot be batched (it branches on data, or calls
             ``.item()``) sample by sample.
 
@@ -83,6 +85,8 @@ def vmap(
         try:
             return mapped.run(randomness, chunk_size)
         except RuntimeError:
+            if mapped.size == 0:
+                raise
             rewind()
         return mapped.run_by_sample(randomness)
 
@@ -134,12 +138,13 @@ class _Mapped:
         """All samples, one after the other, without a batching level."""
         chunks = Chunks(self.size, 1)
         rewind = batch.remember_randomness(self.leaves) if randomness == "same" else None
+        results: list[Any] = []
         for sample, _ in chunks:
+            before = results
             if rewind is not None:
                 rewind()
             results = self._call(self._each(Tensor.select, sample))
-            tensors = [isinstance(result, Tensor) for result in results]
-            for key, dim in enumerate(self._destinations(results, tensors)):
+            for key, dim in enumerate(self._destinations(results, _differing(results, before))):
                 if dim is not None:
                     chunks.add(key, sample, results[key].unsqueeze(dim), dim)
         return self._assembled(chunks, results)
@@ -188,6 +193,14 @@ class _Mapped:
         if values is None:
             mapped_dims.out_dims_fit("vmap", self._out_dims, self.out_spec)
         return [dim for dim, _ in values]
+
+
+def _differing(results: Sequence[Any], before: Sequence[Any]) -> list[bool]:
+    """Which tensors are not what the sample before gave; of the first sample, none."""
+    if not before:
+        return [False] * len(results)
+    pairs = zip(results, before, strict=True)
+    return [isinstance(one, Tensor) and not torch.equal(one, other) for one, other in pairs]
 
 
 def _batched_leaves(

@@ -40,6 +40,24 @@ def hook_on_intermediate(x):
     return (y * y.detach()).sum()
 
 
+def hook_that_bends(x):
+    y = x.sin()
+    if y.requires_grad:
+        y.register_hook(lambda cotangent: cotangent.clamp(-0.5, 0.5) * torch.tensor([1.0, 2.0]))
+    return (y.prod() * y).sum()
+
+
+@torch.library.custom_op("autodiff_tests::square", mutates_args=())
+def square(x: Tensor) -> Tensor:
+    return x * x
+
+
+square.register_autograd(
+    lambda ctx, cotangent: 2 * ctx.saved_tensors[0] * cotangent,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
 def in_place_on_intermediate(x):
     y = x * 2
     y.mul_(x)
@@ -86,6 +104,10 @@ OF_ONE = {
     "product by scatter": lambda x: (
         torch.ones(1).scatter_reduce(0, torch.zeros(2, dtype=int), x, "prod").sum()
     ),
+    "integer beside": lambda x: ((x**2).sum(), (x > 0).long()),
+    "asks for grad mode": lambda x: (x**2 if torch.is_grad_enabled() else x**3).sum(),
+    "hook that bends": hook_that_bends,
+    "custom operator": lambda x: torch.ops.autodiff_tests.square(x).sum(),
     "raises": lambda x: x @ torch.ones(5),
 }
 

@@ -101,17 +101,68 @@ def test_rows_that_cannot_be_batched_are_pulled_one_by_one(create_graph):
         functional.jacobian(_ReadsItsCotangent.apply, x, vectorize=True)
 
 
+class _CountsItsPulls(torch.autograd.Function):
+    pulls = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        _CountsItsPulls.pulls += 1
+        return cotangent
+
+
 def test_rows_are_batched_by_default():
-    pulls = []
+    x = torch.linspace(0.0, 1.0, 64)
+    _CountsItsPulls.pulls = 0
+    assert_close(functional.jacobian(lambda x: _CountsItsPulls.apply(x).sin(), x), torch.diag(x.cos()))
+    assert _CountsItsPulls.pulls < 16
+
+
+def test_a_hook_is_shown_row_after_row():
+    rows = []
 
     def func(x):
         y = x.sin()
-        y.register_hook(lambda cotangent: pulls.append(cotangent.shape))
+        y.register_hook(rows.append)
         return y
 
-    x = torch.linspace(0.0, 1.0, 64)
-    assert_close(functional.jacobian(func, x), torch.diag(x.cos()))
-    assert len(pulls) < 16
+    functional.jacobian(func, torch.linspace(0.0, 1.0, 8))
+    assert_close(torch.stack(rows), torch.eye(8))
+
+
+def test_a_pull_that_gives_nothing_for_some_rows_gives_zeros_there():
+    class Silent(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: 2 * x)
+        backward = staticmethod(lambda ctx, g: 2 * g if g.any() else None)
+
+    weights = torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0])
+    expected = torch.zeros(8, 8)
+    for row in (0, 2, 4, 6):
+        expected[row, row % 4] = 2
+    assert_close(
+        functional.jacobian(lambda x: Silent.apply(x)[:4].repeat(2) * weights, torch.ones(8)), expected
+    )
+
+
+def test_rows_whose_batch_would_be_wrong_are_pulled_one_by_one():
+    x, centres = (
+        torch.tensor([[0.0, 1], [2, 0.5], [1, 3], [0.3, 2]]),
+        torch.tensor([[1.0, 0], [3, 1], [0, 2]]),
+    )
+    difference = x[:, None] - centres
+    unit = difference / difference.norm(dim=-1, keepdim=True)
+    expected = torch.einsum("ijk,il->ijlk", unit, torch.eye(4))
+    assert_close(functional.jacobian(lambda x: torch.cdist(x, centres), x), expected)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_an_integer_output_has_a_jacobian_of_zeros(vectorize):
+    x = torch.tensor([1.0, -2.0])
+    smooth, steps = functional.jacobian(lambda x: (x**2, (x > 0).long()), x, vectorize=vectorize)
+    assert_close((smooth, steps), (torch.diag(2 * x), torch.zeros(2, 2)))
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
