@@ -97,8 +97,11 @@ class Call:
             filled = [leaf if lift is None else _lifted(leaf, lift) for leaf in self._leaves]
             for position, leaf in zip(self._where, leaves, strict=True):
                 filled[position] = leaf
-        with checks.advice(self.name, _WRITTEN, _CLONE):
+        try:
             output = self._run(trees.unflatten(self.spec, filled), lift)
+        except RuntimeError as error:
+            checks.advise(self.name, error, _WRITTEN, _CLONE)
+            raise
         if self.has_aux:
             checks.has_aux_pair(self.name, output)
             output, aux = output

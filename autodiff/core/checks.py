@@ -6,7 +6,6 @@ out. Words by which torch.func's own messages are recognised are kept. Imports `
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -297,19 +296,11 @@ def _castable(kind: str, came: torch.dtype, wanted: torch.dtype) -> bool:
     return kind == "cotangent" and came.is_floating_point and wanted.is_floating_point
 
 
-class advice(AbstractContextManager[None]):  # noqa: N801  used like a function
-    """Adds the way out to an error of torch's that is known by its words."""
-
-    __slots__ = ("_name", "_way_out", "_words")
-
-    def __init__(self, name: str, words: Sequence[str], way_out: str) -> None:
-        self._name, self._words, self._way_out = name, words, way_out
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError) and any(word in str(error) for word in self._words):
-            note = f"{self._name}: {self._way_out}"
-            if note not in getattr(error, "__notes__", ()):
-                error.add_note(note)
+def advise(name: str, error: RuntimeError, words: Sequence[str], way_out: str) -> None:
+    """Add the way out to an error of torch's that is known by its words."""
+    note = f"{name}: {way_out}"
+    if any(word in str(error) for word in words) and note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
 
 
 # Matrices.

@@ -93,11 +93,11 @@ class Tape(ABC):
 
     def has_custom_gradient(self) -> bool:
         """Whether an ``autograd.Function`` stands in the graph: its gradient may be no gradient at all."""
-        return any(isinstance(node, BackwardCFunction) for node, _ in _torch.nodes(self._ends))
+        return any(isinstance(node, BackwardCFunction) for node in _torch.nodes(self._ends))
 
     def is_wrong_in_batches(self) -> bool:
         """Whether the graph holds a node whose batching rule is silently wrong in torch."""
-        return any(type(node).__name__ in _WRONG_IN_BATCHES for node, _ in _torch.nodes(self._ends))
+        return any(type(node).__name__ in _WRONG_IN_BATCHES for node in _torch.nodes(self._ends))
 
     def bytes_of_a_pull(self) -> tuple[int, int]:
         """The bytes of all the cotangents in one pull, and of the largest of them."""
@@ -171,12 +171,11 @@ class _GroundTape(Tape):
         for end in ends:
             if isinstance(end, Tensor) and end.is_leaf and end.requires_grad and is_foreign(end):
                 return True
-        for node, following in _torch.nodes(ends):
-            # Only the node that accumulates into a leaf has nothing before it and a variable.
-            if not following:
-                leaf = getattr(node, "variable", None)
-                if leaf is not None and is_foreign(leaf):
-                    return True
+        for node in _torch.nodes(ends, terminal=True):
+            # Only the node that accumulates into a leaf has a variable.
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and is_foreign(leaf):
+                return True
         return False
 
 
@@ -201,7 +200,7 @@ class _LevelTape(Tape):
         # tangent; and with factors of the outer of two batches and a right-hand side of the inner one
         # torch's solve is silently wrong, as in vmap(hessian(logdet)).
         return _torch.forward_level_active() or any(
-            type(node).__name__.startswith("Linalg") for node, _ in _torch.nodes(self._ends)
+            type(node).__name__.startswith("Linalg") for node in _torch.nodes(self._ends)
         )
 
     def _watched(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autodiff.core import trees
-from autodiff.core._torch import in_inference_mode, is_inference, on_ground
+from autodiff.core._torch import compiling, in_inference_mode, on_ground
 from autodiff.core.arguments import Call, is_differentiable
 from autodiff.errors import (
     IndependenceError,
@@ -41,17 +41,24 @@ class Contract:
     A tuple of inputs means several arguments; any other tree is one.
     """
 
-    __slots__ = ("argnums", "args", "create_graph", "name", "several", "strict")
+    __slots__ = ("args", "create_graph", "name", "several", "strict")
 
     def __init__(self, name: str, inputs: Any, create_graph: bool, strict: bool) -> None:
         self.name, self.create_graph, self.strict = name, create_graph, strict
         self.several = isinstance(inputs, tuple)
         self._refuse_bare_leaves("inputs", inputs)
-        args = inputs if self.several else (inputs,)
-        self.args: tuple[Any, ...] = tuple(_map(self._entering, arg) for arg in args)
-        self.argnums = tuple(range(len(self.args)))
+        self.args: tuple[Any, ...] = (
+            tuple([_map(self._entering, arg) for arg in inputs])
+            if self.several
+            else (_map(self._entering, inputs),)
+        )
 
     # On the way in.
+
+    @property
+    def argnums(self) -> tuple[int, ...]:
+        """All arguments, by position."""
+        return tuple(range(len(self.args)))
 
     def modes(self) -> AbstractContextManager[Any]:
         """Grad mode as ``create_graph`` says, and no inference mode, which would cut every graph."""
@@ -66,7 +73,7 @@ class Contract:
         """An input that is connected to the caller's, or cut off from it."""
         if not is_differentiable(leaf):
             return leaf
-        if is_inference(leaf):
+        if not compiling() and leaf.is_inference():
             with torch.inference_mode(mode=False):
                 leaf = leaf.clone()
         if not self.create_graph:

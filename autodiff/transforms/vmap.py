@@ -79,8 +79,11 @@ def vmap(
     def batched(*args: Any, **kwargs: Any) -> Any:
         mapped = _Mapped(func, in_dims, out_dims, args, kwargs)
         if fallback is None:
-            with checks.advice("vmap", _UNBATCHABLE, _LOOP):
+            try:
                 return mapped.run(randomness, chunk_size)
+            except RuntimeError as error:
+                checks.advise("vmap", error, _UNBATCHABLE, _LOOP)
+                raise
         rewind = batch.remember_randomness(mapped.leaves)
         try:
             return mapped.run(randomness, chunk_size)
