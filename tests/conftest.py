@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch._functorch import eager_transforms
-
-from autodiff.core import _torch
+from torch._functorch import eager_transforms, pyfunctorch
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
 def state_of_torch() -> dict[str, Any]:
     """Everything that a transform switches while it runs."""
     return {
-        "transforms on the stack": _torch.interpreter_depth(),
-        "forward-mode levels open": _torch.dual_levels_open(),
+        "transforms on the stack": len(pyfunctorch.retrieve_all_functorch_interpreters()),
+        "forward-mode levels open": forward_ad._current_level + 1,
         "torch.func.jvp nesting": eager_transforms.JVP_NESTING,
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import autodiff as ad
-from autodiff.core.arguments import Call, is_differentiable, name_of, parameter_names
+from autodiff.core.arguments import Call, is_differentiable, parameter_names
 from scenarios import assert_close
 
 X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
@@ -69,12 +69,6 @@ def test_name_of_a_parameter_of_a_method_and_a_partial(transform: Any) -> None:
 def test_builtin_without_a_signature_takes_numbers() -> None:
     assert_close(ad.grad(torch.dot, argnums=1)(X, Y), X)
     assert parameter_names(torch.dot) == []
-
-
-def test_names_used_in_messages() -> None:
-    assert name_of(product) == "product"
-    assert name_of(functools.partial(product, scale=2)) == "functools.partial(product, ...)"
-    assert name_of(nn.Linear(1, 1)) == "Linear"
 
 
 @pytest.mark.parametrize(

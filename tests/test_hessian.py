@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import autodiff as ad
 from autodiff.core import _torch
@@ -175,7 +176,7 @@ def test_mode_is_the_order_of_levels_that_the_function_runs_in(transform: str, m
     seen = []
 
     def look(x: Tensor) -> Tensor:
-        forward = _torch.dual_levels_open() > 0
+        forward = forward_ad._current_level + 1 > 0
         seen.append((forward, _torch.grad_level_active(), _torch.requires_grad_at_any_depth(x)))
         return (x**3).sum()
 

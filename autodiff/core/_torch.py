@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch import eager_transforms, predispatch, pyfunctorch
+from torch._functorch import eager_transforms, predispatch
 from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
 from torch.utils import _pytree as torch_pytree
@@ -24,7 +24,7 @@ from torch.utils import _pytree as torch_pytree
 from autodiff.errors import ForwardLevelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _SAVED_TENSOR_HOOKS = (
     "a saved-tensor hook (torch.utils.checkpoint, save_on_cpu, saved_tensors_hooks) cannot run inside "
@@ -104,42 +104,46 @@ SWITCH_OF_GRAD_MODE = torch._C._set_grad_enabled
 # Reverse mode.
 
 
+def _leave_inference_mode() -> ExitStack | None:
+    """Switch inference mode off; what to close in order to have it back, None where it was off."""
+    if not torch.is_inference_mode_enabled():
+        return None
+    outside = ExitStack()
+    outside.enter_context(torch.inference_mode(mode=False))
+    return outside
+
+
 class Recording(AbstractContextManager[None]):
     """Grad mode on and inference mode off; what was before comes back on leaving."""
 
-    __slots__ = ("_inference", "_was_recording")
+    __slots__ = ("_outside", "_was_recording")
 
     def __enter__(self) -> None:
         self._was_recording = torch.is_grad_enabled()
-        self._inference: AbstractContextManager[Any] | None = None
-        if torch.is_inference_mode_enabled():
-            self._inference = torch.inference_mode(mode=False)
-            self._inference.__enter__()
+        self._outside = _leave_inference_mode()
         torch._C._set_grad_enabled(True)
 
     def __exit__(self, *exc: object) -> None:
-        if self._inference is not None:
-            self._inference.__exit__(None, None, None)
+        if self._outside is not None:
+            self._outside.close()
         torch._C._set_grad_enabled(self._was_recording)
 
 
 class NormalMode(AbstractContextManager[None]):
     """Inference mode off, grad mode as it was: what a functorch level must see when it is made."""
 
-    __slots__ = ("_inference",)
+    __slots__ = ("_outside",)
 
     def __enter__(self) -> None:
-        self._inference: AbstractContextManager[Any] | None = None
-        if torch.is_inference_mode_enabled():
-            grad, forward = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
-            self._inference = torch.inference_mode(mode=False)
-            self._inference.__enter__()
+        grad, forward = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+        self._outside = _leave_inference_mode()
+        if self._outside is not None:
             torch._C._set_grad_enabled(grad)
             torch._C._set_fwd_grad_enabled(forward)
 
     def __exit__(self, *exc: object) -> None:
-        if self._inference is not None:
-            self._inference.__exit__(None, None, None)
+        if self._outside is not None:
+            self._outside.close()
 
 
 @contextmanager
@@ -175,9 +179,14 @@ def wrap_watched(tensor: Tensor, level: int) -> Tensor:
         _functorch.set_inplace_requires_grad_allowed(allowed)
 
 
-def unwrap(tensor: Tensor, level: int) -> Tensor:
-    """The tensor as the level below sees it."""
-    return _functorch._unwrap_for_grad(tensor, level)
+def unwrap(leaf: Any, level: int) -> Any:
+    """A tensor as the level below sees it; any other leaf as it is."""
+    return _functorch._unwrap_for_grad(leaf, level) if isinstance(leaf, Tensor) else leaf
+
+
+def detached(leaf: Any) -> Any:
+    """A tensor cut off from every graph; any other leaf as it is."""
+    return leaf.detach() if isinstance(leaf, Tensor) and requires_grad_at_any_depth(leaf) else leaf
 
 
 def backward(
@@ -204,37 +213,14 @@ def backward(
         return list(run(*arguments, allow_unreachable=True, accumulate_grad=False))
 
 
-def nodes(ends: Iterable[Any], *, terminal: bool = False) -> list[Any]:
-    """The nodes of the graph that the tensors end, each once; only those where it stops if ``terminal``."""
-    stack: list[Any] = [e.grad_fn for e in ends if isinstance(e, Tensor) and e.grad_fn is not None]
-    # None stands for an input that needs no gradient. 0.14 us for each node: every gradient walks its graph.
-    seen: set[Any] = {None, *stack}
-    stops: list[Any] = []
-    while stack:
-        node = stack.pop()
-        following = node.next_functions
-        if not following:
-            stops.append(node)
-        for one, _ in following:
-            if one not in seen:
-                seen.add(one)
-                stack.append(one)
-    return stops if terminal else [node for node in seen if node is not None]
-
-
 def versions(tensors: Sequence[Tensor]) -> list[int]:
     """How often each tensor's storage was written in place."""
     return [tensor._version for tensor in tensors]
 
 
-def graph_bytes(ends: Sequence[Tensor]) -> tuple[int, int]:
-    """The bytes of all the cotangents that a pull from ``ends`` makes, and of the largest of them."""
-    sizes = [
-        prod(metadata.shape) * metadata.dtype.itemsize
-        for node in nodes(ends)
-        for metadata in node._input_metadata
-    ]
-    return sum(sizes), max(sizes, default=0)
+def cotangent_sizes(node: Any) -> list[int]:
+    """The bytes of the cotangents that come into a node of a graph."""
+    return [prod(metadata.shape) * metadata.dtype.itemsize for metadata in node._input_metadata]
 
 
 @contextmanager
@@ -431,10 +417,6 @@ def remove_batch(tensor: Tensor, dim: int, size: int, level: int) -> Tensor:
     return _functorch._remove_batch_dim(tensor, level, size, dim)
 
 
-# The classes that torch's own pytree knows, with how it takes them apart.
-torch_registry: dict[Any, Any] = torch_pytree.SUPPORTED_NODES
-
-
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether the tensor is a transform's wrapper around another."""
     return _functorch.is_functorch_wrapped_tensor(tensor)
@@ -442,19 +424,12 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 # Trees that torch flattens itself.
 
+# The classes that torch's own pytree knows, with how it takes them apart.
+torch_registry: dict[Any, Any] = torch_pytree.SUPPORTED_NODES
+
 
 def register_with_torch(
     cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[[Any, Any], Any]
 ) -> None:
     """Register a class with torch's own pytree, so that it crosses torch.func's transforms too."""
     torch_pytree._private_register_pytree_node(cls, flatten, unflatten)
-
-
-def interpreter_depth() -> int:
-    """How many transforms are on this thread's stack; zero when nothing is left behind."""
-    return len(pyfunctorch.retrieve_all_functorch_interpreters())
-
-
-def dual_levels_open() -> int:
-    """How many forward-AD levels the process has open; zero when nothing is left behind."""
-    return forward_ad._current_level + 1

@@ -182,13 +182,6 @@ def is_differentiable(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-def name_of(func: Callable[..., Any]) -> str:
-    """How messages call a function that may be a partial or a module."""
-    if isinstance(func, functools.partial):
-        return f"functools.partial({name_of(func.func)}, ...)"
-    return getattr(func, "__name__", None) or type(func).__name__
-
-
 def wraps(func: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """functools.wraps without the copy of ``__dict__``, which for a module holds its parameters."""
 

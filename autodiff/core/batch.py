@@ -97,7 +97,8 @@ class Chunks:
     def __init__(self, total: int, size: int | None) -> None:
         self.total = total
         self.size = total if size is None else min(size, total)
-        self._pieces: dict[int, list[Tensor | None]] = {}
+        # A number stands for that many zeros.
+        self._pieces: dict[int, list[Tensor | int]] = {}
         self._wholes: dict[int, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -117,7 +118,11 @@ class Chunks:
         made; pieces that are watched, wrapped, sparse, or unlike the first are concatenated in the end.
         """
         kept = self._pieces.setdefault(key, [])
-        if piece is None or kept or piece.shape[dim] == self.total or not _is_plain(piece):
+        if piece is None:
+            self._give_up_whole(key, start, dim)
+            kept.append(min(self.size, self.total - start))
+            return
+        if kept or piece.shape[dim] == self.total or not _is_plain(piece):
             self._give_up_whole(key, start, dim)
             kept.append(piece)
             return
@@ -143,19 +148,10 @@ class Chunks:
         if key in self._wholes:
             return self._wholes[key]
         pieces = self._pieces.get(key, [])
-        model = next((piece for piece in pieces if piece is not None), None)
-        if model is None:
-            return None
-        if len(pieces) == 1:
+        model = next((piece for piece in pieces if isinstance(piece, Tensor)), None)
+        if model is None or len(pieces) == 1:
             return model
-        lengths = [stop - start for start, stop in self]
-        missing = [
-            length for piece, length in zip(pieces, lengths[-len(pieces) :], strict=True) if piece is None
-        ]
-        if missing:
-            zeros = iter([_zeros_like(model, dim, length) for length in missing])
-            pieces = [next(zeros) if piece is None else piece for piece in pieces]
-        return torch.cat([piece for piece in pieces if piece is not None], dim)
+        return torch.cat([p if isinstance(p, Tensor) else _zeros_like(model, dim, p) for p in pieces], dim)
 
 
 def _without(tensor: Tensor, dim: int) -> list[int]:

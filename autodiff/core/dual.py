@@ -1,7 +1,7 @@
 """Floor 1: forward mode. Push tangents forward through one run of a function.
 
 Works on flat lists of tensors and hands on `push`, which gives None for an output that carries no
-tangent. Never sees a tree; imports only `_torch`.
+tangent. Never sees a tree; imports `_torch` and `tape`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from autodiff.core import _torch
+from autodiff.core.tape import returning_tuples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +37,7 @@ def push(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]
     if torch.is_grad_enabled() or _torch.forward_level_active():
         return pushed
     # A pull inside made a graph, since tangents need one, but grad mode is off out here.
-    return Pushed(*([_detached(leaf) for leaf in leaves] for leaves in pushed))
+    return Pushed(*([_torch.detached(leaf) for leaf in leaves] for leaves in pushed))
 
 
 def _push_on_ground(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Pushed:
@@ -49,25 +50,17 @@ def _push_on_ground(func: Recordable, primals: Sequence[Tensor], tangents: Seque
 
 def _push_on_level(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Pushed:
     with _torch.dual_stacked() as level:
-
-        def unwrap(leaf: Any) -> Any:
-            return _torch.unwrap(leaf, level) if isinstance(leaf, Tensor) else leaf
-
         outputs, aux = func(_duals(primals, tangents), lambda tensor: _torch.wrap(tensor, level))
         pairs = [_split(output) for output in outputs]
         return Pushed(
-            [unwrap(primal) for primal, _ in pairs],
-            [unwrap(tangent) for _, tangent in pairs],
-            [unwrap(_split(leaf)[0]) for leaf in aux],
+            [_torch.unwrap(primal, level) for primal, _ in pairs],
+            [_torch.unwrap(tangent, level) for _, tangent in pairs],
+            [_torch.unwrap(_split(leaf)[0], level) for leaf in aux],
         )
 
 
 def _push_traced(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Pushed:
-    def returning_tuples(*inputs: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        outputs, aux = func(inputs, None)
-        return tuple(outputs), tuple(aux)
-
-    result: Any = torch.func.jvp(returning_tuples, tuple(primals), tuple(tangents), has_aux=True)
+    result: Any = torch.func.jvp(returning_tuples(func), tuple(primals), tuple(tangents), has_aux=True)
     outputs, pushed, aux = result
     return Pushed(list(outputs), list(pushed), list(aux))
 
@@ -77,10 +70,6 @@ def _duals(primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor
         _torch.make_dual(_torch.outside_inference(primal), _torch.outside_inference(tangent))
         for primal, tangent in zip(primals, tangents, strict=True)
     ]
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _split(leaf: Any) -> tuple[Any, Tensor | None]:

@@ -1,7 +1,7 @@
 """Floor 1: reverse mode. Record a function once, pull cotangents back many times.
 
 Works on flat lists of tensors and hands on `record`, whose tape gives None for an input that the
-output does not depend on. Never sees a tree; imports `_torch` and `errors`.
+output does not depend on. Never sees a tree; imports `_torch`, `graph` and `errors`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 
-from autodiff.core import _torch
+from autodiff.core import _torch, graph
 from autodiff.errors import InPlaceError
 
 if TYPE_CHECKING:
@@ -27,23 +26,19 @@ if TYPE_CHECKING:
     Recordable: TypeAlias = Callable[[Sequence[Tensor], Lift | None], tuple[list[Any], list[Any]]]
 
 
-# cdist with three or more rows; masked_select and its double backward with a mask larger than the input.
-_WRONG_IN_BATCHES = frozenset({"CdistBackward0", "MaskedSelectBackward0", "MaskedScatterBackward0"})
-
-
 class Tape(ABC):
     """What one run of a function left: its outputs, and the way back to its inputs.
 
-    ``outputs`` and ``aux`` are what the caller may show; ``_ends`` and ``_inputs`` are the same
-    tensors and the primals as the graph knows them.
+    ``outputs`` and ``aux`` are what the caller may show; ``ends`` and ``inputs`` are the same tensors
+    and the primals as the graph knows them, and nobody outside.
     """
 
-    __slots__ = ("__weakref__", "_ends", "_inputs", "aux", "outputs")
+    __slots__ = ("__weakref__", "aux", "ends", "inputs", "outputs")
 
     outputs: list[Any]
     aux: list[Any]
-    _ends: list[Any]
-    _inputs: list[Tensor]
+    ends: list[Any]
+    inputs: list[Tensor]
 
     def pull(
         self,
@@ -58,12 +53,12 @@ class Tape(ABC):
         that makes a graph keeps the one that it reads, since the two share saved tensors.
         """
         ends, seeds = [], []
-        for end, cotangent in zip(self._ends, cotangents, strict=True):
+        for end, cotangent in zip(self.ends, cotangents, strict=True):
             if cotangent is not None and end.requires_grad:
                 ends.append(end)
                 seeds.append(cotangent)
         if not ends:
-            return [None] * len(self._inputs)
+            return [None] * len(self.inputs)
         if create_graph is None:
             create_graph = (
                 torch.is_grad_enabled()
@@ -74,7 +69,7 @@ class Tape(ABC):
         return _torch.backward(
             ends,
             seeds,
-            self._inputs,
+            self.inputs,
             retain_graph=retain_graph or create_graph,
             create_graph=create_graph,
         )
@@ -86,26 +81,6 @@ class Tape(ABC):
     @abstractmethod
     def _watched(self) -> bool:
         """Whether somebody outside can see a derivative of what this tape gives."""
-
-    def first_constant(self) -> int | None:
-        """The first output that no operation connects to anything watched, None where there is none."""
-        return next((i for i, end in enumerate(self._ends) if not end.requires_grad), None)
-
-    def has_custom_gradient(self) -> bool:
-        """Whether an ``autograd.Function`` stands in the graph: its gradient may be no gradient at all."""
-        return any(isinstance(node, BackwardCFunction) for node in _torch.nodes(self._ends))
-
-    def is_wrong_in_batches(self) -> bool:
-        """Whether the graph holds a node whose batching rule is silently wrong in torch."""
-        return any(type(node).__name__ in _WRONG_IN_BATCHES for node in _torch.nodes(self._ends))
-
-    def bytes_of_a_pull(self) -> tuple[int, int]:
-        """The bytes of all the cotangents in one pull, and of the largest of them."""
-        return _torch.graph_bytes(self._ends)
-
-    def inputs(self) -> list[Tensor]:
-        """The tape's own inputs, which nobody outside knows."""
-        return self._inputs
 
 
 def record(func: Recordable, primals: Sequence[Tensor], *, private: Sequence[Tensor] = ()) -> Tape:
@@ -129,31 +104,33 @@ class _GroundTape(Tape):
     def __init__(self, func: Recordable, primals: Sequence[Tensor], private: Sequence[Tensor]) -> None:
         recording = torch.is_grad_enabled()
         with _torch.Recording():
-            self._inputs, views, watched = [], [], False
+            self.inputs, views, watched = [], [], False
             for primal in primals:
                 entered = _enter(primal)
-                self._inputs.append(entered)
+                self.inputs.append(entered)
                 watched = watched or primal.requires_grad
                 if entered.is_leaf:
                     entered.autodiff_tape = weakref.ref(self)  # type: ignore[attr-defined]
                 # torch refuses writes to a leaf and to a view of one.
                 if not primal.is_leaf:
-                    views.append(self._inputs[-1])
+                    views.append(entered)
             self._known: bool | None = watched or None
             self._private = private
             versions = _torch.versions(views) if views else []
-            self._ends, aux = func(self._inputs, _torch.outside_inference)
+            self.ends, aux = func(self.inputs, _torch.outside_inference)
             if views:
                 _refuse_written(views, versions)
         if recording and self._watched():
-            self.outputs, self.aux = self._ends, aux
+            self.outputs, self.aux = self.ends, aux
         else:
-            self.outputs = [_detached(end) for end in self._ends]
-            self.aux = [leaf if recording and self._foreign([leaf]) else _detached(leaf) for leaf in aux]
+            self.outputs = [_torch.detached(end) for end in self.ends]
+            self.aux = [
+                leaf if recording and self._foreign([leaf]) else _torch.detached(leaf) for leaf in aux
+            ]
 
     def _watched(self) -> bool:
         if self._known is None:
-            self._known = self._foreign(self._ends)
+            self._known = self._foreign(self.ends)
         return self._known
 
     def _foreign(self, ends: Sequence[Any]) -> bool:
@@ -161,7 +138,7 @@ class _GroundTape(Tape):
 
         The walk costs 1 to 5 % of a gradient (chains of 1 to 1000 operations, a transformer layer).
         """
-        own = {id(leaf) for leaf in (*self._inputs, *self._private)}
+        own = {id(leaf) for leaf in (*self.inputs, *self._private)}
 
         def is_foreign(leaf: Tensor) -> bool:
             # The leaf of a tape that is gone, as of a transform inside this one, is nobody's either.
@@ -171,7 +148,7 @@ class _GroundTape(Tape):
         for end in ends:
             if isinstance(end, Tensor) and end.is_leaf and end.requires_grad and is_foreign(end):
                 return True
-        for node in _torch.nodes(ends, terminal=True):
+        for node in graph.nodes(ends, terminal=True):
             # Only the node that accumulates into a leaf has a variable.
             leaf = getattr(node, "variable", None)
             if leaf is not None and is_foreign(leaf):
@@ -190,18 +167,16 @@ class _LevelTape(Tape):
 
     def __init__(self, func: Recordable, primals: Sequence[Tensor]) -> None:
         with _torch.grad_level() as level:
-            self._inputs = [_torch.wrap_watched(primal, level) for primal in primals]
-            self._ends, aux = func(self._inputs, lambda tensor: _torch.wrap(tensor, level))
-            self.outputs = [_unwrapped(end, level) for end in self._ends]
-            self.aux = [_unwrapped(leaf, level) for leaf in aux]
+            self.inputs = [_torch.wrap_watched(primal, level) for primal in primals]
+            self.ends, aux = func(self.inputs, lambda tensor: _torch.wrap(tensor, level))
+            self.outputs = [_torch.unwrap(end, level) for end in self.ends]
+            self.aux = [_torch.unwrap(leaf, level) for leaf in aux]
 
     def _needs_grad_mode(self) -> bool:
         # Without grad mode, linalg's formulas reuse the factors that forward saved. These have no
         # tangent; and with factors of the outer of two batches and a right-hand side of the inner one
         # torch's solve is silently wrong, as in vmap(hessian(logdet)).
-        return _torch.forward_level_active() or any(
-            type(node).__name__.startswith("Linalg") for node in _torch.nodes(self._ends)
-        )
+        return _torch.forward_level_active() or graph.has_linalg(self.ends)
 
     def _watched(self) -> bool:
         return _torch.grad_level_active() or any(
@@ -216,13 +191,9 @@ class _TracedTape(Tape):
     __slots__ = ("_pullback",)
 
     def __init__(self, func: Recordable, primals: Sequence[Tensor]) -> None:
-        def returning_tuples(*inputs: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-            outputs, aux = func(inputs, None)
-            return tuple(outputs), tuple(aux)
-
-        recorded: Any = torch.func.vjp(returning_tuples, *primals, has_aux=True)
+        recorded: Any = torch.func.vjp(returning_tuples(func), *primals, has_aux=True)
         outputs, self._pullback, aux = recorded
-        self.outputs, self.aux, self._ends, self._inputs = (
+        self.outputs, self.aux, self.ends, self.inputs = (
             list(outputs),
             list(aux),
             list(outputs),
@@ -260,14 +231,16 @@ def _refuse_written(views: Sequence[Tensor], versions: Sequence[int]) -> None:
 def _enter(primal: Tensor) -> Tensor:
     """The primal as an input of a graph: connected where somebody outside watches it."""
     if not primal.requires_grad:
-        return (primal.clone() if primal.is_inference() else primal).detach().requires_grad_()
+        return _torch.outside_inference(primal).detach().requires_grad_()
     # A sparse tensor has no views.
     return primal.view_as(primal) if primal.layout is torch.strided else primal.clone()
 
 
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+def returning_tuples(func: Recordable) -> Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    """A function of flat lists as torch.func takes one: inputs as arguments, outputs and aux as tuples."""
 
+    def of_inputs(*inputs: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        outputs, aux = func(inputs, None)
+        return tuple(outputs), tuple(aux)
 
-def _unwrapped(leaf: Any, level: int) -> Any:
-    return _torch.unwrap(leaf, level) if isinstance(leaf, Tensor) else leaf
+    return of_inputs

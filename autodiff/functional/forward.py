@@ -90,8 +90,7 @@ class HookWatch(TorchFunctionMode):
 def as_forward_sees(func: Callable[..., Any]) -> Callable[..., Any]:
     """``func``, which raises `BackwardOnlyError` where forward mode would give something else.
 
-    It runs with grad mode on, as a backward pass has it, and on copies of its arguments, which it may
-    not write to.
+    It runs with grad mode on, as a backward pass has it.
     """
 
     def watched(*args: Any) -> Any:

@@ -12,7 +12,7 @@ from autodiff.core.batch import remember_randomness
 from autodiff.errors import OptionError, StrategyError, StrictModeError
 from autodiff.functional.contract import Contract
 from autodiff.functional.forward import HookWatch
-from autodiff.functional.products import GRADIENT_CONSTANT
+from autodiff.functional.products import GRADIENT_CONSTANT, JACOBIAN_CONSTANT
 from autodiff.transforms.grad import grad
 from autodiff.transforms.jacobian import by_mode
 
@@ -25,10 +25,6 @@ _STRATEGIES = ("forward-mode", "reverse-mode")
 _OUTPUT_INDEPENDENT = (
     "Output {output} of the user-provided function is independent of input {input}. This is not allowed in "
     "strict mode."
-)
-_JACOBIAN_CONSTANT = (
-    "The jacobian of the user-provided function is independent of input {input}. This is not allowed in "
-    "strict mode when create_graph=True."
 )
 
 
@@ -77,8 +73,8 @@ def jacobian(
             'outputs than inputs, "forward-mode" tends to be more performant. Otherwise, prefer to use '
             '"reverse-mode".'
         )
-    call = Contract("jacobian", inputs, create_graph, strict)
-    return _jacobian(call, call.checked(func), vectorize, strategy)
+    contract = Contract("jacobian", inputs, create_graph, strict)
+    return _jacobian(contract, contract.checked(func), vectorize, strategy)
 
 
 def hessian(
@@ -122,46 +118,46 @@ def hessian(
 
     The documented behaviour of ``torch.autograd.functional.hessian``, over any tree.
     """
-    call = Contract("hessian", inputs, create_graph, strict)
+    contract = Contract("hessian", inputs, create_graph, strict)
     if outer_jacobian_strategy not in _STRATEGIES:
         raise StrategyError('Expected strategy to be either "forward-mode" or "reverse-mode".')
-    of_scalar = grad(call.scalar(func), call.argnums, has_aux=True)
+    of_scalar = grad(contract.scalar(func), contract.argnums, has_aux=True)
 
     def gradient(*args: Any) -> Any:
         slope, _ = of_scalar(*args)
         if strict:
-            call.refuse_constants(slope, GRADIENT_CONSTANT)
-        return call.outward(slope)
+            contract.refuse_constants(slope, GRADIENT_CONSTANT)
+        return contract.outward(slope)
 
-    return _jacobian(call, gradient, vectorize, outer_jacobian_strategy)
+    return _jacobian(contract, gradient, vectorize, outer_jacobian_strategy)
 
 
-def _jacobian(call: Contract, func: Callable[..., Any], vectorize: bool, strategy: str) -> Any:
+def _jacobian(contract: Contract, func: Callable[..., Any], vectorize: bool, strategy: str) -> Any:
     if strategy == "forward-mode":
-        if call.strict:
+        if contract.strict:
             raise OptionError(
                 'torch.autograd.functional.jacobian: `strict=True` and `strategy="forward-mode"` are not '
                 'supported together (yet). Please either set `strict=False` or `strategy="reverse-mode"`.'
             )
-        return _forward(call, func)
-    if call.strict and vectorize:
+        return _forward(contract, func)
+    if contract.strict and vectorize:
         # Legacy runs the function first, and its errors come first.
         func = _then_refuse(func)
-    with call.modes(), call.words(_OUTPUT_INDEPENDENT):
-        blocks = _by_mode(call, func, "reverse") if vectorize else _by_rows(call, func)
-    if call.strict and call.create_graph:
+    with contract.modes(), contract.words(_OUTPUT_INDEPENDENT):
+        blocks = _by_mode(contract, func, "reverse") if vectorize else _by_rows(contract, func)
+    if contract.strict and contract.create_graph:
         leaves = trees.leaves(blocks)
-        per_output = len(trees.leaves(call.args))
+        per_output = len(trees.leaves(contract.args))
         for index, block in enumerate(leaves):
             if isinstance(block, Tensor) and not block.requires_grad:
                 # Legacy names the output here, though it says input.
                 raise StrictModeError(
-                    _JACOBIAN_CONSTANT.format(input=index // per_output), output=index // per_output
+                    JACOBIAN_CONSTANT.format(input=index // per_output), output=index // per_output
                 )
     return blocks
 
 
-def _forward(call: Contract, func: Callable[..., Any]) -> Any:
+def _forward(contract: Contract, func: Callable[..., Any]) -> Any:
     """Columns by forward mode; rows, in the same dtypes, where it lacks a rule or func wants a graph."""
     dtypes: list[Any] = []
 
@@ -170,39 +166,45 @@ def _forward(call: Contract, func: Callable[..., Any]) -> Any:
         dtypes[:] = [getattr(leaf, "dtype", None) for leaf in trees.leaves(output)]
         return output
 
-    recording = call.create_graph or torch.is_grad_enabled()
+    recording = contract.create_graph or torch.is_grad_enabled()
 
     def in_callers_mode(*args: Any) -> Any:
         # Legacy's forward mode leaves grad mode as it is.
         with torch.set_grad_enabled(recording):
             return func(*args)
 
-    rewind = remember_randomness(call.args)
-    with call.modes():
+    rewind = remember_randomness(contract.args)
+    with contract.modes():
         try:
-            return _by_mode(call, in_callers_mode, "forward")
+            return _by_mode(contract, in_callers_mode, "forward")
         except RuntimeError as error:
             rewind()
             try:
-                blocks, spec = trees.flatten(_by_rows(call, noting_dtypes))
+                blocks, spec = trees.flatten(_by_rows(contract, noting_dtypes))
             except RuntimeError:
                 raise error from None
     per_output = len(blocks) // len(dtypes)
     return trees.unflatten(spec, [block.to(dtypes[i // per_output]) for i, block in enumerate(blocks)])
 
 
-def _by_rows(call: Contract, func: Callable[..., Any]) -> Any:
+def _by_rows(contract: Contract, func: Callable[..., Any]) -> Any:
     """Rows in batches; one by one where a hook would be shown a batch."""
     hooks = HookWatch()
-    return _by_mode(call, hooks.over(func), "reverse", frugal=hooks.may_batch)
+    return _by_mode(contract, hooks.over(func), "reverse", frugal=hooks.may_batch)
 
 
 def _by_mode(
-    call: Contract, func: Callable[..., Any], mode: JacobianMode, *, frugal: Callable[[], bool] | None = None
+    contract: Contract,
+    func: Callable[..., Any],
+    mode: JacobianMode,
+    *,
+    frugal: Callable[[], bool] | None = None,
 ) -> Any:
-    argnums = call.argnums if call.several else 0
-    derive = by_mode(call.name, func, argnums, mode, holomorphic=None, strict=call.strict, frugal=frugal)
-    return derive(*call.args)
+    argnums = contract.argnums if contract.several else 0
+    derive = by_mode(
+        contract.name, func, argnums, mode, holomorphic=None, strict=contract.strict, frugal=frugal
+    )
+    return derive(*contract.args)
 
 
 def _then_refuse(func: Callable[..., Any]) -> Callable[..., Any]:

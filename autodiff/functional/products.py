@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from autodiff.core import checks
+from autodiff.core import checks, graph
 from autodiff.core.arguments import is_differentiable
 from autodiff.core.batch import remember_randomness
 from autodiff.core.dual import push
@@ -37,7 +37,7 @@ _JACOBIAN_INDEPENDENT = (
     "The jacobian of the user-provided function is independent of input {input}. This is not allowed in "
     "strict mode."
 )
-_JACOBIAN_CONSTANT = (
+JACOBIAN_CONSTANT = (
     "The jacobian of the user-provided function is independent of input {input}. This is not allowed in "
     "strict mode when create_graph=True."
 )
@@ -101,7 +101,7 @@ def vjp(
         with contract.words(_OUTPUT_INDEPENDENT):
             product = call.like_arguments(dense(call, tape.pull(cotangents), strict))
     if strict and create_graph:
-        contract.refuse_constants(product, _JACOBIAN_CONSTANT)
+        contract.refuse_constants(product, JACOBIAN_CONSTANT)
     return output, contract.outward(product)
 
 
@@ -154,7 +154,7 @@ def jvp(
         with contract.words(_ENTRY_INDEPENDENT):
             product = call.like_output(dense_tangents(call, tape.outputs, pushed, strict))
     if strict and create_graph:
-        contract.refuse_constants(product, _JACOBIAN_CONSTANT)
+        contract.refuse_constants(product, JACOBIAN_CONSTANT)
     return call.like_output(tape.outputs), product
 
 
@@ -239,7 +239,7 @@ def hvp(
         custom: list[bool] = []
         hooks = HookWatch()
         call, tape, output = _second_order(
-            contract, hooks.over(func), lambda value: custom.append(value.has_custom_gradient())
+            contract, hooks.over(func), lambda value: custom.append(graph.has_custom_gradient(value.ends))
         )
         if strict or custom[0] or hooks.seen:
             pushed = transpose(tape, _looking_for_independence(contract, _JACOBIAN_INDEPENDENT))(vector)
@@ -262,7 +262,7 @@ def _second_order(
     call = contract.call_of_scalar(func)
     with contract.words(_OUTPUT_INDEPENDENT):
         tape = gradient_tape(call, strict=contract.strict, look=look)
-    constant = tape.first_constant() if contract.strict else None
+    constant = graph.first_constant(tape.ends) if contract.strict else None
     if constant is not None:
         contract.refuse(GRADIENT_CONSTANT, input=constant)
     _, output = tape.aux
@@ -296,7 +296,7 @@ def _is_tensor(leaf: object) -> bool:
 
 
 def _pushed(call: Call, tangents: list[Tensor]) -> tuple[Any, Any]:
-    """Output and product by forward mode, detached from parameters that the function captures."""
+    """Output and product by forward mode, on copies: a write in place succeeds, and is nobody else's."""
     copies = [primal.clone() for primal in call.primals]
     outputs, moved, _ = push(call.evaluate, copies, tangents)
     _check_outputs_of_jvp(call, outputs)

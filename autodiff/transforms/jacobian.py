@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
 
 import torch
 
-from autodiff.core import basis, checks
+from autodiff.core import basis, checks, graph
 from autodiff.core._torch import compiling, quiet_fallbacks
 from autodiff.core.arguments import Call, wraps
 from autodiff.core.batch import Chunks, over_rows, remember_randomness
@@ -29,7 +29,7 @@ JacobianMode: TypeAlias = Literal["auto", "reverse", "forward"]
 # Of (co)tangents, and ``last=``; None where nothing depends.
 Product: TypeAlias = "Callable[..., list[Tensor | None]]"
 
-# A block for each output and each primal; None where the output does not depend on the primal.
+# A block for each output and each primal, zeros where the one does not depend on the other.
 Blocks: TypeAlias = "list[list[Tensor]]"
 
 
@@ -249,7 +249,8 @@ def _frugal_blocks(pull: Product, tape: Tape, primals: Sequence[Tensor], *, batc
     A pull never runs the user's function again, so a batch that fails costs only its own time.
     """
     blocks: Blocks = []
-    for position, output in enumerate(tape.outputs):
+    chunk_sizes = _frugal_chunks(tape, primals) if batched else [1] * len(tape.outputs)
+    for position, (output, chunk_size) in enumerate(zip(tape.outputs, chunk_sizes, strict=True)):
         before, after = [None] * position, [None] * (len(tape.outputs) - position - 1)
 
         def pull_one(
@@ -257,7 +258,6 @@ def _frugal_blocks(pull: Product, tape: Tape, primals: Sequence[Tensor], *, batc
         ) -> list[Tensor | None]:
             return pull([*before, *rows, *after], last=last)
 
-        chunk_size = _frugal_chunk(tape, output, primals) if batched else 1
         try:
             with quiet_fallbacks():
                 rows = _stacked(pull_one, [output], chunk_size)
@@ -272,17 +272,18 @@ def _frugal_blocks(pull: Product, tape: Tape, primals: Sequence[Tensor], *, batc
     return blocks
 
 
-def _frugal_chunk(tape: Tape, output: Tensor, primals: Sequence[Tensor]) -> int:
-    """How many rows keep the peak within about half of what single rows need.
+def _frugal_chunks(tape: Tape, primals: Sequence[Tensor]) -> list[int]:
+    """How many rows of each output keep the peak within about half of what single rows need.
 
     Single rows need the graph, and the result twice: as rows and stacked. A batched pull has about
     three of its largest cotangents alive at a time (a heuristic).
     """
-    if tape.is_wrong_in_batches():
-        return 1
-    total, largest = tape.bytes_of_a_pull()
+    if graph.is_wrong_in_batches(tape.ends):
+        return [1] * len(tape.outputs)
+    total, largest = graph.bytes_of_a_pull(tape.ends)
     row = sum(primal.numel() * primal.element_size() for primal in primals)
-    return max(1, (total + 2 * row * output.numel()) // 2 // max(3 * largest + row, 1))
+    budgets = [(total + 2 * row * output.numel()) // 2 for output in tape.outputs]
+    return [max(1, budget // max(3 * largest + row, 1)) for budget in budgets]
 
 
 def _columns(

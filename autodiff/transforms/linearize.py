@@ -77,7 +77,7 @@ def transpose(
 
     # The derivative does not depend on where the pullback, a linear function, is recorded.
     origin = [torch.zeros_like(output) for output in tape.outputs]
-    pullback = record(pull, origin, private=tape.inputs())
+    pullback = record(pull, origin, private=tape.inputs)
 
     def push(tangents: Sequence[Tensor]) -> list[Tensor | None]:
         return pullback.pull([tangents[i] for i in reached], retain_graph=True)
