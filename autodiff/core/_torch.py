@@ -20,6 +20,7 @@ from torch._functorch import eager_transforms, predispatch
 from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
 from torch.utils import _pytree as torch_pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from autodiff.errors import ForwardLevelError
 
@@ -81,6 +82,13 @@ def requires_grad_at_any_depth(tensor: Tensor) -> bool:
             return False
         tensor = _functorch.get_unwrapped(tensor)
     return True
+
+
+def bottom(tensor: Tensor) -> Tensor:
+    """The tensor inside all wrappers, with every batch dimension in sight."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def outside_inference(tensor: Tensor) -> Tensor:
