@@ -156,7 +156,7 @@ def to_matrix(jacobian: Any, inputs: Any) -> Tensor:
 
     Returns:
         A tensor of shape ``[M, N]``: M numbers in the output, N in the inputs' floating and complex
-        leaves. For a Hessian of a scalar function M = N.
+        leaves, those that ``wrt`` left out aside. For a Hessian of a scalar function M = N.
 
     Raises:
         StructureError, ShapeError: the Jacobian does not belong to these inputs.
@@ -170,11 +170,14 @@ def to_matrix(jacobian: Any, inputs: Any) -> Tensor:
             [2., 4., 0.]])
     """
     columns, in_spec = _differentiable("to_matrix", inputs, "inputs"), trees.structure(inputs)
-    rows = []
+    rows: list[Tensor] = []
     for number, row in enumerate(trees.subtrees(jacobian, in_spec)):
         blocks = trees.leaves(row)
-        if in_spec.is_leaf() and blocks[0] is None:
+        if all(block is None for block in blocks):
             continue
+        if not rows:
+            # Leaves that ``wrt`` left out have no block in any row.
+            columns = [(at, leaf) for at, leaf in columns if blocks[at] is not None] or columns
         for position, leaf in columns:
             checks.block("to_matrix", f"row {number} of jacobian", blocks[position], leaf.shape)
         strips = [

@@ -19,8 +19,8 @@ from torch._C import _functorch
 from torch._functorch import eager_transforms, predispatch
 from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
+from torch.utils import _python_dispatch
 from torch.utils import _pytree as torch_pytree
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from autodiff.errors import ForwardLevelError
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 _SAVED_TENSOR_HOOKS = (
-    "a saved-tensor hook (torch.utils.checkpoint, save_on_cpu, saved_tensors_hooks) cannot run inside "
-    "a transform that is itself inside vmap or another transform: it would see torch's wrappers in "
-    "place of values. Enter the hook around the outermost transform's function only when nothing "
-    "batches it, or leave it out."
+    "a saved-tensor hook (torch.utils.checkpoint, save_on_cpu, saved_tensors_hooks) cannot run inside a transform "
+    "that is itself inside vmap or another transform: it would see torch's wrappers in place of values. Enter the "
+    "hook around the outermost transform's function only when nothing batches it, or leave it out."
 )
 
-
+# Sees every operation, beneath all transforms.
+DispatchMode = _python_dispatch.TorchDispatchMode
 # torch.func has it since 2.13.
 rearrange: Any = getattr(torch.func, "rearrange", None) or import_module("functorch.einops").rearrange
 
@@ -94,8 +94,7 @@ def bottom(tensor: Tensor) -> Tensor:
 def outside_inference(tensor: Tensor) -> Tensor:
     """The tensor, or its clone where it was made in inference mode; call with that mode off.
 
-    A tensor made in inference mode can be neither watched nor saved for backward, and forward mode
-    ignores it silently; a clone made outside is an ordinary tensor.
+    Such a tensor can be neither watched nor saved for backward, and forward mode ignores it silently.
     """
     return tensor.clone() if not compiling() and tensor.is_inference() else tensor
 
@@ -207,9 +206,8 @@ def backward(
 ) -> list[Tensor | None]:
     """The engine alone: what torch.autograd.grad does after its own argument handling.
 
-    A third of the time of a tiny gradient goes into that handling (17 us against 12 us), all of
-    which the transforms have already done. On the CPU the engine works in this thread, and needs no
-    copy of its context either.
+    A third of the time of a tiny gradient goes into that handling (17 us against 12 us). On the CPU the
+    engine works in this thread, and needs no copy of its context either.
     """
     run = (
         Variable._execution_engine.run_backward if outputs[0].is_cpu else autograd_graph._engine_run_backward
@@ -259,11 +257,10 @@ _thread = _ThreadState()
 class _DualLevel:
     """The one forward-AD level that torch keeps per process, shared by all of our threads.
 
-    torch enters the level for the first ``jvp`` and leaves it with the last by unlocked module
-    globals, so two threads get errors or, worse, tangents that vanish in mid-flight. Here the first
-    user enters it and the last one leaves it, under a lock that is never held while user code runs.
-    Where another thread's torch.func.jvp has entered it before, it may leave it under our feet: a
-    witness, a dual tensor of our own, tells.
+    torch enters and leaves it by unlocked module globals, so two threads get errors or, worse, tangents
+    that vanish in mid-flight. Here the first user enters it and the last one leaves it, under a lock that
+    is never held while user code runs. Where another thread's torch.func.jvp has entered it before, it
+    may leave it under our feet: a witness, a dual tensor of our own, tells.
     """
 
     def __init__(self) -> None:

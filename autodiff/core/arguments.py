@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from autodiff.core.trees import Spec
 
 Argnums: TypeAlias = int | str | tuple[int | str, ...]
+Wrt: TypeAlias = str | tuple[str, ...] | None
 Lift: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -30,7 +32,8 @@ _CLONE = "the function writes in place to an argument that is differentiated. Wr
 class Call:
     """``func(*args, **kwargs)``, seen from the leaves that are differentiated.
 
-    ``argnums=None`` selects the tuple of all positional arguments.
+    ``argnums=None`` selects the tuple of all positional arguments. ``wrt`` leaves only those leaves of the
+    selected arguments to be differentiated whose place matches one of its patterns.
     """
 
     __slots__ = (
@@ -61,6 +64,7 @@ class Call:
         kwargs: dict[str, Any],
         argnums: Argnums | None,
         has_aux: bool,
+        wrt: Wrt = None,
     ) -> None:
         self.name, self.func, self.args, self.kwargs, self.has_aux = name, func, args, kwargs, has_aux
         self._picks: list[int | str] | int | str | None
@@ -73,9 +77,12 @@ class Call:
             tree, self.root = self._select()
         self._leaves, self.spec = trees.flatten(tree)
         self._where = [i for i, leaf in enumerate(self._leaves) if is_differentiable(leaf)]
-        self.primals: list[Tensor] = [self._leaves[i] for i in self._where]
-        if not self.primals:
+        if not self._where:
             checks.no_differentiable_leaf(name, self.spec, self._leaves, self.root)
+        if wrt is not None:
+            several = isinstance(self._picks, list)
+            self._where = _matching(name, wrt, trees.places(self.spec, skip=several), self._where)
+        self.primals: list[Tensor] = [self._leaves[i] for i in self._where]
 
     def _select(self) -> tuple[Any, str]:
         if isinstance(self._picks, list):
@@ -229,6 +236,16 @@ def _place(
     if 0 <= pick < len(known) and known[pick] in kwargs:
         return known[pick]
     checks.argnum_in_range(name, pick, len(args))
+
+
+def _matching(name: str, wrt: Wrt, places: Sequence[str], candidates: Sequence[int]) -> list[int]:
+    """Those leaves, of the candidates, whose place matches a pattern."""
+    checks.wrt(name, wrt)
+    patterns = wrt if isinstance(wrt, tuple) else (str(wrt),)
+    for pattern in patterns:
+        if not any(fnmatchcase(places[i], pattern) for i in candidates):
+            checks.wrt_matches(name, pattern, [places[i] for i in candidates])
+    return [i for i in candidates if any(fnmatchcase(places[i], pattern) for pattern in patterns)]
 
 
 def _spread(values: Sequence[Any], positions: Sequence[int], count: int) -> Sequence[Any]:

@@ -37,12 +37,12 @@ _PASSIVE_KINDS = (bool, int, float, complex, str, bytes, type(None))
 
 
 def chunk_size(name: str, size: object) -> None:
-    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0):
+    if size is None or size == "auto" or (isinstance(size, int) and not isinstance(size, bool) and size > 0):
         return
     rule = "chunk_size should be None or" if name == "vmap" else "`chunk_size` should be"
     raise OptionError(
-        f"{name}: {rule} greater than 0. (got {size!r}) None takes everything in one batch; a smaller int "
-        f"takes less memory."
+        f"{name}: {rule} greater than 0. (got {size!r}) None takes everything in one batch, a smaller int "
+        f"takes less memory, and 'auto' learns what fits."
     )
 
 
@@ -71,6 +71,24 @@ def argnums(name: str, value: object) -> None:
                 f"{name}: {several}, or the name of a parameter, got: {type(pick)}. Write argnums=0, "
                 f"argnums='w' or argnums=(0, 'w')."
             )
+
+
+def wrt(name: str, value: object) -> None:
+    """A pattern, or a non-empty tuple of them."""
+    patterns = value if isinstance(value, tuple) else (value,)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise OptionError(
+            f"{name}: wrt is a pattern of leaves' places, or a tuple of patterns, got {value!r}. Write "
+            f"wrt='last.*' or wrt=('0.weight', '2.*')."
+        )
+
+
+def wrt_matches(name: str, pattern: str, places: Sequence[str]) -> NoReturn:
+    shown = ", ".join(map(repr, places[:8])) + (", ..." if len(places) > 8 else "")
+    raise ArgnumsError(
+        f"{name}: wrt={pattern!r} matches no leaf that can be differentiated. Their places are {shown}. "
+        f"A * stands for any text, as in wrt='last.*'."
+    )
 
 
 def argnum_in_range(name: str, pick: int, count: int) -> NoReturn:

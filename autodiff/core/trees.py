@@ -152,6 +152,11 @@ def paths(spec: Spec, root: str) -> list[str]:
     return [accessor.codify(root) for accessor in spec.accessors()]
 
 
+def places(spec: Spec, *, skip: bool = False) -> list[str]:
+    """Each leaf's place, written with dots: ``layers.0.weight``; without the first step if ``skip``."""
+    return [".".join(map(str, path[skip:])) for path in spec.paths()]
+
+
 def register(
     cls: type,
     flatten_one: Callable[[Any], tuple[Sequence[Any], Any]],

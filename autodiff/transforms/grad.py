@@ -15,11 +15,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from autodiff.core.arguments import Argnums
+    from autodiff.core.arguments import Argnums, Wrt
 
 
 def grad(
-    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, strict: bool = False
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    strict: bool = False,
+    wrt: Wrt = None,
 ) -> Callable[..., Any]:
     r"""Gradient of a scalar function.
 
@@ -30,6 +35,8 @@ def grad(
     tensor([ 3., 12.])
     >>> grad(lambda w, b: w.sin() * b, argnums=("w", "b"))(torch.tensor(0.0), torch.tensor(2.0))
     (tensor(2.), tensor(0.))
+    >>> grad(lambda p: p["a"] * p["b"], wrt="a")({"a": torch.tensor(1.0), "b": torch.tensor(3.0)})
+    {'a': tensor(3.), 'b': None}
 
     Args:
         func: a function of one or more trees that returns one real tensor of shape ``()``, or a pair
@@ -37,6 +44,9 @@ def grad(
         argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(value, aux)``.
         strict: raise where the value does not depend on a leaf, instead of giving zeros.
+        wrt: which leaves of these arguments to differentiate: a pattern of places (``"last.*"``, ``"*bias"``;
+            a place is the way to the leaf with dots, as in ``"layers.0.weight"``), or a tuple of patterns.
+            The others pass through, and None stands for them in the result.
 
     Returns:
         A function of ``func``'s arguments, keywords included. It returns a tree like the selected
@@ -46,7 +56,7 @@ def grad(
 
     Raises:
         OutputError: the output is not one real scalar tensor.
-        ArgnumsError: ``argnums`` does not fit the call.
+        ArgnumsError: ``argnums`` does not fit the call, or ``wrt`` matches nothing.
         LeafError: the selected arguments hold no floating or complex tensor.
         IndependenceError: ``strict`` and the value is independent of a leaf.
 
@@ -55,14 +65,19 @@ def grad(
 
     @wraps(func)
     def gradient(*args: Any, **kwargs: Any) -> Any:
-        result = differentiate("grad", func, argnums, has_aux, strict, args, kwargs)
+        result = differentiate("grad", func, argnums, has_aux, strict, args, kwargs, wrt)
         return (result.gradient, result.aux) if has_aux else result.gradient
 
     return gradient
 
 
 def value_and_grad(
-    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, strict: bool = False
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    strict: bool = False,
+    wrt: Wrt = None,
 ) -> Callable[..., Any]:
     r"""Value and gradient of a scalar function, from one evaluation of it.
 
@@ -77,6 +92,7 @@ def value_and_grad(
         argnums: as for :func:`grad`.
         has_aux: whether ``func`` returns ``(value, aux)``.
         strict: as for :func:`grad`.
+        wrt: as for :func:`grad`.
 
     Returns:
         A function that returns ``(value, gradient)``, and ``((value, aux), gradient)`` with
@@ -84,21 +100,26 @@ def value_and_grad(
 
     Raises:
         OutputError: the output is not one real scalar tensor.
-        ArgnumsError: ``argnums`` does not fit the call.
+        ArgnumsError: ``argnums`` does not fit the call, or ``wrt`` matches nothing.
         LeafError: the selected arguments hold no floating or complex tensor.
         IndependenceError: ``strict`` and the value is independent of a leaf.
     """
 
     @wraps(func)
     def valued(*args: Any, **kwargs: Any) -> Any:
-        result = differentiate("value_and_grad", func, argnums, has_aux, strict, args, kwargs)
+        result = differentiate("value_and_grad", func, argnums, has_aux, strict, args, kwargs, wrt)
         return ((result.value, result.aux) if has_aux else result.value), result.gradient
 
     return valued
 
 
 def grad_and_value(
-    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, strict: bool = False
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    strict: bool = False,
+    wrt: Wrt = None,
 ) -> Callable[..., Any]:
     r"""Gradient and value of a scalar function, in torch.func's order.
 
@@ -113,6 +134,7 @@ def grad_and_value(
         argnums: as for :func:`grad`.
         has_aux: whether ``func`` returns ``(value, aux)``.
         strict: as for :func:`grad`.
+        wrt: as for :func:`grad`.
 
     Returns:
         A function that returns ``(gradient, value)``, and ``(gradient, (value, aux))`` with
@@ -120,14 +142,14 @@ def grad_and_value(
 
     Raises:
         OutputError: the output is not one real scalar tensor.
-        ArgnumsError: ``argnums`` does not fit the call.
+        ArgnumsError: ``argnums`` does not fit the call, or ``wrt`` matches nothing.
         LeafError: the selected arguments hold no floating or complex tensor.
         IndependenceError: ``strict`` and the value is independent of a leaf.
     """
 
     @wraps(func)
     def valued(*args: Any, **kwargs: Any) -> Any:
-        result = differentiate("grad_and_value", func, argnums, has_aux, strict, args, kwargs)
+        result = differentiate("grad_and_value", func, argnums, has_aux, strict, args, kwargs, wrt)
         return result.gradient, ((result.value, result.aux) if has_aux else result.value)
 
     return valued
@@ -149,9 +171,10 @@ def differentiate(
     strict: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    wrt: Wrt = None,
 ) -> Differentiated:
     """Value, gradient and aux of one call, under the public name that the user called."""
-    call = Call(name, func, args, kwargs, argnums, has_aux)
+    call = Call(name, func, args, kwargs, argnums, has_aux, wrt)
     tape = record(call.evaluate, call.primals)
     checks.scalar_output(name, call.out_spec, tape.outputs)
     (value,) = tape.outputs

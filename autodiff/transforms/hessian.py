@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from autodiff.core.arguments import Argnums, Lift
+    from autodiff.core.arguments import Argnums, Lift, Wrt
+    from autodiff.core.chunks import ChunkSize
     from autodiff.core.tape import Recordable, Tape
     from autodiff.transforms.jacobian import JacobianMode
 
@@ -37,9 +38,10 @@ def hessian(
     *,
     mode: HessianMode = "auto",
     has_aux: bool = False,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
     holomorphic: bool = False,
     strict: bool = False,
+    wrt: Wrt = None,
 ) -> Callable[..., Any]:
     r"""Hessian: ``jacrev(jacrev(f))`` by default, the Jacobian of the Jacobian.
 
@@ -61,10 +63,13 @@ def hessian(
         mode: ``"auto"``, ``"reverse-over-reverse"``, ``"forward-over-reverse"``,
             ``"reverse-over-forward"`` or ``"forward-over-forward"``: the outer mode over the inner one.
         has_aux: whether ``func`` returns ``(output, aux)``.
-        chunk_size: how many rows to compute in one batch; None computes all. Less takes less memory.
+        chunk_size: how many rows to compute in one batch; None computes all, ``"auto"`` learns from the
+            first rows how many fit in half of the free memory. Less takes less memory.
         holomorphic: differentiate a complex function of complex arguments.
         strict: raise where an output or its derivative does not depend on a leaf, as that of a linear
             function does, instead of giving zeros.
+        wrt: which leaves of these arguments to differentiate, by patterns of their places, as for
+            :func:`autodiff.grad`.
 
     Returns:
         A function of ``func``'s arguments that returns a tree like the output, holding at every leaf a
@@ -72,10 +77,10 @@ def hessian(
         shape ``(*out_shape, *in_shape_i, *in_shape_j)``. With ``has_aux`` it returns ``(hessian, aux)``.
 
     Raises:
-        OptionError: ``mode`` is unknown, or ``chunk_size`` is not a positive int or None.
+        OptionError: ``mode`` is unknown, or ``chunk_size`` is not a positive int, ``"auto"`` or None.
         DtypeError: complex tensors without ``holomorphic``, or real ones with it.
         OutputError: the output is empty, or holds something else than floating or complex tensors.
-        ArgnumsError, LeafError: ``argnums`` does not fit the call, or selects nothing to differentiate.
+        ArgnumsError, LeafError: ``argnums`` or ``wrt`` does not fit the call, or selects nothing to differentiate.
         IndependenceError: ``strict`` and an output or its derivative is independent of a leaf.
     """
     checks.allowed("hessian", "mode", mode, _HESSIAN_MODES)
@@ -93,8 +98,8 @@ def hessian(
             outer, inner = "forward", "forward"
         case _:
             assert_never(mode)
-    first = by_mode("hessian", func, argnums, inner, has_aux, None, holomorphic, strict)
-    return by_mode("hessian", first, argnums, outer, has_aux, chunk_size, holomorphic, strict)
+    first = by_mode("hessian", func, argnums, inner, has_aux, None, holomorphic, strict, wrt=wrt)
+    return by_mode("hessian", first, argnums, outer, has_aux, chunk_size, holomorphic, strict, wrt=wrt)
 
 
 def hvp(

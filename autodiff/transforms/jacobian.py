@@ -10,7 +10,8 @@ import torch
 from autodiff.core import basis, checks, graph
 from autodiff.core._torch import bottom, compiling, quiet_fallbacks
 from autodiff.core.arguments import Call, wraps
-from autodiff.core.batch import Chunks, over_rows, remember_randomness
+from autodiff.core.batch import over_rows, remember_randomness
+from autodiff.core.chunks import Chunks, Sizes, sizes_for
 from autodiff.core.dual import push
 from autodiff.core.tape import record
 from autodiff.transforms.linearize import transpose
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from autodiff.core.arguments import Argnums
+    from autodiff.core.arguments import Argnums, Wrt
     from autodiff.core.batch import Randomness
+    from autodiff.core.chunks import ChunkSize
     from autodiff.core.tape import Tape
 
 JacobianMode: TypeAlias = Literal["auto", "reverse", "forward"]
@@ -42,9 +44,10 @@ def jacrev(
     argnums: Argnums = 0,
     *,
     has_aux: bool = False,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
     holomorphic: bool = False,
     strict: bool = False,
+    wrt: Wrt = None,
 ) -> Callable[..., Any]:
     r"""Jacobian by reverse mode: one evaluation, then a pull for every number of the output.
 
@@ -60,10 +63,13 @@ def jacrev(
             ``(output, aux)`` if ``has_aux``.
         argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(output, aux)``.
-        chunk_size: how many rows to pull in one batch; None pulls all, 1 pulls row by row without
-            vmap. The function runs once in any case.
+        chunk_size: how many rows to pull in one batch; None pulls all, 1 pulls row by row without vmap,
+            ``"auto"`` learns from the first rows how many fit in half of the free memory. The function
+            runs once in any case.
         holomorphic: differentiate a complex function of complex arguments, with one complex derivative.
         strict: raise where an output does not depend on a leaf, instead of giving zeros.
+        wrt: which leaves of these arguments to differentiate, by patterns of their places, as for
+            :func:`autodiff.grad`.
 
     Returns:
         A function of ``func``'s arguments that returns a tree like the output, holding at every leaf a
@@ -72,13 +78,13 @@ def jacrev(
         other leaves. With ``has_aux`` it returns ``(jacobian, aux)``.
 
     Raises:
-        OptionError: ``chunk_size`` is not a positive int or None.
+        OptionError: ``chunk_size`` is not a positive int, ``"auto"`` or None.
         DtypeError: complex tensors without ``holomorphic``, or real ones with it.
         OutputError: the output is empty, or holds something else than floating or complex tensors.
-        ArgnumsError, LeafError: ``argnums`` does not fit the call, or selects nothing to differentiate.
+        ArgnumsError, LeafError: ``argnums`` or ``wrt`` does not fit the call, or selects nothing to differentiate.
         IndependenceError: ``strict`` and an output is independent of a leaf.
     """
-    return by_mode("jacrev", func, argnums, "reverse", has_aux, chunk_size, holomorphic, strict)
+    return by_mode("jacrev", func, argnums, "reverse", has_aux, chunk_size, holomorphic, strict, wrt=wrt)
 
 
 def jacfwd(
@@ -87,9 +93,10 @@ def jacfwd(
     has_aux: bool = False,
     *,
     randomness: Randomness = "same",
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
     holomorphic: bool = False,
     strict: bool = False,
+    wrt: Wrt = None,
 ) -> Callable[..., Any]:
     r"""Jacobian by forward mode: a push for every number of the input, all in one evaluation.
 
@@ -106,22 +113,25 @@ def jacfwd(
         has_aux: whether ``func`` returns ``(output, aux)``.
         randomness: ``"same"`` lets ``func`` draw random numbers; one draw serves all columns, also with
             ``"different"``, since all columns are derivatives of one function. ``"error"`` forbids it.
-        chunk_size: how many columns to push in one batch; None pushes all. The function runs once for
-            every chunk, with the same random numbers.
+        chunk_size: how many columns to push in one batch; None pushes all, ``"auto"`` learns how many
+            fit. The function runs once for every chunk, with the same random numbers.
         holomorphic: as for :func:`jacrev`.
         strict: raise where an output does not depend on the selected arguments.
+        wrt: as for :func:`jacrev`.
 
     Returns:
         What :func:`jacrev` returns, with blocks of the output's dtype.
 
     Raises:
-        OptionError: ``chunk_size`` is not a positive int or None, or ``randomness`` is unknown.
+        OptionError: ``chunk_size`` is not a positive int, ``"auto"`` or None, or ``randomness`` is unknown.
         DtypeError: complex tensors without ``holomorphic``, or real ones with it.
         OutputError: the output is empty, or holds something else than floating or complex tensors.
-        ArgnumsError, LeafError: ``argnums`` does not fit the call, or selects nothing to differentiate.
+        ArgnumsError, LeafError: ``argnums`` or ``wrt`` does not fit the call, or selects nothing to differentiate.
         IndependenceError: ``strict`` and an output is independent of the arguments.
     """
-    return by_mode("jacfwd", func, argnums, "forward", has_aux, chunk_size, holomorphic, strict, randomness)
+    return by_mode(
+        "jacfwd", func, argnums, "forward", has_aux, chunk_size, holomorphic, strict, randomness, wrt=wrt
+    )
 
 
 def jacobian(
@@ -130,9 +140,10 @@ def jacobian(
     *,
     mode: JacobianMode = "auto",
     has_aux: bool = False,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
     holomorphic: bool = False,
     strict: bool = False,
+    wrt: Wrt = None,
 ) -> Callable[..., Any]:
     r"""Jacobian by the mode that needs fewer products.
 
@@ -150,21 +161,23 @@ def jacobian(
         argnums: as for :func:`jacrev`.
         mode: ``"auto"``, ``"reverse"`` (:func:`jacrev`) or ``"forward"`` (:func:`jacfwd`).
         has_aux: whether ``func`` returns ``(output, aux)``.
-        chunk_size: how many rows or columns to compute in one batch.
+        chunk_size: how many rows or columns to compute in one batch; ``"auto"`` learns how many fit.
         holomorphic: as for :func:`jacrev`.
         strict: raise where an output does not depend on a leaf, instead of giving zeros.
+        wrt: which leaves of these arguments to differentiate, by patterns of their places, as for
+            :func:`autodiff.grad`.
 
     Returns:
         What :func:`jacrev` returns.
 
     Raises:
-        OptionError: ``mode`` is unknown, or ``chunk_size`` is not a positive int or None.
+        OptionError: ``mode`` is unknown, or ``chunk_size`` is not a positive int, ``"auto"`` or None.
         DtypeError: complex tensors without ``holomorphic``, or real ones with it.
         OutputError: the output is empty, or holds something else than floating or complex tensors.
-        ArgnumsError, LeafError: ``argnums`` does not fit the call, or selects nothing to differentiate.
+        ArgnumsError, LeafError: ``argnums`` or ``wrt`` does not fit the call, or selects nothing to differentiate.
         IndependenceError: ``strict`` and an output is independent of a leaf.
     """
-    return by_mode("jacobian", func, argnums, mode, has_aux, chunk_size, holomorphic, strict)
+    return by_mode("jacobian", func, argnums, mode, has_aux, chunk_size, holomorphic, strict, wrt=wrt)
 
 
 def by_mode(
@@ -173,11 +186,12 @@ def by_mode(
     argnums: Argnums,
     mode: JacobianMode,
     has_aux: bool = False,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
     holomorphic: bool | None = False,
     strict: bool = False,
     randomness: Randomness = "same",
     frugal: Callable[[], bool] | None = None,
+    wrt: Wrt = None,
 ) -> Callable[..., Any]:
     """A Jacobian under the public name that the user called.
 
@@ -191,7 +205,7 @@ def by_mode(
 
     @wraps(func)
     def jacobian_of(*args: Any, **kwargs: Any) -> Any:
-        call = Call(name, func, args, kwargs, argnums, has_aux)
+        call = Call(name, func, args, kwargs, argnums, has_aux, wrt)
         checks.complex_pairing(name, call.primals, holomorphic, "inputs")
         match mode:
             case "forward":
@@ -209,7 +223,7 @@ def by_mode(
 
 def _rows(
     call: Call,
-    chunk_size: int | None,
+    chunk_size: ChunkSize,
     mode: JacobianMode,
     holomorphic: bool | None,
     strict: bool,
@@ -222,6 +236,7 @@ def _rows(
     checks.complex_pairing(call.name, outputs, holomorphic, "outputs")
     if strict:
         _check_rows(call, tape)
+    sizes = sizes_for(chunk_size, call.primals)
     if mode == "auto" and basis.size_of(call.primals) < basis.size_of(outputs):
         move = transpose(tape)
 
@@ -229,7 +244,7 @@ def _rows(
             del last
             return move(tangents)
 
-        columns = _stacked(without_last, call.primals, chunk_size)
+        columns = _stacked(without_last, call.primals, sizes)
         return _by_columns(call, outputs, columns), tape.aux
 
     def pull(cotangents: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
@@ -243,7 +258,7 @@ def _rows(
     groups = _groups(outputs, call.primals)
     for group in groups:
         pull_group = _of_group(pull, group, len(outputs), is_last=group is groups[-1])
-        rows = _stacked(pull_group, outputs[group], chunk_size)
+        rows = _stacked(pull_group, outputs[group], sizes)
         blocks += _by_rows(rows, outputs[group], call.primals)
     return blocks, tape.aux
 
@@ -304,13 +319,13 @@ def _frugal_blocks(pull: Product, tape: Tape, primals: Sequence[Tensor], *, batc
         pull_one = _of_group(pull, slice(position, position + 1), count)
         try:
             with quiet_fallbacks():
-                rows = _stacked(pull_one, [output], chunk_size)
+                rows = _stacked(pull_one, [output], Sizes(chunk_size))
         except Exception:
             # Some backward passes cannot be batched: they read a value, or write in place. What they
             # raise then is theirs to choose.
             if chunk_size == 1:
                 raise
-            rows = _stacked(pull_one, [output], 1)
+            rows = _stacked(pull_one, [output], Sizes(1))
         blocks += _by_rows(rows, [output], primals)
     return blocks
 
@@ -330,7 +345,7 @@ def _frugal_chunks(tape: Tape, primals: Sequence[Tensor]) -> list[int]:
 
 
 def _columns(
-    call: Call, chunk_size: int | None, randomness: Randomness, holomorphic: bool | None, strict: bool
+    call: Call, chunk_size: ChunkSize, randomness: Randomness, holomorphic: bool | None, strict: bool
 ) -> tuple[Blocks, list[Any]]:
     """One evaluation for every chunk of columns."""
     seen: list[Any] = []
@@ -353,34 +368,38 @@ def _columns(
     draws: Randomness = "error" if randomness == "error" else "same"
     # Every chunk runs the function again, and has to see the same random numbers.
     rewind = None if chunk_size is None else remember_randomness(call.primals)
-    columns = _stacked(pushed, call.primals, chunk_size, draws)
+    columns = _stacked(pushed, call.primals, sizes_for(chunk_size, call.primals), draws)
     return _by_columns(call, seen, columns), aux
 
 
 def _stacked(
     product: Product,
     leaves: Sequence[Tensor],
-    chunk_size: int | None,
+    sizes: Sizes,
     randomness: Randomness = "same",
 ) -> list[Tensor | None]:
     """``product`` of every standard basis vector of the leaves' space, stacked.
 
-    A space of one dimension, and ``chunk_size=1``, need no batch: the product is taken as it is.
-    ``product`` is also told whether it is called for the ``last`` time.
+    A single vector needs no batch: its product is taken as it is. ``product`` is also told whether it
+    is called for the ``last`` time.
     """
-    chunks, count = Chunks(basis.size_of(leaves), chunk_size), 0
-    for start, stop in chunks:
+    chunks = Chunks(basis.size_of(leaves), sizes)
+
+    def of_rows(start: int, stop: int) -> list[Tensor | None]:
         vectors = basis.standard_basis(leaves, start, max(stop, 1))
-        last = chunks.is_last(stop)
-        if chunks.size <= 1:
-            # One vector, or none: then one product still says what the results would look like.
-            results = product([vector.squeeze(0) for vector in vectors], last=last)
-            pieces = [None if result is None else result.unsqueeze(0)[: stop - start] for result in results]
-        else:
-            pieces = over_rows(partial(product, last=last), vectors, stop - start, randomness)
+        # A chunk of a learnt size may have to be repeated.
+        last = stop == chunks.total and not sizes.adapts
+        if stop - start > 1:
+            return over_rows(partial(product, last=last), vectors, stop - start, randomness)
+        # One vector, or none: then one product still says what the results would look like.
+        results = product([vector.squeeze(0) for vector in vectors], last=last)
+        return [None if result is None else result.unsqueeze(0)[: stop - start] for result in results]
+
+    count = 0
+    for start, stop, pieces in chunks.each(of_rows):
         count = len(pieces)
         for key, piece in enumerate(pieces):
-            chunks.add(key, start, piece)
+            chunks.add(key, start, stop, piece)
     return [chunks.whole(key) for key in range(count)]
 
 

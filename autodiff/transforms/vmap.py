@@ -9,12 +9,13 @@ from torch import Tensor
 
 from autodiff.core import batch, checks, mapped_dims, trees
 from autodiff.core.arguments import parameter_names, wraps
-from autodiff.core.batch import Chunks
+from autodiff.core.chunks import Chunks, Sizes, sizes_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from autodiff.core.batch import Randomness
+    from autodiff.core.chunks import ChunkSize
     from autodiff.core.trees import Spec
 
 Fallback: TypeAlias = Literal["loop"] | None
@@ -33,7 +34,7 @@ def vmap(
     out_dims: Any = 0,
     randomness: Randomness = "error",
     *,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
     fallback: Fallback = None,
 ) -> Callable[..., Any]:
     r"""A function of one sample, made a function of a whole batch of them.
@@ -57,8 +58,9 @@ def vmap(
             begins that of the output, with None for an output that does not depend on the sample.
         randomness: ``"error"`` forbids random operations, ``"different"`` draws for each sample,
             ``"same"`` draws once for all.
-        chunk_size: how many samples to compute in one batch; None computes all. Less takes less memory,
-            unless the results are watched: a captured parameter that requires grad keeps every graph.
+        chunk_size: how many samples to compute in one batch; None computes all, ``"auto"`` learns from
+            the first samples how many fit in half of the free memory. Less takes less memory, unless the
+            results are watched: a captured parameter that requires grad keeps every graph.
         fallback: ``"loop"`` runs a function that cannot be batched (it branches on data, or calls
             ``.item()``) sample by sample.
 
@@ -74,19 +76,30 @@ def vmap(
     checks.randomness("vmap", randomness)
     checks.allowed("vmap", "fallback", fallback, (None, "loop"))
     mapped_dims.out_dims_type("vmap", out_dims)
+    # What was learnt for arguments of the last call's shapes.
+    learnt: dict[Any, Sizes] = {}
+
+    def sizes_of(mapped: _Mapped) -> Sizes:
+        if chunk_size != "auto":
+            return Sizes(chunk_size)
+        kind = mapped.kind()
+        if kind not in learnt:
+            learnt.clear()
+            learnt[kind] = sizes_for(chunk_size, mapped.leaves)
+        return learnt[kind]
 
     @wraps(func)
     def batched(*args: Any, **kwargs: Any) -> Any:
         mapped = _Mapped(func, in_dims, out_dims, args, kwargs)
         if fallback is None:
             try:
-                return mapped.run(randomness, chunk_size)
+                return mapped.run(randomness, sizes_of(mapped))
             except RuntimeError as error:
                 checks.advise("vmap", error, _UNBATCHABLE, _LOOP)
                 raise
         rewind = batch.remember_randomness(mapped.leaves)
         try:
-            return mapped.run(randomness, chunk_size)
+            return mapped.run(randomness, sizes_of(mapped))
         except RuntimeError:
             if mapped.size == 0:
                 raise
@@ -122,35 +135,52 @@ class _Mapped:
         mapped_dims.batch_sizes("vmap", [path for path, _ in mapped], [size for _, size in mapped])
         self.size = mapped[0][1]
 
-    def run(self, randomness: Randomness, chunk_size: int | None) -> Any:
+    def kind(self) -> tuple[Any, ...]:
+        """What the memory that one sample takes depends on: shapes without the batch, and dtypes."""
+        pairs = zip(self.leaves, self.dims, strict=True)
+        return tuple(
+            (leaf.dtype, *(size for at, size in enumerate(leaf.shape) if at != dim))
+            for leaf, dim in pairs
+            if isinstance(leaf, Tensor)
+        )
+
+    def run(self, randomness: Randomness, sizes: Sizes) -> Any:
         """All samples, in one batch or in chunks of it."""
-        chunks = Chunks(self.size, chunk_size)
-        in_one = chunks.size == self.size
-        rewind = None if in_one or randomness != "same" else batch.remember_randomness(self.leaves)
-        for start, stop in chunks:
+        chunks = Chunks(self.size, sizes)
+        rewind = None if chunks.in_one or randomness != "same" else batch.remember_randomness(self.leaves)
+
+        def of_samples(start: int, stop: int) -> list[Any]:
             if rewind is not None:
                 rewind()
-            pieces = self.leaves if in_one else self._each(Tensor.narrow, start, stop - start)
-            results = batch.run(self._call, pieces, self.dims, stop - start, randomness, self._destinations)
+            pieces = (
+                self.leaves if stop - start == self.size else self._each(Tensor.narrow, start, stop - start)
+            )
+            return batch.run(self._call, pieces, self.dims, stop - start, randomness, self._destinations)
+
+        results: list[Any] = []
+        for start, stop, results in chunks.each(of_samples):
             for key, (result, dim) in enumerate(zip(results, self.out_dims, strict=True)):
                 if dim is not None:
-                    chunks.add(key, start, result, dim)
+                    chunks.add(key, start, stop, result, dim)
         return self._assembled(chunks, results)
 
     def run_by_sample(self, randomness: Randomness) -> Any:
         """All samples, one after the other, without a batching level."""
-        chunks = Chunks(self.size, 1)
+        chunks = Chunks(self.size, Sizes(1))
         rewind = batch.remember_randomness(self.leaves) if randomness == "same" else None
-        results: list[Any] = []
-        for sample, _ in chunks:
-            before = results
+        before: list[Any] = []
+
+        def of_sample(sample: int, _: int) -> list[Any]:
             if rewind is not None:
                 rewind()
-            results = self._call(self._each(Tensor.select, sample))
+            return self._call(self._each(Tensor.select, sample))
+
+        for sample, after, results in chunks.each(of_sample):
             for key, dim in enumerate(self._destinations(results, _differing(results, before))):
                 if dim is not None:
-                    chunks.add(key, sample, results[key].unsqueeze(dim), dim)
-        return self._assembled(chunks, results)
+                    chunks.add(key, sample, after, results[key].unsqueeze(dim), dim)
+            before = results
+        return self._assembled(chunks, before)
 
     def _call(self, leaves: Sequence[Any]) -> list[Any]:
         args, kwargs = trees.unflatten(self._spec, leaves)
