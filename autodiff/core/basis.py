@@ -27,7 +27,7 @@ def standard_basis(leaves: Sequence[Tensor], start: int, stop: int) -> list[Tens
     parts, offset = [], 0
     for leaf in leaves:
         size = leaf.numel()
-        part = _zeros(leaf, (stop - start, size))
+        part = zeros(leaf, (stop - start, size))
         # Row r of the chunk is vector start + r; it is inside this leaf where its index is.
         if offset < stop and start < offset + size:
             part.diagonal(start - offset).fill_(1)
@@ -42,7 +42,7 @@ def row_blocks(rows: Tensor | None, outputs: Sequence[Tensor], primal: Tensor) -
     # rows: [sum of output sizes, *in_shape] -> J[k]: [*outputs[k].shape, *in_shape]
     """
     if rows is None:
-        return [_zeros(primal, (*output.shape, *primal.shape)) for output in outputs]
+        return [zeros(primal, (*output.shape, *primal.shape)) for output in outputs]
     pieces = rows.split([output.numel() for output in outputs])
     return [
         piece.reshape((*output.shape, *primal.shape)) for piece, output in zip(pieces, outputs, strict=True)
@@ -55,7 +55,7 @@ def column_blocks(columns: Tensor | None, output: Tensor, primals: Sequence[Tens
     # columns: [sum of input sizes, *out_shape] -> J[k]: [*out_shape, *primals[k].shape]
     """
     if columns is None:
-        return [_zeros(output, (*output.shape, *primal.shape)) for primal in primals]
+        return [zeros(output, (*output.shape, *primal.shape)) for primal in primals]
     pieces = columns.movedim(0, -1).split([primal.numel() for primal in primals], dim=-1)
     return [
         piece.reshape((*output.shape, *primal.shape)) for piece, primal in zip(pieces, primals, strict=True)
@@ -67,7 +67,8 @@ def size_of(leaves: Sequence[Tensor]) -> int:
     return sum(prod(leaf.shape) for leaf in leaves)
 
 
-def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+def zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros of the tensor's kind, the same for every sample of a batch."""
     if type(like) is Tensor:
         # Not new_zeros: of a batched tensor that would be batched, one basis for every sample.
         return torch.zeros(shape, dtype=like.dtype, device=like.device)

@@ -13,13 +13,13 @@ from autodiff.errors import OptionError, StrategyError, StrictModeError
 from autodiff.functional.contract import Contract
 from autodiff.functional.forward import HookWatch
 from autodiff.functional.products import GRADIENT_CONSTANT, JACOBIAN_CONSTANT
+from autodiff.transforms.blocks import by_mode
 from autodiff.transforms.grad import grad
-from autodiff.transforms.jacobian import by_mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from autodiff.transforms.jacobian import JacobianMode
+    from autodiff.transforms.blocks import JacobianMode
 
 _STRATEGIES = ("forward-mode", "reverse-mode")
 _OUTPUT_INDEPENDENT = (

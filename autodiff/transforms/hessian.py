@@ -1,4 +1,4 @@
-"""Floor 2: second derivatives, composed of two first ones. Builds on `core`, `grad` and `jacobian`."""
+"""Floor 2: second derivatives, composed of two first ones. Builds on `core`, `grad` and `blocks`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from autodiff.core import checks
 from autodiff.core.arguments import Call
 from autodiff.core.dual import push
 from autodiff.core.tape import record
+from autodiff.transforms.blocks import by_mode
 from autodiff.transforms.grad import dense
-from autodiff.transforms.jacobian import by_mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from autodiff.core.arguments import Argnums, Lift, Wrt
     from autodiff.core.chunks import ChunkSize
     from autodiff.core.tape import Recordable, Tape
-    from autodiff.transforms.jacobian import JacobianMode
+    from autodiff.transforms.blocks import JacobianMode
 
 HessianMode: TypeAlias = Literal[
     "auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward", "forward-over-forward"
