@@ -27,6 +27,9 @@ from autodiff.transforms.hessian import hvp as hvp
 # Batches.
 from autodiff.transforms.vmap import vmap as vmap
 
+# Many samples, in bounded memory.
+from autodiff.per_sample.api import per_sample as per_sample
+
 # Modules as functions.
 from autodiff.nn import functional_call as functional_call
 from autodiff.nn import stack_module_state as stack_module_state

@@ -76,3 +76,26 @@ class ForwardLevelError(AutodiffError, RuntimeError):
 
 class OptionError(AutodiffError, ValueError, RuntimeError):
     """A keyword has a value outside its documented set, such as ``chunk_size=0``."""
+
+
+class SampleError(AutodiffError, RuntimeError):
+    """``per_sample``'s function failed on a sample, or gave something that is not finite.
+
+    ``index`` is the sample's.
+    """
+
+    def __init__(self, message: str, index: int) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class BudgetError(AutodiffError, MemoryError):
+    """What ``per_sample`` is asked for cannot be made within its memory."""
+
+
+class BudgetWarning(UserWarning):
+    """The smallest piece of ``per_sample``'s work takes more memory than it may."""
+
+
+class ResumeError(AutodiffError, RuntimeError, ValueError):
+    """A file holds the results of another run, or none that ``per_sample`` knows."""

@@ -56,14 +56,24 @@ class Sizes:
         self.adapts = self.learning = size == "auto"
         self.size: float = first if size == "auto" else float("inf") if size is None else size
         self.device = device
-        self._aim = _FILL * budget if device.type != "cpu" else min(_FILL * budget, _ENOUGH_AT_ONCE)
+        self._budget = budget
         self._ceiling = float("inf")
         self._seen: list[int] | None = None
+
+    @property
+    def aim(self) -> float:
+        """The peak that a chunk should have at most."""
+        aim = _FILL * self._budget
+        return aim if self.device.type != "cpu" else min(aim, _ENOUGH_AT_ONCE)
+
+    def reserve(self, size: int) -> None:
+        """Take so many bytes out of the budget."""
+        self._budget -= size
 
     def learn(self, count: int, peak: int, produced: int = 0, operations: int = 0) -> None:
         """A chunk of ``count`` took ``peak`` bytes; its operations made ``produced`` bytes in all."""
         seen = [count, peak, produced]
-        room = [self._room(seen, 1, self._aim)]
+        room = [self._room(seen, 1, self.aim)]
         if operations:
             room.append(self._room(seen, 2, _ENOUGH_AN_OPERATION * operations))
         self._seen = seen
@@ -102,11 +112,11 @@ class Sizes:
     @property
     def state(self) -> list[Any]:
         """All that was learnt, in terms that a file can hold."""
-        return [self.size, self.learning, self._ceiling, self._seen]
+        return [self.size, self.learning, self._ceiling, self._seen, self._budget]
 
     @state.setter
     def state(self, state: list[Any]) -> None:
-        self.size, self.learning, self._ceiling, self._seen = state
+        self.size, self.learning, self._ceiling, self._seen, self._budget = state
 
 
 def sizes_for(chunk_size: ChunkSize, leaves: Iterable[Any]) -> Sizes:

@@ -79,7 +79,7 @@ def vmap(
     # What was learnt for arguments of the last call's shapes.
     learnt: dict[Any, Sizes] = {}
 
-    def sizes_of(mapped: _Mapped) -> Sizes:
+    def sizes_of(mapped: Mapped) -> Sizes:
         if chunk_size != "auto":
             return Sizes(chunk_size)
         kind = mapped.kind()
@@ -90,7 +90,7 @@ def vmap(
 
     @wraps(func)
     def batched(*args: Any, **kwargs: Any) -> Any:
-        mapped = _Mapped(func, in_dims, out_dims, args, kwargs)
+        mapped = Mapped(func, in_dims, out_dims, args, kwargs)
         if fallback is None:
             try:
                 return mapped.run(randomness, sizes_of(mapped))
@@ -109,7 +109,7 @@ def vmap(
     return batched
 
 
-class _Mapped:
+class Mapped:
     """One call of a function under vmap: leaves with their dims, and how to put results together."""
 
     __slots__ = ("_func", "_out_dims", "_spec", "dims", "leaves", "out_dims", "out_spec", "size")
@@ -135,6 +135,14 @@ class _Mapped:
         mapped_dims.batch_sizes("vmap", [path for path, _ in mapped], [size for _, size in mapped])
         self.size = mapped[0][1]
 
+    def mapped_leaves(self) -> list[Any]:
+        """The leaves that hold the samples, with the dimension where they are."""
+        return [[dim, leaf] for leaf, dim in zip(self.leaves, self.dims, strict=True) if dim is not None]
+
+    def shared_leaves(self) -> list[Any]:
+        """The leaves that all samples share."""
+        return [leaf for leaf, dim in zip(self.leaves, self.dims, strict=True) if dim is None]
+
     def kind(self) -> tuple[Any, ...]:
         """What the memory that one sample takes depends on: shapes without the batch, and dtypes."""
         pairs = zip(self.leaves, self.dims, strict=True)
@@ -149,20 +157,28 @@ class _Mapped:
         chunks = Chunks(self.size, sizes)
         rewind = None if chunks.in_one or randomness != "same" else batch.remember_randomness(self.leaves)
 
-        def of_samples(start: int, stop: int) -> list[Any]:
+        def compute(start: int, stop: int) -> list[Any]:
             if rewind is not None:
                 rewind()
-            pieces = (
-                self.leaves if stop - start == self.size else self._each(Tensor.narrow, start, stop - start)
-            )
-            return batch.run(self._call, pieces, self.dims, stop - start, randomness, self._destinations)
+            return self.of_samples(start, stop, randomness)
 
         results: list[Any] = []
-        for start, stop, results in chunks.each(of_samples):
+        for start, stop, results in chunks.each(compute):
             for key, (result, dim) in enumerate(zip(results, self.out_dims, strict=True)):
                 if dim is not None:
                     chunks.add(key, start, stop, result, dim)
         return self._assembled(chunks, results)
+
+    def of_samples(self, start: int, stop: int, randomness: Randomness) -> list[Any]:
+        """The leaves of the results of samples ``start`` to ``stop``, in one batch."""
+        count = stop - start
+        pieces = self.leaves if count == self.size else self._each(Tensor.narrow, start, count)
+        return batch.run(self._call, pieces, self.dims, count, randomness, self._destinations)
+
+    def sample(self, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of one sample."""
+        args, kwargs = trees.unflatten(self._spec, self._each(Tensor.select, index))
+        return args, kwargs
 
     def run_by_sample(self, randomness: Randomness) -> Any:
         """All samples, one after the other, without a batching level."""

@@ -1,0 +1,203 @@
+"""Floor 3: the loop over chunks: compute, measure, halve where memory runs out, find the samples that fail.
+
+Hands on `Engine`, whose pieces come in order and depend on nothing but the work, the samples and the plan.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+
+import torch
+
+from autodiff.core import memory
+from autodiff.errors import AutodiffError, BudgetError, SampleError
+from autodiff.per_sample.results import Result, Rows, template_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from autodiff.core.memory import Meter
+    from autodiff.per_sample.plan import Plan
+    from autodiff.per_sample.report import Report
+    from autodiff.per_sample.results import Template
+    from autodiff.per_sample.work import Work
+    from autodiff.transforms.vmap import Mapped
+
+R = TypeVar("R")
+
+OnError: TypeAlias = Literal["raise", "nan"]
+
+
+@dataclass
+class Samples:
+    """Results of whole samples, ``start`` to ``stop``; no result where the only one of them failed."""
+
+    start: int
+    stop: int
+    result: Result | None
+
+
+@dataclass
+class SomeRows:
+    """Rows ``start`` to ``stop`` of one sample."""
+
+    sample: int
+    start: int
+    stop: int
+    rows: Rows
+
+
+Piece: TypeAlias = Samples | SomeRows
+
+
+class Engine:
+    """Runs work over batches of samples."""
+
+    def __init__(self, work: Work, plan: Plan, on_error: OnError, report: Report, *, held: int = 0) -> None:
+        self.plan = plan
+        self._work, self._on_error, self._report = work, on_error, report
+        # How many times its results the caller holds while the next chunk is computed.
+        self._held = held
+        self._rows = 0  # of one sample's Jacobian, once that is known
+        # The sample and the row that come next, counted over all batches.
+        self.position = (0, 0)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Where it stands and what it has learnt, in terms that a file can hold."""
+        sample, row = self.position
+        return {"sample": sample, "row": row, "rows": self._rows, "plan": self.plan.state}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self.position = state["sample"], state["row"]
+        self._rows, self.plan.state = state["rows"], state["plan"]
+
+    def chunks(self, batch: Mapped, first: int) -> Iterator[list[Piece]]:
+        """The pieces of a batch, whose first sample is number ``first``, from the position on.
+
+        What is in one list was computed together.
+        """
+        plan = self.plan
+        if self.position == (0, 0):
+            plan.begin(self._work.row_bytes(batch) if self._work.splits else None)
+        sample, row = self.position[0] - first, self.position[1]
+        while sample < batch.size:
+            if plan.rows is not None and self._work.splits:
+                # The number of rows is known from the first ones.
+                count = plan.rows.take(self._rows - row) if self._rows else int(plan.rows.size)
+                piece = self._attempt(partial(self._some_rows, batch, first, sample, row, count), count)
+                if piece is None:
+                    continue
+                if isinstance(piece, SomeRows):
+                    self._rows, row = piece.rows.total, piece.stop
+                if isinstance(piece, Samples) or row >= self._rows:
+                    sample, row = sample + 1, 0
+                    plan.sample_done(self._rows)
+                pieces = [piece]
+            else:
+                count = plan.samples.take(batch.size - sample)
+                several = self._attempt(partial(self._samples, batch, first, sample, sample + count), count)
+                if several is None:
+                    continue
+                pieces = several
+                sample += count
+            self.position = first + sample, row
+            yield pieces
+
+    def _attempt(self, compute: Callable[[], R], count: int) -> R | None:
+        """What ``compute`` gives; None where memory ran out and a smaller chunk is to be tried."""
+        try:
+            return compute()
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            if not self.plan.shrink(count, self._rows if self._work.splits else 1):
+                raise BudgetError(
+                    f"per_sample: memory ran out in a chunk of {count}, which cannot be made smaller: {error} "
+                    f"Give memory= or a smaller chunk_size, or ask for less of each sample."
+                ) from error
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return None
+
+    def _samples(self, batch: Mapped, first: int, start: int, stop: int) -> list[Piece]:
+        sizes = self.plan.samples
+        measured = sizes.measures(stop - start)
+        with memory.Meter(sizes.device) if measured else nullcontext() as meter:
+            pieces = self._bisected(batch, first, start, stop)
+        template = next((template_of(piece.result) for piece in pieces if piece.result is not None), None)
+        if meter is not None and template is not None:
+            self._learn_samples(batch, stop - start, meter, template)
+        self._report.chunk(stop - start)
+        return [*pieces]
+
+    def _learn_samples(self, batch: Mapped, count: int, meter: Meter, template: Template) -> None:
+        if self._work.splits:
+            self._rows = self._work.rows_in(batch, template)
+        held = self._held * count * template.bytes
+        self.plan.learn_samples(count, meter, held, self._rows if self._work.splits else 1)
+        self._report.peak = max(self._report.peak, meter.peak)
+
+    def _bisected(self, batch: Mapped, first: int, start: int, stop: int) -> list[Samples]:
+        """The results, and where the function fails, those of each half, down to the sample that is the cause."""
+        try:
+            result = self._work.samples(batch, start, stop)
+        except AutodiffError:
+            raise  # a wrong call, whatever the sample
+        except Exception as error:
+            if memory.is_out_of_memory(error):
+                raise
+            if stop - start == 1:
+                self._failed(first + start, f"{type(error).__name__}: {error}", error)
+                return [Samples(first + start, first + stop, None)]
+        else:
+            return [Samples(first + start, first + stop, self._finite(result, first + start))]
+        middle = (start + stop) // 2
+        return [*self._bisected(batch, first, start, middle), *self._bisected(batch, first, middle, stop)]
+
+    def _finite(self, result: Result, first: int) -> Result:
+        bad = sorted({sample for leaf in result.tensors() for sample in leaf.infinite()})
+        for sample in bad:
+            self._failed(first + sample, "the result holds infinities or NaN")
+        if not bad:
+            return result
+        tensors = iter([leaf.overwritten(bad, float("nan")) for leaf in result.tensors()])
+        kept = set(map(id, result.tensors()))
+        return Result(result.spec, [next(tensors) if id(leaf) in kept else leaf for leaf in result.leaves])
+
+    def _some_rows(self, batch: Mapped, first: int, sample: int, start: int, count: int) -> Piece:
+        rows = self.plan.rows
+        assert rows is not None
+        measured = rows.measures(count)
+        try:
+            with memory.Meter(rows.device) if measured else nullcontext() as meter:
+                some = self._work.rows(batch, sample, start, start + count)
+        except AutodiffError:
+            raise
+        except Exception as error:
+            if memory.is_out_of_memory(error):
+                raise
+            self._failed(first + sample, f"{type(error).__name__}: {error}", error)
+            return Samples(first + sample, first + sample + 1, None)
+        stop = min(start + count, some.total)
+        if meter is not None:
+            self.plan.learn_rows(stop - start, meter)
+            self._report.peak = max(self._report.peak, meter.peak)
+        self._report.chunk(1, rows=stop - start)
+        if not all(torch.isfinite(piece).all() for _, _, piece in some.pieces):
+            self._failed(first + sample, "the result holds infinities or NaN")
+            return Samples(first + sample, first + sample + 1, None)
+        return SomeRows(first + sample, start, stop, some)
+
+    def _failed(self, sample: int, why: str, error: Exception | None = None) -> None:
+        if self._on_error == "raise":
+            raise SampleError(
+                f"per_sample: sample {sample}: {why}. Expected finite results for every sample. Look at that "
+                f"sample, or pass on_error='nan' to fill in NaN and go on.",
+                sample,
+            ) from error
+        self._report.failed[sample] = why

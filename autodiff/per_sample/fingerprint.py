@@ -1,0 +1,156 @@
+"""Floor 3: a short text that changes when values do: tensors, modules, functions with what they capture.
+
+By it a file knows whether the results in it belong to the run that wants to go on with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import sys
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autodiff.core import trees
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def fingerprint(value: Any) -> str:
+    """Equal for equal values, in another process too.
+
+    >>> fingerprint({"w": torch.ones(2)}) == fingerprint({"w": torch.ones(2)})
+    True
+    >>> fingerprint({"w": torch.ones(2)}) == fingerprint({"w": torch.zeros(2)})
+    False
+    """
+    reader = _Reader()
+    reader.read(value)
+    return reader.digest()
+
+
+class _Reader:
+    """Feeds values to a hash, each object once.
+
+    What is read of an object of an unknown class is its tensors, modules and functions: a counter, a clock or an
+    open file would make every run another one.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._seen: dict[int, int] = {}
+        self._kept: list[Any] = []  # so that no id is used twice
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def _word(self, *words: object) -> None:
+        for word in words:
+            data = word if isinstance(word, bytes) else repr(word).encode()
+            self._hash.update(len(data).to_bytes(8, "little") + data)
+
+    def read(self, value: Any) -> None:
+        """Take a value in."""
+        if isinstance(value, _PLAIN):
+            self._word(type(value).__qualname__, value)
+            return
+        if id(value) in self._seen:
+            self._word("again", self._seen[id(value)])
+            return
+        self._seen[id(value)] = len(self._seen)
+        self._kept.append(value)
+        match value:
+            case Tensor():
+                self._tensor(value)
+            case nn.Module():
+                self._module(value)
+            case FunctionType():
+                self._function(value)
+            case MethodType():
+                self._word("method")
+                self._all(value.__func__, value.__self__)
+            case functools.partial():
+                self._word("partial")
+                self._all(value.func, value.args, value.keywords)
+            case BuiltinFunctionType() | type():
+                self._word("builtin", getattr(value, "__module__", ""), value.__qualname__)
+            case CodeType():
+                self._code(value)
+            case set() | frozenset():
+                self._word("set", sorted(map(repr, value)))
+            case _:
+                self._object(value)
+
+    def _object(self, value: Any) -> None:
+        if hasattr(value, "__array_interface__"):
+            self._tensor(torch.as_tensor(value))
+        elif dataclasses.is_dataclass(value):
+            self._word(type(value).__qualname__)
+            self._all(*(getattr(value, field.name) for field in dataclasses.fields(value)))
+        elif not trees.is_leaf(value):
+            leaves, spec = trees.flatten(value)
+            self._word("tree", str(spec))
+            self._all(*leaves)
+        else:
+            self._word("object", type(value).__module__, type(value).__qualname__)
+            members = getattr(value, "__dict__", {}).items()
+            self._all(*(m for name, m in sorted(members) if isinstance(m, Tensor | nn.Module | FunctionType)))
+
+    def _all(self, *values: Any) -> None:
+        self._word(len(values))
+        for value in values:
+            self.read(value)
+
+    def _tensor(self, tensor: Tensor) -> None:
+        self._word("tensor", tensor.dtype, tuple(tensor.shape))
+        dense = tensor.detach()
+        dense = (dense.to_dense() if dense.layout is not torch.strided else dense).cpu()
+        whole = dense.resolve_conj().resolve_neg().contiguous()
+        self._hash.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+
+    def _module(self, module: nn.Module) -> None:
+        self._word("module", type(module).__module__, type(module).__qualname__, repr(module))
+        self._word([part.training for part in module.modules()])
+        self._all(dict(module.named_parameters()), dict(module.named_buffers()))
+        self._all(type(module).forward)
+
+    def _function(self, function: FunctionType) -> None:
+        self._word("function", function.__module__, function.__qualname__)
+        self._code(function.__code__)
+        cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+        self._all(function.__defaults__, function.__kwdefaults__, *cells)
+        if not _is_library(function.__module__):
+            used = sorted(set(_names(function.__code__)) & set(function.__globals__))
+            self._all(*(function.__globals__[name] for name in used))
+
+    def _code(self, code: CodeType) -> None:
+        self._word("code", code.co_code, code.co_names)
+        for constant in code.co_consts:
+            self.read(constant)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def _names(code: CodeType) -> set[str]:
+    """The global names that a function, or one inside it, may use."""
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def _is_library(module: str | None) -> bool:
+    """Whether the module is installed, so that its globals are not the user's values."""
+    root = str(module).partition(".")[0]
+    if root == "autodiff" or root in sys.stdlib_module_names - {"__main__"}:
+        return True
+    file = getattr(sys.modules.get(str(module)), "__file__", None) or ""
+    return "site-packages" in file or "dist-packages" in file

@@ -1,0 +1,47 @@
+"""Floor 3: a progress bar with samples per second and memory, by tqdm where it is wanted."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any, Self
+
+from autodiff.core import memory
+from autodiff.errors import OptionError
+
+if TYPE_CHECKING:
+    from autodiff.per_sample.report import Report
+
+
+class Progress:
+    """A bar while ``with`` lasts; ``shown=False`` makes none."""
+
+    def __init__(self, what: str, total: int | None, done: int, *, shown: bool) -> None:
+        self._bar: Any = None
+        if shown:
+            from tqdm.auto import tqdm  # noqa: PLC0415  an extra
+
+            self._bar = tqdm(desc=what, total=total, initial=done, unit="sample")
+
+    @staticmethod
+    def check() -> None:
+        """Whether tqdm is there."""
+        if importlib.util.find_spec("tqdm") is None:
+            raise OptionError(
+                "per_sample: progress=True needs tqdm, which is not installed. Install it: pip install "
+                "'autodiff[progress]', or leave progress out."
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, samples: int, report: Report) -> None:
+        """So many samples more are done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"chunk {report.largest}, peak {memory.show(report.peak)}", refresh=False
+            )
+            self._bar.update(samples)

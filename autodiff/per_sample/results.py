@@ -1,0 +1,193 @@
+"""Floor 3: what a chunk of samples gives: leaves with the samples in front, on their way to a destination.
+
+A leaf is a tensor as it was computed, or the blocks of a matrix that is put together only where it goes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from autodiff.core import trees
+from autodiff.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from autodiff.core.trees import Spec
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of a leaf beforehand: the shape of one sample's, dtype and device."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        """The size of one sample's."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def empty(self, samples: int) -> Tensor:
+        """Room for so many samples."""
+        return torch.empty((samples, *self.shape), dtype=self.dtype, device=self.device)
+
+    def nan(self, sample: int) -> Tensor:
+        """The NaN that stands for a sample that failed."""
+        if not (self.dtype.is_floating_point or self.dtype.is_complex):
+            raise OptionError(
+                f"per_sample: on_error='nan' cannot mark sample {sample} in a result of dtype {self.dtype}, which "
+                f"has no NaN. Return a floating tensor, or use on_error='raise'."
+            )
+        return torch.full((), float("nan"), dtype=self.dtype, device=self.device)
+
+
+class Leaf(ABC):
+    """One leaf of the result, for some samples: ``[samples, *kind.shape]``."""
+
+    kind: Kind
+
+    @abstractmethod
+    def parts(self) -> Sequence[Tensor]:
+        """The tensors that it is made of, each with the samples in front."""
+
+    @abstractmethod
+    def tensor(self) -> Tensor:
+        """The leaf as one tensor."""
+
+    @abstractmethod
+    def copy_to(self, target: Tensor) -> None:
+        """Write the leaf into a tensor of its shape."""
+
+    def infinite(self) -> list[int]:
+        """The samples, counted from the first of these, that hold infinities or NaN."""
+        found: set[int] = set()
+        for part in self.parts():
+            # A sum that is finite needs no second look, and no memory.
+            inexact = part.is_floating_point() or part.is_complex()
+            if inexact and not torch.isfinite(part.sum()):
+                bad = ~torch.isfinite(part).reshape(len(part), -1).all(dim=1)
+                found.update(bad.nonzero().flatten().tolist())
+        return sorted(found)
+
+    def overwritten(self, samples: Sequence[int], value: float) -> Leaf:
+        """The leaf with another value for some samples."""
+        # A copy: the tensor may be an argument of the function, or expanded.
+        tensor = self.tensor().clone()
+        tensor[list(samples)] = value
+        return Plain(tensor)
+
+
+class Plain(Leaf):
+    """A tensor as the function gave it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self.kind = Kind(tuple(tensor.shape[1:]), tensor.dtype, tensor.device)
+
+    def parts(self) -> Sequence[Tensor]:
+        return [self._tensor]
+
+    def tensor(self) -> Tensor:
+        return self._tensor
+
+    def copy_to(self, target: Tensor) -> None:
+        target.copy_(self._tensor)
+
+
+class Matrix(Leaf):
+    """A Jacobian's blocks, to be one matrix: ``blocks[i][j]`` is ``[samples, *out_i, *in_j]``.
+
+    ``heights`` and ``widths`` are the sizes of the outputs and of the primals.
+    """
+
+    def __init__(self, blocks: list[list[Tensor]], heights: Sequence[int], widths: Sequence[int]) -> None:
+        self._blocks, self._heights, self._widths = blocks, heights, widths
+        flat = self.parts()
+        dtype = flat[0].dtype
+        for part in flat:
+            dtype = torch.promote_types(dtype, part.dtype)
+        self.kind = Kind((sum(heights), sum(widths)), dtype, flat[0].device)
+
+    def parts(self) -> Sequence[Tensor]:
+        return [block for row in self._blocks for block in row]
+
+    def tensor(self) -> Tensor:
+        target = self.kind.empty(len(self._blocks[0][0]))
+        self.copy_to(target)
+        return target
+
+    def copy_to(self, target: Tensor) -> None:
+        strips = target.split(list(self._heights), dim=1)
+        for row, strip, height in zip(self._blocks, strips, self._heights, strict=True):
+            places = strip.split(list(self._widths), dim=2)
+            for block, place, width in zip(row, places, self._widths, strict=True):
+                place.copy_(block.reshape(len(block), height, width))
+
+
+class Result(NamedTuple):
+    """The results of some samples: a leaf, or a constant, for each place of the tree."""
+
+    spec: Spec
+    leaves: list[Any]
+
+    def tensors(self) -> list[Leaf]:
+        """The leaves that are no constants."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Leaf)]
+
+    def tree(self) -> Any:
+        """The results, with the samples in front of every tensor."""
+        return with_tensors(self, [leaf.tensor() for leaf in self.tensors()])
+
+
+class Template(NamedTuple):
+    """The tree of one sample's result: a `Kind`, or a constant, for each place."""
+
+    spec: Spec
+    leaves: list[Any]
+
+    def kinds(self) -> list[Kind]:
+        """The kinds of the leaves that are no constants."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Kind)]
+
+    @property
+    def bytes(self) -> int:
+        """The size of one sample's result."""
+        return sum(kind.bytes for kind in self.kinds())
+
+    def paths(self) -> list[str]:
+        """Where the tensors stand, written with dots; empty for one that is the whole result."""
+        places = trees.places(self.spec)
+        return [place for place, leaf in zip(places, self.leaves, strict=True) if isinstance(leaf, Kind)]
+
+
+def template_of(result: Result) -> Template:
+    """What one sample's result looks like."""
+    return Template(result.spec, [leaf.kind if isinstance(leaf, Leaf) else leaf for leaf in result.leaves])
+
+
+def with_tensors(like: Result | Template, tensors: Sequence[Tensor]) -> Any:
+    """The tree with these tensors, in order, and its constants."""
+    coming = iter(tensors)
+    filled = [next(coming) if isinstance(leaf, Leaf | Kind) else leaf for leaf in like.leaves]
+    return trees.unflatten(like.spec, filled)
+
+
+class Rows(NamedTuple):
+    """Some rows of one sample's Jacobian: pieces of leaves, and how many rows there are in all.
+
+    A piece is ``(leaf, first, tensor)``: the tensor is ``[rows, *rest]``, and goes to rows ``first`` on of the
+    leaf, seen as ``[-1, *rest]``.
+    """
+
+    template: Template
+    total: int
+    pieces: list[tuple[int, int, Tensor]]

@@ -1,0 +1,296 @@
+"""Floor 3: one run over all samples: from the source, through the engine, to a destination.
+
+Hands on `Run`, whose results are collected or streamed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from autodiff.core import _torch, memory, trees
+from autodiff.errors import AutodiffError, BatchError, SampleError
+from autodiff.per_sample.engine import Engine, Samples, SomeRows
+from autodiff.per_sample.files import FileSink
+from autodiff.per_sample.fingerprint import fingerprint
+from autodiff.per_sample.plan import Plan
+from autodiff.per_sample.progress import Progress
+from autodiff.per_sample.report import Report
+from autodiff.per_sample.results import Plain, Result, template_of, with_tensors
+from autodiff.per_sample.sinks import MemorySink, given_tensors
+from autodiff.per_sample.sources import calls_of
+from autodiff.per_sample.work import Work, name_of
+from autodiff.transforms.vmap import vmap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from autodiff.core.batch import Randomness
+    from autodiff.core.chunks import ChunkSize
+    from autodiff.per_sample.engine import OnError, Piece
+    from autodiff.per_sample.results import Template
+    from autodiff.per_sample.sinks import Sink
+    from autodiff.transforms.vmap import Mapped
+
+    Reduce = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keywords of :func:`autodiff.per_sample`, checked; memory in bytes."""
+
+    chunk_size: ChunkSize
+    row_chunk_size: ChunkSize
+    memory: int | None
+    as_matrix: bool
+    on_error: OnError
+    randomness: Randomness
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some samples' results: ``samples`` says which, ``result`` is a tree with these samples in front."""
+
+    samples: slice
+    result: Any
+
+
+class Run:
+    """One run over all samples; ``held`` is how many times its results the caller holds meanwhile."""
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        in_dims: Any,
+        options: Options,
+        learnt: dict[Any, list[Any]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        held: int,
+    ) -> None:
+        if not _torch.on_ground():
+            raise AutodiffError(
+                "per_sample: it was called inside another transform, but it runs on the ground, in chunks that it "
+                "measures. Use vmap(func, chunk_size='auto') inside transforms."
+            )
+        self._func, self._in_dims, self._options, self._learnt = func, in_dims, options, learnt
+        self._work = Work(func, in_dims, options.randomness, as_matrix=options.as_matrix)
+        self._source = calls_of(in_dims, args, kwargs)
+        batch = self._next_batch()
+        if batch is None:
+            raise BatchError(
+                "per_sample: the iterable of batches gave none. Give at least one batch of samples."
+            )
+        self._first = batch
+        self._total = batch.size if self._source.one else None
+        self._early: list[int] = []  # samples that failed before it was known what a result looks like
+        self._assembling: MemorySink | None = None
+        device = memory.device_of(trees.leaves((args, kwargs)))
+        self._budget = options.memory or int(memory.SHARE * memory.free(device))
+        self.report = Report(f"per_sample({name_of(func)})", self._budget)
+        plan = Plan(options.chunk_size, options.row_chunk_size, self._budget, device)
+        self._engine = Engine(self._work, plan, options.on_error, self.report, held=held)
+
+    # Results.
+
+    def collect(self, out: Any, reduce: Reduce | None) -> Any:
+        """All results, reduced sample by sample where ``reduce`` is given, at their destination."""
+        if isinstance(out, str | os.PathLike):
+            return self._to_files(FileSink(out, self._header(reduce), self._total), reduce)
+        sink = MemorySink(self._total, None if out is not None else self._engine.plan, _given(out))
+        with self._sizes_kept():
+            for pieces in self._pieces():
+                self._put(sink, self._reduced(pieces, reduce))
+        return self._tree_of(sink, reduce)
+
+    def stream(self) -> Iterator[Chunk]:
+        """Whole samples, chunk by chunk."""
+        early: list[int] = []  # samples that failed before it was known what a result looks like
+        template: Template | None = None
+        with self._sizes_kept():
+            for pieces in self._pieces():
+                for piece in self._whole(pieces):
+                    if piece.result is not None:
+                        template = template_of(piece.result)
+                    elif template is None:
+                        early.append(piece.start)
+                        continue
+                    for sample in early:
+                        yield Chunk(slice(sample, sample + 1), _nan_tree(template, sample))
+                    early.clear()
+                    tree = _nan_tree(template, piece.start) if piece.result is None else piece.result.tree()
+                    piece.result = None
+                    yield Chunk(slice(piece.start, piece.stop), tree)
+                    del tree
+        if early:
+            self._all_failed()
+
+    def _to_files(self, sink: FileSink, reduce: Reduce | None) -> Any:
+        engine, report = self._engine, self.report
+        try:
+            if sink.resumed is not None:
+                engine.state = sink.resumed
+                report.failed.update(sink.failed)
+                report.resumed_at = engine.position[0]
+                if sink.resumed["random"] is not None:
+                    torch.set_rng_state(
+                        torch.frombuffer(bytearray.fromhex(sink.resumed["random"]), dtype=torch.uint8)
+                    )
+            for pieces in self._pieces(sink):
+                self._put(sink, self._reduced(pieces, reduce))
+                # A sample that is reduced is done when all its rows are there.
+                if reduce is None or engine.position[1] == 0:
+                    sink.commit(self._state(), report.failed)
+            tree = self._tree_of(sink, reduce)
+            if not sink.complete:
+                sink.commit(self._state(), report.failed, complete=True)
+            return tree
+        finally:
+            sink.close()
+
+    # From the source to pieces.
+
+    def _next_batch(self) -> Mapped | None:
+        call = next(self._source.calls, None)
+        return None if call is None else self._work.batch(*call)
+
+    def _pieces(self, sink: FileSink | None = None) -> Iterator[list[Piece]]:
+        """What the engine computes, from its position on; ``sink`` is shown every batch of the source."""
+        engine, first = self._engine, 0
+        batch: Mapped | None = self._first
+        expected = self._total if self._source.one else self._source.expected
+        with Progress(
+            self.report.what, expected, engine.position[0], shown=self._options.progress
+        ) as progress:
+            while batch is not None:
+                if sink is not None:
+                    sink.begin_batch(first, fingerprint(batch.mapped_leaves()))
+                done = engine.position[0]
+                if done < first + batch.size:
+                    for pieces in engine.chunks(batch, first):
+                        self.report.advance(engine.position[0] - done)
+                        progress.advance(engine.position[0] - done, self.report)
+                        done = engine.position[0]
+                        yield pieces
+                first += batch.size
+                batch = self._next_batch()
+
+    def _whole(self, pieces: Iterable[Piece]) -> Iterator[Samples]:
+        """Pieces of whole samples: rows are put together."""
+        for piece in pieces:
+            if isinstance(piece, Samples):
+                self._assembling = None
+                yield piece
+                continue
+            if self._assembling is None:
+                self._assembling = MemorySink(1)
+                self._assembling.open(piece.rows.template)
+            self._assembling.put_rows(0, piece.rows)
+            if piece.stop == piece.rows.total:
+                result = _result_of(self._assembling.tree())
+                self._assembling = None
+                yield Samples(piece.sample, piece.sample + 1, result)
+
+    def _reduced(self, pieces: list[Piece], reduce: Reduce | None) -> Iterable[Piece]:
+        if reduce is None:
+            yield from pieces
+            return
+        batched = vmap(reduce, fallback="loop")
+        for piece in self._whole(pieces):
+            if piece.result is not None:
+                with torch.no_grad():
+                    reduced = batched(piece.result.tree())
+                piece = Samples(piece.start, piece.stop, _result_of(reduced))  # noqa: PLW2901
+            yield piece
+
+    # From pieces to a sink.
+
+    def _put(self, sink: Sink, pieces: Iterable[Piece]) -> None:
+        for piece in pieces:
+            if isinstance(piece, Samples) and piece.result is None:
+                if sink.template is None:
+                    self._early.append(piece.start)
+                else:
+                    sink.put_nan(piece.start)
+                continue
+            if sink.template is None:
+                sink.open(piece.rows.template if isinstance(piece, SomeRows) else _template(piece))
+                for sample in self._early:
+                    sink.put_nan(sample)
+            if isinstance(piece, SomeRows):
+                sink.put_rows(piece.sample, piece.rows)
+            elif piece.result is not None:
+                sink.put(piece.start, piece.stop, piece.result)
+
+    def _tree_of(self, sink: Sink, reduce: Reduce | None) -> Any:
+        """What the sink holds; of no samples, or none that had to be computed, the right tree as well."""
+        if sink.template is None:
+            sound = next((at for at in range(self._first.size) if at not in self.report.failed), None)
+            if sound is None and self._first.size:
+                self._all_failed()
+            stop = 0 if sound is None else sound + 1
+            pieces: list[Piece] = [Samples(0, 0, self._work.samples(self._first, sound or 0, stop))]
+            (piece,) = self._reduced(pieces, reduce)
+            assert isinstance(piece, Samples)
+            sink.open(_template(piece))
+        return sink.tree()
+
+    def _all_failed(self) -> None:
+        first, why = next(iter(self.report.failed.items()))
+        raise SampleError(
+            f"per_sample: all {len(self.report.failed)} samples failed, the first with: {why}. Expected at least "
+            f"one that shows what a result looks like. Run func on one sample.",
+            first,
+        )
+
+    # What is remembered, in this object and in files.
+
+    @contextmanager
+    def _sizes_kept(self) -> Iterator[None]:
+        """Begin with the chunk sizes learnt in an earlier run on such samples, and keep those of this one."""
+        kind, plan = self._first.kind(), self._engine.plan
+        if kind in self._learnt:
+            plan.state = self._learnt[kind]
+        yield
+        self._learnt.clear()
+        self._learnt[kind] = plan.state
+
+    def _state(self) -> dict[str, Any]:
+        random = None if self._options.randomness == "error" else bytes(torch.get_rng_state().numpy()).hex()
+        return {**self._engine.state, "random": random}
+
+    def _header(self, reduce: Reduce | None) -> dict[str, str]:
+        """What makes this run this run, but for the samples."""
+        options = dataclasses.asdict(self._options) | {"in_dims": self._in_dims, "progress": None}
+        return {
+            "code or captured values": fingerprint([self._func, reduce]),
+            "shared arguments": fingerprint(self._first.shared_leaves()),
+            "options": fingerprint(options),
+        }
+
+
+def _given(out: Any) -> list[Tensor] | None:
+    return None if out is None else given_tensors(out)
+
+
+def _template(piece: Samples) -> Template:
+    assert piece.result is not None
+    return template_of(piece.result)
+
+
+def _result_of(tree: Any) -> Result:
+    """A tree of tensors with samples in front, as a result."""
+    leaves, spec = trees.flatten(tree)
+    return Result(spec, [Plain(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+
+
+def _nan_tree(template: Template, sample: int) -> Any:
+    return with_tensors(template, [kind.empty(1).copy_(kind.nan(sample)) for kind in template.kinds()])

@@ -1,0 +1,165 @@
+"""Floor 3: what is computed for each sample, in batches of samples or in rows of one.
+
+Hands on `Work`, which runs the user's function over some samples, or, where that is one of autodiff's
+Jacobians by pulls, some rows of one sample's.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from autodiff.core import basis, trees
+from autodiff.core.arguments import wraps
+from autodiff.errors import OptionError
+from autodiff.per_sample.results import Kind, Matrix, Plain, Result, Rows, Template
+from autodiff.transforms.vmap import Mapped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from autodiff.core.arguments import Call
+    from autodiff.core.batch import Randomness
+    from autodiff.transforms.blocks import Recipe
+
+
+class Work:
+    """A function of one sample, and how its results are wanted."""
+
+    def __init__(
+        self, func: Callable[..., Any], in_dims: Any, randomness: Randomness, *, as_matrix: bool
+    ) -> None:
+        self.func, self._in_dims, self._randomness, self._as_matrix = func, in_dims, randomness, as_matrix
+        recipe: Recipe | None = getattr(func, "recipe", None)
+        if as_matrix and (recipe is None or recipe.has_aux):
+            raise OptionError(
+                f"per_sample: as_matrix=True needs a function made by jacrev, jacfwd, jacobian or hessian, without "
+                f"aux; got {name_of(func)}. Leave as_matrix out, or apply pytree.to_matrix inside the function."
+            )
+        self._recipe = recipe
+        # Whether rows of one sample can be computed alone.
+        self.splits = recipe is not None and recipe.mode != "forward" and not recipe.has_aux
+        # What the batching level shall run now, and what that tells besides its tensors.
+        self._run: Callable[..., Any] = func
+        self._told: Any = None
+
+    def batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapped:
+        """Samples to work on: the arguments, of which ``in_dims`` says where the samples are."""
+
+        @wraps(self.func)
+        def current(*args: Any, **kwargs: Any) -> Any:
+            return self._run(*args, **kwargs)
+
+        return Mapped(current, self._in_dims, 0, args, kwargs)
+
+    def samples(self, batch: Mapped, start: int, stop: int) -> Result:
+        """The results of samples ``start`` to ``stop``."""
+        self._run = self._blocks if self._as_matrix else self.func
+        leaves = self._computed(batch, start, stop)
+        if self._as_matrix:
+            call, heights = self._told
+            widths = [primal.numel() for primal in call.primals]
+            blocks = [leaves[at : at + len(widths)] for at in range(0, len(leaves), len(widths))]
+            return Result(trees.LEAF, [Matrix(blocks, heights, widths)])
+        return Result(batch.out_spec, [Plain(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+
+    def rows(self, batch: Mapped, sample: int, start: int, stop: int) -> Rows:
+        """Rows ``start`` to ``stop`` of one sample's Jacobian."""
+        recipe = self._recipe
+        assert recipe is not None
+
+        def some_rows(*args: Any, **kwargs: Any) -> list[list[Tensor]]:
+            call, outputs, strips = recipe.some_rows(args, kwargs, start, stop)
+            shapes = [(tuple(output.shape), output.numel()) for output in outputs]
+            self._told = call, shapes, [(strip.output, strip.first) for strip in strips]
+            return [strip.blocks for strip in strips]
+
+        self._run = some_rows
+        leaves = [leaf.squeeze(0) for leaf in self._computed(batch, sample, sample + 1)]
+        call, shapes, strips = self._told
+        total, width = sum(size for _, size in shapes), len(call.primals)
+        by_strip = [leaves[at : at + width] for at in range(0, len(leaves), width)]
+        template, positions = self._template(call, shapes)
+        pieces: list[tuple[int, int, Tensor]] = []
+        above = [sum(size for _, size in shapes[:output]) for output in range(len(shapes))]
+        for (output, first), blocks in zip(strips, by_strip, strict=True):
+            if self._as_matrix:
+                dtype = template.leaves[0].dtype
+                strip = torch.cat([block.flatten(1).to(dtype) for block in blocks], dim=1)
+                pieces.append((0, above[output] + first, strip))
+            else:
+                columns = zip(positions[output], blocks, strict=True)
+                pieces += [(position, first, block) for position, block in columns]
+        return Rows(template, total, pieces)
+
+    def row_bytes(self, batch: Mapped) -> tuple[int, int] | None:
+        """For a Hessian: the bytes of one row, and how many rows; None where that cannot be known before."""
+        if self._recipe is None or self._recipe.name != "hessian" or batch.size == 0:
+            return None
+        primals = self._recipe.call(*batch.sample(0)).primals
+        count = basis.size_of(primals)
+        return count * primals[0].element_size(), count
+
+    def rows_in(self, batch: Mapped, template: Template) -> int:
+        """How many rows one sample's Jacobian has."""
+        assert self._recipe is not None
+        numbers = sum(prod(kind.shape) for kind in template.kinds())
+        return numbers // max(basis.size_of(self._recipe.call(*batch.sample(0)).primals), 1)
+
+    def _computed(self, batch: Mapped, start: int, stop: int) -> list[Any]:
+        # Results are constants: a graph would keep every chunk alive.
+        with torch.no_grad():
+            return batch.of_samples(start, stop, self._randomness)
+
+    def _blocks(self, *args: Any, **kwargs: Any) -> list[list[Tensor]]:
+        assert self._recipe is not None
+        call, blocks, _ = self._recipe.blocks(args, kwargs)
+        # J[i][j]: [*out_i, *in_j]
+        inner = call.primals[0].dim()
+        self._told = call, [prod(row[0].shape[: row[0].dim() - inner]) for row in blocks]
+        return blocks
+
+    def _template(self, call: Call, shapes: list[tuple[Any, int]]) -> tuple[Template, list[list[int]]]:
+        """One sample's whole result, and the position of each output's block for each primal."""
+        primals = call.primals
+        dtypes = [primal.dtype for primal in primals]
+        if self._as_matrix:
+            dtype = dtypes[0]
+            for other in dtypes:
+                dtype = torch.promote_types(dtype, other)
+            shape = sum(size for _, size in shapes), basis.size_of(primals)
+            return Template(trees.LEAF, [Kind(shape, dtype, primals[0].device)]), []
+        numbered = [[(i, j) for j in range(len(primals))] for i in range(len(shapes))]
+        boxed = [call.like_arguments([_Box(*pair) for pair in row]) for row in numbered]
+        boxes, spec = trees.flatten(call.like_output(boxed))
+        leaves: list[Any] = list(boxes)
+        positions = [[0] * len(primals) for _ in shapes]
+        tensors = 0
+        for at, box in enumerate(boxes):
+            if isinstance(box, _Box):
+                primal = primals[box.primal]
+                shape = (*shapes[box.output][0], *primal.shape)
+                leaves[at] = Kind(shape, primal.dtype, primal.device)
+                positions[box.output][box.primal] = tensors
+                tensors += 1
+        return Template(spec, leaves), positions
+
+
+class _Box:
+    """The place of a block in the tree."""
+
+    def __init__(self, output: int, primal: int) -> None:
+        self.output, self.primal = output, primal
+
+
+def name_of(func: object) -> str:
+    """What a person calls the function, such as hessian(loss)."""
+    recipe: Recipe | None = getattr(func, "recipe", None)
+    if recipe is None:
+        return getattr(func, "__name__", None) or type(func).__name__
+    inner = name_of(recipe.func)
+    # A Hessian is a Jacobian twice.
+    return inner if inner.startswith(f"{recipe.name}(") else f"{recipe.name}({inner})"
