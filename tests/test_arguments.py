@@ -131,6 +131,18 @@ def test_watched_unselected_argument_keeps_its_gradient() -> None:
         assert_close(by_y, 2 * X)
 
 
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("name", ["grad", "jacrev", "jacobian", "hessian"])
+def test_refused_write_to_an_argument_tells_the_way_out_once(name: str, watched: bool) -> None:
+    x = X.clone().requires_grad_(watched)
+    with pytest.raises(RuntimeError, match="requires grad is being used in an in-place operation") as raised:
+        getattr(ad, name)(lambda x: product(x.mul_(2)))(x)
+    (note,) = raised.value.__notes__
+    assert note.startswith(f"{name}: the function writes in place to an argument that is differentiated.")
+    assert "Write to a clone" in note
+    assert_close(x.detach(), X)
+
+
 def test_same_tensor_in_two_places_is_two_inputs() -> None:
     result = ad.grad(lambda p: (p["a"] * p["b"] ** 2).sum())({"a": X, "b": X})
     assert_close(result, {"a": X**2, "b": 2 * X * X})

@@ -95,6 +95,13 @@ def test_same_tensor_as_primal_and_tangent() -> None:
     assert_close(ad.jvp(torch.sin, (X,), (X,))[1], X * X.cos())
 
 
+def test_expanded_primal() -> None:
+    """Torch lays a tangent out like its primal, and cannot write where elements share memory."""
+    x, t = X.expand(2, 3), torch.stack([T, X])
+    assert_close(ad.jvp(torch.sin, (x,), (t,))[1], t * X.cos())
+    assert_close(ad.jacfwd(lambda x: (x[0] ** 2 * x[1]).sum())(x), torch.stack([2 * X**2, X**2]))
+
+
 def test_expanded_tangent() -> None:
     tangent = torch.ones((), dtype=torch.float64).expand(3)
     assert_close(ad.jvp(torch.sin, (X,), (tangent,))[1], X.cos())

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import graph
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import autodiff as ad
 from autodiff.core import _torch
 from autodiff.core.tape import record
+from autodiff.errors import InPlaceError
 from every_transform import EVERY, Every, T, W, X, cubic, each_derivative, gradient
 from scenarios import assert_close
 
@@ -160,6 +162,26 @@ def test_in_place_writes_to_captured_tensors_take_effect() -> None:
     ad.grad(func)(X)
     assert counter.item() == 1
     assert_close(log, X)
+
+
+@on_ground
+def test_write_to_a_computed_input_that_requires_grad_is_refused(name: str) -> None:
+    """Torch lets it pass, and the derivative would be one at the written value."""
+    x = X.clone().requires_grad_() * 1
+    with pytest.raises(InPlaceError, match=r"wrote in place to an argument .* of shape \[\(3,\)\]"):
+        transform_named(name).apply(lambda x: cubic(x.mul_(2)), x)
+
+
+@pytest.mark.parametrize("layer", [functional.silu, functional.mish], ids=lambda f: f.__name__)
+def test_pull_inside_forward_mode_takes_the_formula_that_carries_tangents(layer: Any) -> None:
+    """Without grad mode torch pulls these by one fused operation, which has no forward rule."""
+    x, t = torch.randn(2, 3, 4, dtype=torch.float64).unbind(0)
+
+    def func(x: Tensor) -> Tensor:
+        return (layer(x) ** 2).sum()
+
+    _, expected = torch.autograd.functional.hvp(func, x, t)
+    assert_close(ad.jvp(ad.grad(func), (x,), (t,))[1], expected)
 
 
 @each_derivative
