@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import autodiff as ad
+from autodiff.errors import BatchError
 from disguises import CHUNKS, DTYPES, unmutated
 from scenarios import SCENARIOS, Scenario, assert_close, map_tree, stacked
 
@@ -186,10 +187,41 @@ def branching(x: Tensor) -> Tensor:
 
 
 def test_fallback_loops_over_what_cannot_be_batched() -> None:
-    with pytest.raises(RuntimeError, match="data-dependent control flow"):
-        ad.vmap(branching)(X)
     result = ad.vmap(branching, fallback="loop")(X)
     assert_close(result, torch.stack([branching(x) for x in X]))
+
+
+@pytest.mark.parametrize(
+    ("func", "words"),
+    [
+        (branching, "data-dependent control flow"),
+        (lambda x: x * x.sum().item(), r"\.item\(\)"),
+        (lambda x: x[x > 1].sum(), "dynamic shape"),
+        (lambda x: x * x.tolist()[0][0], "doesn't have storage"),
+    ],
+)
+def test_what_cannot_be_batched_is_refused_with_the_way_out(func: Any, words: str) -> None:
+    with pytest.raises(RuntimeError, match=words) as raised:
+        ad.vmap(func)(X)
+    (note,) = raised.value.__notes__
+    assert note.startswith("vmap: the function branches on data, or reads a value out of a tensor")
+    assert "vmap(func, fallback='loop')" in note
+    assert_close(ad.vmap(func, fallback="loop")(X), torch.stack([func(x) for x in X]))
+
+
+def test_fallback_has_no_sample_to_loop_over_in_an_empty_batch() -> None:
+    with pytest.raises(RuntimeError, match="data-dependent control flow"):
+        ad.vmap(branching, fallback="loop")(X[:0])
+
+
+def test_fallback_tells_what_samples_share_from_what_differs() -> None:
+    def func(x: Tensor) -> Any:
+        return branching(x), {"shared": Y, "note": "text"}
+
+    result = ad.vmap(func, out_dims=(0, None), fallback="loop")(X)
+    assert_close(result, (torch.stack([branching(x) for x in X]), {"shared": Y, "note": "text"}))
+    with pytest.raises(BatchError, match=r"output\[0\] .* differs from sample to sample"):
+        ad.vmap(func, out_dims=None, fallback="loop")(X)
 
 
 def test_fallback_batches_what_can_be() -> None:
