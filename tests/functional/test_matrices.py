@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 from torch.testing._internal.logging_tensor import LoggingTensor
 
@@ -69,6 +72,18 @@ def test_forward_mode_without_a_rule_becomes_reverse_in_the_same_dtype():
     assert_close(jacobian, torch.diag(2 * x).double())
 
 
+def test_forward_mode_that_becomes_reverse_draws_the_same_random_numbers():
+    def drawn(x):
+        return torch.nn.functional.dropout(x, 0.5)
+
+    seed, x = torch.get_rng_state(), torch.linspace(1.0, 2.0, 8)
+    factors, after = drawn(torch.ones(8)), torch.get_rng_state()
+    torch.set_rng_state(seed)
+    jacobian = functional.jacobian(lambda x: _NoForward.apply(drawn(x)), x, strategy="forward-mode")
+    assert_close(jacobian, torch.diag(2 * factors**2 * x))
+    assert torch.equal(torch.get_rng_state(), after)
+
+
 class _ReadsItsCotangent(torch.autograd.Function):
     """A backward pass that cannot be batched: it branches on a value."""
 
@@ -119,6 +134,29 @@ def test_rows_are_batched_by_default():
     _CountsItsPulls.pulls = 0
     assert_close(functional.jacobian(lambda x: _CountsItsPulls.apply(x).sin(), x), torch.diag(x.cos()))
     assert _CountsItsPulls.pulls < 16
+
+
+@torch.library.custom_op("autodiff_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+class _PulledWithoutABatchingRule(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: 2 * x)
+    backward = staticmethod(lambda ctx, cotangent: doubled(cotangent))
+
+
+def test_rows_are_batched_quietly_where_nobody_asked_for_a_batch():
+    def func(x):
+        return _PulledWithoutABatchingRule.apply(x).sin()
+
+    x = torch.linspace(0.0, 1.0, 64)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert_close(functional.jacobian(func, x), torch.diag(2 * (2 * x).cos()))
+    assert heard == []
+    with pytest.warns(UserWarning, match="There is a performance drop"):
+        functional.jacobian(func, x, vectorize=True)
 
 
 def test_a_hook_is_shown_row_after_row():

@@ -23,6 +23,7 @@ import torch
 import torch.autograd.functional as legacy
 from torch import Tensor
 
+import autodiff
 import autodiff.functional as ours
 from tests.functional.cases import CASES, build
 
@@ -145,14 +146,43 @@ def test_an_unknown_strategy_is_refused_as_legacy_refuses_it(matrix):
     compare(matrix, torch.sum, torch.rand(2), **{keyword: "sideways"})
 
 
-@pytest.mark.parametrize("name", ["vjp", "jvp", "vhp", "hvp", "jacobian", "hessian"])
-def test_random_numbers_are_legacys_and_end_where_legacys_end(name):
-    def dropped(x):
-        return (torch.nn.functional.dropout(x, 0.5) * x).sum()
+def cubes(x):
+    return (x**3).sum()
 
+
+every_function = pytest.mark.parametrize("name", ["vjp", "jvp", "vhp", "hvp", "jacobian", "hessian"])
+
+
+def vector_for(name, x):
+    return {} if name in ("vjp", "jacobian", "hessian") else {"v": torch.rand_like(x)}
+
+
+def dropped(x):
+    return (torch.nn.functional.dropout(x, 0.5) * x).sum()
+
+
+def dropped_then_seen_by_backward(x):
+    total = dropped(x)
+    return total if total.requires_grad else total * 2
+
+
+@every_function
+@pytest.mark.parametrize("func", [dropped, dropped_then_seen_by_backward])
+def test_random_numbers_are_legacys_and_end_where_legacys_end(name, func):
     x = torch.rand(8)
-    keywords = {} if name in ("vjp", "jacobian", "hessian") else {"v": torch.rand(8)}
-    expected, after_legacy = outcome(legacy, name, dropped, x, **keywords), torch.get_rng_state()
-    came, after_ours = outcome(ours, name, dropped, x, **keywords), torch.get_rng_state()
+    keywords = vector_for(name, x)
+    expected, after_legacy = outcome(legacy, name, func, x, **keywords), torch.get_rng_state()
+    came, after_ours = outcome(ours, name, func, x, **keywords), torch.get_rng_state()
     assert_same(came, expected, forward=False)
     assert torch.equal(after_ours, after_legacy)
+
+
+@every_function
+def test_a_result_without_a_graph_is_as_constant_under_forward_mode_as_legacys(name):
+    x = torch.rand(3)
+    keywords = vector_for(name, x)
+
+    def moved(api):
+        return autodiff.jvp(lambda x: getattr(api, name)(cubes, x, **keywords), (x,), (x,))
+
+    assert_same(moved(ours), moved(legacy), forward=False)

@@ -177,6 +177,13 @@ def test_jvp_runs_again_where_only_a_backward_pass_sees():
     assert stops.calls == 2
 
 
+def test_a_write_in_place_that_forward_mode_allows_leaves_the_input_alone():
+    x = torch.tensor([1.0, 2.0])
+    result = functional.jvp(lambda x: x.mul_(3).square(), x, torch.tensor([1.0, 10.0]))
+    assert_close(result, (torch.tensor([9.0, 36.0]), torch.tensor([18.0, 360.0])))
+    assert_close(x, torch.tensor([1.0, 2.0]))
+
+
 def test_an_error_of_the_functions_own_is_its_own():
     def raises(x):
         raise RuntimeError("of my own")
