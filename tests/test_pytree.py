@@ -150,15 +150,26 @@ def test_registering_twice_is_a_value_error() -> None:
         register(Once, lambda o: ((o.x,), None), lambda _, c: Once(*c))
 
 
-def test_register_dataclass_refuses_other_classes() -> None:
-    class Plain:
-        pass
+class Plain:
+    pass
 
-    with pytest.raises(
-        TypeError,
-        match=r"register_dataclass: expected a dataclass or an attrs class, got .*Plain.*register\(",
-    ):
-        register_dataclass(Plain)
+
+@dataclasses.dataclass
+class Decorated:
+    x: Tensor
+
+
+class Undecorated(Decorated):
+    """Its `y` is no field of the dataclass, and a gradient would lose it."""
+
+    y: Tensor
+
+
+@pytest.mark.parametrize("cls", [Plain, Undecorated])
+def test_register_dataclass_refuses_other_classes(cls: type) -> None:
+    words = r"register_dataclass: expected a dataclass or an attrs class, got .*{}.*register\("
+    with pytest.raises(TypeError, match=words.format(cls.__name__)):
+        register_dataclass(cls)
 
 
 def test_registered_dataclass_with_fields_that_init_does_not_take() -> None:

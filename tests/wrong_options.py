@@ -382,6 +382,12 @@ STRICT = [
         for name in ("grad", "value_and_grad", "grad_and_value", "jacrev", "jacobian", "hessian")
     ],
     Wrong(
+        "strict vjp",
+        lambda: ad.vjp(lambda p: p["w"].sum(), P, strict=True)[1](torch.ones((), dtype=X.dtype)),
+        errors.IndependenceError,
+        ["vjp: with strict=True, the output is independent of primals[0]['b'][0]", "drop it"],
+    ),
+    Wrong(
         "strict jvp",
         lambda: ad.jvp(lambda x: {"y": x, "c": torch.ones(1)}, (X,), (X,), strict=True),
         errors.IndependenceError,
