@@ -33,6 +33,7 @@ from autodiff.per_sample.api import per_sample as per_sample
 # Modules as functions.
 from autodiff.nn import functional_call as functional_call
 from autodiff.nn import stack_module_state as stack_module_state
+from autodiff.nn import sample_loss as sample_loss
 
 # The API of torch.autograd.functional, trees, and errors: modules of their own.
 from autodiff import functional as functional

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from autodiff.core import trees
 from autodiff.core._torch import on_ground
 from autodiff.errors import OptionError, StructureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     State: TypeAlias = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 _STANDARD = frozenset(vars(nn.Module()))
 _HOOKS = tuple(name for name in _STANDARD if name.endswith("_hooks"))
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _swapping = threading.RLock()
 
-__all__ = ["functional_call", "stack_module_state"]
+__all__ = ["functional_call", "sample_loss", "stack_module_state"]
 
 
 def functional_call(
@@ -108,6 +110,57 @@ def functional_call(
         for name, tensor in _state(twin, one):
             one[name] = tensor
     return result
+
+
+def sample_loss(
+    module: nn.Module, loss: Callable[[Any, Any], Tensor]
+) -> Callable[[Mapping[str, Tensor], Any, Any], Tensor]:
+    """The loss of one sample as a function ``(params, x, y)``, for :func:`autodiff.per_sample` and ``vmap``.
+
+    The module is shown the sample as a batch of one. Buffers, and parameters that ``params`` leaves out, are
+    the module's own.
+
+    Args:
+        module: the module; its layers in the mode, training or evaluation, in which it is to run.
+        loss: a function of a batch of outputs and a batch of targets, such as
+            ``torch.nn.functional.cross_entropy``.
+
+    Returns:
+        A function of the parameters by name, such as ``dict(module.named_parameters())``, one input and one
+        target, each a tree of tensors without a batch dimension; it returns a tensor of shape ``()``.
+
+    Raises:
+        OptionError: when the function is called, if a layer normalises by the statistics of the batch, as
+            BatchNorm does in training mode: then a sample has no loss of its own.
+
+    >>> import torch
+    >>> module = torch.nn.Linear(2, 1, bias=False)
+    >>> loss = sample_loss(module, torch.nn.functional.mse_loss)
+    >>> loss({"weight": torch.tensor([[3.0, 4.0]])}, torch.ones(2), torch.tensor([5.0]))
+    tensor(4.)
+    """
+
+    def loss_of_sample(params: Mapping[str, Tensor], x: Any, y: Any) -> Tensor:
+        _refuse_batch_statistics(module)
+        output = functional_call(module, dict(params), (_batch_of_one(x),))
+        return loss(output, _batch_of_one(y))
+
+    return loss_of_sample
+
+
+def _batch_of_one(tree: Any) -> Any:
+    leaves, spec = trees.flatten(tree)
+    return trees.unflatten(spec, [t.unsqueeze(0) if isinstance(t, Tensor) else t for t in leaves])
+
+
+def _refuse_batch_statistics(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BATCH_NORMS) and (layer.training or layer.running_mean is None):
+            raise OptionError(
+                f"sample_loss: {name or 'the module'} is a {type(layer).__name__} that normalises by the statistics of "
+                f"the batch, so that no sample has a loss of its own. Expected running statistics: call module.eval(), "
+                f"or use GroupNorm or LayerNorm."
+            )
 
 
 def stack_module_state(models: Sequence[nn.Module] | nn.ModuleList) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -225,7 +225,10 @@ class FileSink(Sink):
     def put(self, start: int, stop: int, result: Result) -> None:
         del stop
         for array, leaf in zip(self._arrays, result.tensors(), strict=True):
-            array.write(start, 0, leaf.tensor())
+            sample = start
+            for portion in leaf.portions():
+                array.write(sample, 0, portion)
+                sample += len(portion)
 
     def put_rows(self, sample: int, rows: Rows) -> None:
         for leaf, first, piece in rows.pieces:

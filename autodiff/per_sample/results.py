@@ -16,11 +16,15 @@ from autodiff.core import trees
 from autodiff.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from autodiff.core.trees import Spec
+
+
+# Matrices that go to disk are put together in portions of so many bytes.
+_PORTION = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,10 @@ class Leaf(ABC):
     def copy_to(self, target: Tensor) -> None:
         """Write the leaf into a tensor of its shape."""
 
+    @abstractmethod
+    def portions(self) -> Iterator[Tensor]:
+        """The leaf as tensors of a few samples each, which need little memory besides."""
+
     def infinite(self) -> list[int]:
         """The samples, counted from the first of these, that hold infinities or NaN."""
         found: set[int] = set()
@@ -102,6 +110,9 @@ class Plain(Leaf):
     def copy_to(self, target: Tensor) -> None:
         target.copy_(self._tensor)
 
+    def portions(self) -> Iterator[Tensor]:
+        yield self._tensor
+
 
 class Matrix(Leaf):
     """A Jacobian's blocks, to be one matrix: ``blocks[i][j]`` is ``[samples, *out_i, *in_j]``.
@@ -131,6 +142,12 @@ class Matrix(Leaf):
             places = strip.split(list(self._widths), dim=2)
             for block, place, width in zip(row, places, self._widths, strict=True):
                 place.copy_(block.reshape(len(block), height, width))
+
+    def portions(self) -> Iterator[Tensor]:
+        at_once = max(1, _PORTION // max(self.kind.bytes, 1))
+        for start in range(0, len(self._blocks[0][0]), at_once):
+            some = [[block[start : start + at_once] for block in row] for row in self._blocks]
+            yield Matrix(some, self._heights, self._widths).tensor()
 
 
 class Result(NamedTuple):

@@ -109,7 +109,8 @@ class Run:
         with self._sizes_kept():
             for pieces in self._pieces():
                 self._put(sink, self._reduced(pieces, reduce))
-        return self._tree_of(sink, reduce)
+        self._open(sink, reduce)
+        return sink.tree()
 
     def stream(self) -> Iterator[Chunk]:
         """Whole samples, chunk by chunk."""
@@ -149,10 +150,10 @@ class Run:
                 # A sample that is reduced is done when all its rows are there.
                 if reduce is None or engine.position[1] == 0:
                     sink.commit(self._state(), report.failed)
-            tree = self._tree_of(sink, reduce)
+            self._open(sink, reduce)
             if not sink.complete:
                 sink.commit(self._state(), report.failed, complete=True)
-            return tree
+            return sink.tree()
         finally:
             sink.close()
 
@@ -230,18 +231,18 @@ class Run:
             elif piece.result is not None:
                 sink.put(piece.start, piece.stop, piece.result)
 
-    def _tree_of(self, sink: Sink, reduce: Reduce | None) -> Any:
-        """What the sink holds; of no samples, or none that had to be computed, the right tree as well."""
-        if sink.template is None:
-            sound = next((at for at in range(self._first.size) if at not in self.report.failed), None)
-            if sound is None and self._first.size:
-                self._all_failed()
-            stop = 0 if sound is None else sound + 1
-            pieces: list[Piece] = [Samples(0, 0, self._work.samples(self._first, sound or 0, stop))]
-            (piece,) = self._reduced(pieces, reduce)
-            assert isinstance(piece, Samples)
-            sink.open(_template(piece))
-        return sink.tree()
+    def _open(self, sink: Sink, reduce: Reduce | None) -> None:
+        """Tell the sink what a result looks like where no sample was, or had to be, computed."""
+        if sink.template is not None:
+            return
+        sound = next((at for at in range(self._first.size) if at not in self.report.failed), None)
+        if sound is None and self._first.size:
+            self._all_failed()
+        stop = 0 if sound is None else sound + 1
+        pieces: list[Piece] = [Samples(0, 0, self._work.samples(self._first, sound or 0, stop))]
+        (piece,) = self._reduced(pieces, reduce)
+        assert isinstance(piece, Samples)
+        sink.open(_template(piece))
 
     def _all_failed(self) -> None:
         first, why = next(iter(self.report.failed.items()))
