@@ -6,6 +6,7 @@ the same random numbers. Never sees a tree; imports only `_torch`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from autodiff.core import _torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 Randomness: TypeAlias = Literal["error", "different", "same"]
 
@@ -87,15 +88,23 @@ def over_rows(
     return run(func, rows, [0] * len(rows), size, randomness, leading)
 
 
-def remember_randomness(leaves: Sequence[Any]) -> Callable[[], None]:
-    """A function that takes the generators of the leaves' devices back to where they are now."""
-    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cuda"}
-    cpu_state = torch.get_rng_state()
-    states = {device: torch.cuda.get_rng_state(device) for device in devices}
+def random_state() -> dict[str, Tensor]:
+    """The state of the default generators: that of the CPU, and those of CUDA once it is in use."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states |= {f"cuda:{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
+    return states
 
-    def rewind() -> None:
-        torch.set_rng_state(cpu_state)
-        for device, state in states.items():
+
+def set_random_state(states: Mapping[str, Tensor]) -> None:
+    """Take the generators back to where they were."""
+    for device, state in states.items():
+        if device == "cpu":
+            torch.set_rng_state(state)
+        else:
             torch.cuda.set_rng_state(state, device)
 
-    return rewind
+
+def remember_randomness() -> Callable[[], None]:
+    """A function that takes the generators back to where they are now."""
+    return partial(set_random_state, random_state())

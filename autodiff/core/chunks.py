@@ -57,7 +57,7 @@ class Sizes:
         self.size: float = first if size == "auto" else float("inf") if size is None else size
         self.device = device
         self._budget = budget
-        self._ceiling = float("inf")
+        self._ceiling: int | None = None
         self._seen: list[int] | None = None
 
     @property
@@ -77,7 +77,7 @@ class Sizes:
         if operations:
             room.append(self._room(seen, 2, _ENOUGH_AN_OPERATION * operations))
         self._seen = seen
-        size = max(1, int(min(*room, _GROWTH * count, self._ceiling)))
+        size = max(1, int(min(*room, _GROWTH * count, self._ceiling or float("inf"))))
         # What has been settled only shrinks.
         self.size = size if self.learning else min(size, self.size)
         self.learning = self.learning and size >= 2 * count

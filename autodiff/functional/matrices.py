@@ -173,7 +173,7 @@ def _forward(contract: Contract, func: Callable[..., Any]) -> Any:
         with torch.set_grad_enabled(recording):
             return func(*args)
 
-    rewind = remember_randomness(contract.args)
+    rewind = remember_randomness()
     with contract.modes():
         try:
             return _by_mode(contract, in_callers_mode, "forward")

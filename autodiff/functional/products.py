@@ -140,7 +140,7 @@ def jvp(
     tangents = contract.input_vector(v)
     with contract.modes():
         if not (strict or create_graph):
-            rewind = remember_randomness(contract.args)
+            rewind = remember_randomness()
             try:
                 return _pushed(contract.call(as_forward_sees(func)), tangents)
             except (BackwardOnlyError, RuntimeError):

@@ -110,6 +110,7 @@ class Engine:
 
     def _attempt(self, compute: Callable[[], R], count: int) -> R | None:
         """What ``compute`` gives; None where memory ran out and a smaller chunk is to be tried."""
+        random = self._work.random_state
         try:
             return compute()
         except Exception as error:
@@ -117,9 +118,10 @@ class Engine:
                 raise
             if not self.plan.shrink(count, self._rows if self._work.splits else 1):
                 raise BudgetError(
-                    f"per_sample: memory ran out in a chunk of {count}, which cannot be made smaller: {error} "
-                    f"Give memory= or a smaller chunk_size, or ask for less of each sample."
+                    f"per_sample: memory ran out in a chunk of {count}, which cannot be made smaller ({error}). "
+                    f"Give a smaller chunk_size, or ask for less of each sample."
                 ) from error
+        self._work.random_state = random
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         return None

@@ -6,10 +6,11 @@ By it a file knows whether the results in it belong to the run that wants to go 
 from __future__ import annotations
 
 import dataclasses
+import dis
 import functools
 import hashlib
 import sys
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -76,6 +77,8 @@ class _Reader:
             case functools.partial():
                 self._word("partial")
                 self._all(value.func, value.args, value.keywords)
+            case ModuleType():
+                self._word("package", value.__name__)
             case BuiltinFunctionType() | type():
                 self._word("builtin", getattr(value, "__module__", ""), value.__qualname__)
             case CodeType():
@@ -124,7 +127,7 @@ class _Reader:
         cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         self._all(function.__defaults__, function.__kwdefaults__, *cells)
         if not _is_library(function.__module__):
-            used = sorted(set(_names(function.__code__)) & set(function.__globals__))
+            used = sorted(_names(function.__code__) & set(function.__globals__))
             self._all(*(function.__globals__[name] for name in used))
 
     def _code(self, code: CodeType) -> None:
@@ -142,9 +145,9 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _names(code: CodeType) -> set[str]:
-    """The global names that a function, or one inside it, may use."""
-    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return set(code.co_names).union(*inner)
+    """The global names that a function, or one inside it, uses."""
+    own = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return own.union(*(_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)))
 
 
 def _is_library(module: str | None) -> bool:

@@ -75,12 +75,12 @@ class Plan:
             self.rows = None
 
     def shrink(self, count: int, rows: int) -> bool:
-        """Memory ran out: whether there is a smaller chunk to try."""
+        """Memory ran out: whether there is a smaller chunk to try. ``rows`` is 0 where it is not known yet."""
         if self.rows is not None:
             return self.rows.shrink(count)
         if self.samples.shrink(count):
             return True
-        if not self.samples.adapts or rows <= 1 or not self._may_split:
+        if not self.samples.adapts or rows == 1 or not self._may_split:
             return False
         self._split(rows // 2)
         return True

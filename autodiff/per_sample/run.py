@@ -9,7 +9,7 @@ import dataclasses
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -141,10 +141,7 @@ class Run:
                 engine.state = sink.resumed
                 report.failed.update(sink.failed)
                 report.resumed_at = engine.position[0]
-                if sink.resumed["random"] is not None:
-                    torch.set_rng_state(
-                        torch.frombuffer(bytearray.fromhex(sink.resumed["random"]), dtype=torch.uint8)
-                    )
+                self._work.random_state = _tensors_of(sink.resumed["random"])
             for pieces in self._pieces(sink):
                 self._put(sink, self._reduced(pieces, reduce))
                 # A sample that is reduced is done when all its rows are there.
@@ -235,16 +232,17 @@ class Run:
         """Tell the sink what a result looks like where no sample was, or had to be, computed."""
         if sink.template is not None:
             return
-        sound = next((at for at in range(self._first.size) if at not in self.report.failed), None)
-        if sound is None and self._first.size:
+        # A sample of zeros shows what a result looks like where there is none.
+        batch = self._first if self._first.size else self._first.blank()
+        sound = next((at for at in range(batch.size) if at not in self.report.failed), None)
+        if sound is None:
             self._all_failed()
-        stop = 0 if sound is None else sound + 1
-        pieces: list[Piece] = [Samples(0, 0, self._work.samples(self._first, sound or 0, stop))]
+        pieces: list[Piece] = [Samples(0, 0, self._work.samples(batch, sound, sound + 1))]
         (piece,) = self._reduced(pieces, reduce)
         assert isinstance(piece, Samples)
         sink.open(_template(piece))
 
-    def _all_failed(self) -> None:
+    def _all_failed(self) -> NoReturn:
         first, why = next(iter(self.report.failed.items()))
         raise SampleError(
             f"per_sample: all {len(self.report.failed)} samples failed, the first with: {why}. Expected at least "
@@ -265,8 +263,9 @@ class Run:
         self._learnt[kind] = plan.state
 
     def _state(self) -> dict[str, Any]:
-        random = None if self._options.randomness == "error" else bytes(torch.get_rng_state().numpy()).hex()
-        return {**self._engine.state, "random": random}
+        random = self._work.random_state
+        texts = random and {device: bytes(state.tolist()).hex() for device, state in random.items()}
+        return {**self._engine.state, "random": texts}
 
     def _header(self, reduce: Reduce | None) -> dict[str, str]:
         """What makes this run this run, but for the samples."""
@@ -276,6 +275,14 @@ class Run:
             "shared arguments": fingerprint(self._first.shared_leaves()),
             "options": fingerprint(options),
         }
+
+
+def _tensors_of(texts: dict[str, str] | None) -> dict[str, Tensor] | None:
+    if texts is None:
+        return None
+    return {
+        device: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for device, text in texts.items()
+    }
 
 
 def _given(out: Any) -> list[Tensor] | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autodiff.core import basis, trees
 from autodiff.core.arguments import wraps
+from autodiff.core.batch import random_state, set_random_state
 from autodiff.errors import OptionError
 from autodiff.per_sample.results import Kind, Matrix, Plain, Result, Rows, Template
 from autodiff.transforms.vmap import Mapped
@@ -42,6 +43,7 @@ class Work:
         self._recipe = recipe
         # Whether rows of one sample can be computed alone.
         self.splits = recipe is not None and recipe.mode != "forward" and not recipe.has_aux
+        self._start = random_state()
         # What the batching level shall run now, and what that tells besides its tensors.
         self._run: Callable[..., Any] = func
         self._told: Any = None
@@ -109,7 +111,26 @@ class Work:
         numbers = sum(prod(kind.shape) for kind in template.kinds())
         return numbers // max(basis.size_of(self._recipe.call(*batch.sample(0)).primals), 1)
 
+    @property
+    def random_state(self) -> Any:
+        """What the generators have to be set to for the next chunk, None where nothing may be random."""
+        match self._randomness:
+            case "error":
+                return None
+            case "same":
+                return self._start
+            case "different":
+                return random_state()
+
+    @random_state.setter
+    def random_state(self, state: Any) -> None:
+        if state is not None:
+            self._start = state
+            set_random_state(state)
+
     def _computed(self, batch: Mapped, start: int, stop: int) -> list[Any]:
+        if self._randomness == "same":
+            set_random_state(self._start)
         # Results are constants: a graph would keep every chunk alive.
         with torch.no_grad():
             return batch.of_samples(start, stop, self._randomness)

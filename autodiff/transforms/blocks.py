@@ -296,7 +296,7 @@ def _columns(recipe: Recipe, call: Call) -> tuple[Blocks, list[Any]]:
 
     draws: Randomness = "error" if recipe.randomness == "error" else "same"
     # Every chunk runs the function again, and has to see the same random numbers.
-    rewind = None if recipe.chunk_size is None else remember_randomness(call.primals)
+    rewind = None if recipe.chunk_size is None else remember_randomness()
     columns = _stacked(pushed, call.primals, sizes_for(recipe.chunk_size, call.primals), draws)
     return _by_columns(call, seen, columns), aux
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -97,7 +98,7 @@ def vmap(
             except RuntimeError as error:
                 checks.advise("vmap", error, _UNBATCHABLE, _LOOP)
                 raise
-        rewind = batch.remember_randomness(mapped.leaves)
+        rewind = batch.remember_randomness()
         try:
             return mapped.run(randomness, sizes_of(mapped))
         except RuntimeError:
@@ -135,6 +136,19 @@ class Mapped:
         mapped_dims.batch_sizes("vmap", [path for path, _ in mapped], [size for _, size in mapped])
         self.size = mapped[0][1]
 
+    def blank(self) -> Mapped:
+        """The same call with one sample of zeros."""
+        twin = copy.copy(self)
+        pairs = zip(self.leaves, self.dims, strict=True)
+        twin.leaves = [
+            leaf
+            if dim is None
+            else leaf.new_zeros([1 if at == dim else n for at, n in enumerate(leaf.shape)])
+            for leaf, dim in pairs
+        ]
+        twin.size = 1
+        return twin
+
     def mapped_leaves(self) -> list[Any]:
         """The leaves that hold the samples, with the dimension where they are."""
         return [[dim, leaf] for leaf, dim in zip(self.leaves, self.dims, strict=True) if dim is not None]
@@ -155,7 +169,7 @@ class Mapped:
     def run(self, randomness: Randomness, sizes: Sizes) -> Any:
         """All samples, in one batch or in chunks of it."""
         chunks = Chunks(self.size, sizes)
-        rewind = None if chunks.in_one or randomness != "same" else batch.remember_randomness(self.leaves)
+        rewind = None if chunks.in_one or randomness != "same" else batch.remember_randomness()
 
         def compute(start: int, stop: int) -> list[Any]:
             if rewind is not None:
@@ -183,7 +197,7 @@ class Mapped:
     def run_by_sample(self, randomness: Randomness) -> Any:
         """All samples, one after the other, without a batching level."""
         chunks = Chunks(self.size, Sizes(1))
-        rewind = batch.remember_randomness(self.leaves) if randomness == "same" else None
+        rewind = batch.remember_randomness() if randomness == "same" else None
         before: list[Any] = []
 
         def of_sample(sample: int, _: int) -> list[Any]:
