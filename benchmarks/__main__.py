@@ -28,6 +28,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread; ratio = autodiff / other, to stay under the bar\n")
+    print(f"{'':60s} {'autodiff':>13s} {'other':>13s} {'other is':26s} ratio       bar")
     results = [*_times(), *_peaks(), _import_time()]
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2))
@@ -47,10 +48,13 @@ def _times() -> list[dict[str, object]]:
 
 
 def _peaks() -> list[dict[str, object]]:
-    return [
+    results = [
         _result(f"memory of {case.name}", case.against, case.bar, memory.peaks(key), 2**-20, "MiB")
         for key, case in memory.CASES.items()
     ]
+    sides = {"autodiff": memory.peak_of_per_sample(), "other": memory.BUDGET_BAR}
+    name = "memory of per_sample to disk, 1210 parameters, 1797 samples"
+    return [*results, _result(name, "budget", 1.0, sides, 2**-20, "MiB")]
 
 
 def _import_time() -> dict[str, object]:
@@ -61,7 +65,7 @@ def _import_time() -> dict[str, object]:
         for _ in range(5)
     ]
     sides = {"autodiff": statistics.median(seconds), "other": IMPORT_BAR_IN_SECONDS}
-    return _result("import autodiff after torch", "150 ms", 1.0, sides, 1e3, "ms")
+    return _result("import autodiff after torch", "budget", 1.0, sides, 1e3, "ms")
 
 
 def _result(
@@ -71,7 +75,7 @@ def _result(
     ours, theirs = (f"{sides[side] * scale:9.1f} {unit}" for side in ("autodiff", "other"))
     verdict = "" if ratio <= bar else "  SHORT"
     print(
-        f"{name:58s} {ours:>13s} {theirs:>13s} {against:26s} {ratio:5.2f}  bar {bar:4.2f}{verdict}",
+        f"{name:60s} {ours:>13s} {theirs:>13s} {against:26s} {ratio:5.2f}  bar {bar:4.2f}{verdict}",
         flush=True,
     )
     return {"name": name, "against": against, "bar": bar, "ratio": ratio, "unit": unit, **sides}

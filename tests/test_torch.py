@@ -22,6 +22,7 @@ from torch._functorch import eager_transforms, predispatch, pyfunctorch
 from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
 from torch.utils import _pytree as torch_pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import autodiff as ad
 from autodiff.core import _torch
@@ -69,6 +70,7 @@ CONTRACTS = {
     "node._input_metadata": "test_nodes_know_the_shapes_of_their_cotangents",
     "torch_pytree._private_register_pytree_node": "test_torchs_own_trees_learn_a_class",
     "torch_pytree.SUPPORTED_NODES": "test_torchs_registry_holds_its_dataclasses",
+    "_python_dispatch.TorchDispatchMode": "test_dispatch_mode_sees_operations_beneath_transforms",
 }
 
 
@@ -350,6 +352,22 @@ def test_torch_registers_its_classes_with_optree_under_its_namespace() -> None:
     assert len(optree.tree_leaves(result, namespace="torch")) == 2
 
 
+def test_dispatch_mode_sees_operations_beneath_transforms() -> None:
+    """A TorchDispatchMode is shown what vmap runs, with the batch in sight, and what backward runs."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            shapes[func.name()] = tuple(result.shape)
+            return result
+
+    with Watch():
+        torch.func.vmap(torch.func.grad(lambda x: x.sin().sum()))(torch.ones(5, 3))
+    assert shapes["aten::sin"] == (5, 3)
+    assert shapes["aten::cos"] == (5, 3)
+
+
 def private_names(tree: ast.AST) -> set[str]:
     """Dotted names in the file that begin with one of torch's private modules, or end in a private part."""
     roots = {
@@ -360,6 +378,7 @@ def private_names(tree: ast.AST) -> set[str]:
         "pyfunctorch",
         "autograd_graph",
         "torch_pytree",
+        "_python_dispatch",
     }
     names = set()
     for node in ast.walk(tree):
