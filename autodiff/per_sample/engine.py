@@ -14,7 +14,7 @@ import torch
 
 from autodiff.core import memory
 from autodiff.errors import AutodiffError, BudgetError, SampleError
-from autodiff.per_sample.results import Result, Rows, template_of
+from autodiff.per_sample.results import Result, Rows, is_finite, template_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -190,7 +190,7 @@ class Engine:
             self.plan.learn_rows(stop - start, meter)
             self._report.peak = max(self._report.peak, meter.peak)
         self._report.chunk(1, rows=stop - start)
-        if not all(torch.isfinite(piece).all() for _, _, piece in some.pieces):
+        if not all(is_finite(piece) for _, _, piece in some.pieces):
             self._failed(first + sample, "the result holds infinities or NaN")
             return Samples(first + sample, first + sample + 1, None)
         return SomeRows(first + sample, start, stop, some)

@@ -23,7 +23,7 @@ from autodiff.per_sample.plan import Plan
 from autodiff.per_sample.progress import Progress
 from autodiff.per_sample.report import Report
 from autodiff.per_sample.results import Plain, Result, template_of, with_tensors
-from autodiff.per_sample.sinks import MemorySink, given_tensors
+from autodiff.per_sample.sinks import MemorySink
 from autodiff.per_sample.sources import calls_of
 from autodiff.per_sample.work import Work, name_of
 from autodiff.transforms.vmap import vmap
@@ -105,7 +105,7 @@ class Run:
         """All results, reduced sample by sample where ``reduce`` is given, at their destination."""
         if isinstance(out, str | os.PathLike):
             return self._to_files(FileSink(out, self._header(reduce), self._total), reduce)
-        sink = MemorySink(self._total, None if out is not None else self._engine.plan, _given(out))
+        sink = MemorySink(self._total, self._engine.plan, out)
         with self._sizes_kept():
             for pieces in self._pieces():
                 self._put(sink, self._reduced(pieces, reduce))
@@ -283,10 +283,6 @@ def _tensors_of(texts: dict[str, str] | None) -> dict[str, Tensor] | None:
     return {
         device: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for device, text in texts.items()
     }
-
-
-def _given(out: Any) -> list[Tensor] | None:
-    return None if out is None else given_tensors(out)
 
 
 def _template(piece: Samples) -> Template:

@@ -5,6 +5,7 @@ Hands on `Sink`, what every destination can do, and `MemorySink`. Files are in `
 
 from __future__ import annotations
 
+import mmap
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -49,10 +50,15 @@ class Sink(ABC):
 
 
 class MemorySink(Sink):
-    """Tensors of all samples: ``into``, or new ones; of a number that is not known, pieces till the end."""
+    """Tensors of all samples: those of the tree ``out``, or new ones.
 
-    def __init__(self, total: int | None, plan: Plan | None = None, into: list[Tensor] | None = None) -> None:
-        self._total, self._plan, self._given = total, plan, into
+    Where the number of samples is not known, it keeps pieces till the end.
+    """
+
+    def __init__(self, total: int | None, plan: Plan | None = None, out: Any = None) -> None:
+        self._total, self._plan = total, plan
+        self._given = None if out is None else _given_tensors(out)
+        self._maps = [leaf.base for leaf in trees.leaves(out) if _is_mapped(leaf)]
         self._wholes: list[Tensor] = []
         self._pieces: list[list[Tensor]] = []
 
@@ -84,6 +90,9 @@ class MemorySink(Sink):
         else:
             for whole, leaf in zip(self._room(), leaves, strict=True):
                 leaf.copy_to(whole[start:stop])
+        for mapped in self._maps:
+            # What was written stays in the file, and is not counted as this process's memory any more.
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def put_rows(self, sample: int, rows: Rows) -> None:
         for leaf, first, piece in rows.pieces:
@@ -119,7 +128,7 @@ class MemorySink(Sink):
         return pieces[-1][0]
 
 
-def given_tensors(out: Any) -> list[Tensor]:
+def _given_tensors(out: Any) -> list[Tensor]:
     """The tensors of a tree of tensors and NumPy arrays that the caller wants filled."""
     leaves = trees.leaves(out)
     tensors = [torch.from_numpy(leaf) if hasattr(leaf, "__array_interface__") else leaf for leaf in leaves]
@@ -129,6 +138,15 @@ def given_tensors(out: Any) -> list[Tensor]:
             f"{type(out)}. Make room by torch.empty([samples, *shape]), or name a file, as in out='hessians.npy'."
         )
     return tensors
+
+
+def _is_mapped(leaf: Any) -> bool:
+    """Whether the leaf is a NumPy memmap that shares its file."""
+    return (
+        isinstance(getattr(leaf, "base", None), mmap.mmap)
+        and getattr(leaf, "mode", None) in ("r+", "w+")
+        and hasattr(mmap, "MADV_DONTNEED")
+    )
 
 
 def _check_given(given: Sequence[Tensor], template: Template, total: int | None) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +20,6 @@ import autodiff as ad
 from autodiff.errors import DtypeError, OptionError, ResumeError
 from autodiff.per_sample import files
 from autodiff.per_sample.fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 W = torch.tensor([1.0, 2.0, -1.0])
 X = torch.arange(60.0).view(20, 3) / 10
@@ -298,6 +297,21 @@ def test_complex_results_and_numpy_memmaps(tmp_path: Path) -> None:
     ad.per_sample(ad.hessian(square), (None, 0), chunk_size=6)(W, X, out=room)
     room.flush()
     assert_close(torch.from_numpy(np.load(tmp_path / "room.npy")), outer(X))
+
+
+def test_a_memmap_does_not_stay_in_memory(tmp_path: Path) -> None:
+    """Pages that were written are the file's: 48 MB of results leave the process as small as it was."""
+
+    def mapped_bytes() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"RssFile:\s+(\d+) kB", status)[1]) * 1024
+
+    room = np.lib.format.open_memmap(tmp_path / "room.npy", mode="w+", dtype=np.float64, shape=(60, 10**5))
+    grow = ad.per_sample(lambda x: x * torch.arange(10**5, dtype=torch.float64), chunk_size=5)
+    before = mapped_bytes()
+    grow(torch.arange(60.0, dtype=torch.float64), out=room)
+    assert mapped_bytes() - before < 2 * 10**7
+    assert np.array_equal(room[7], 7 * np.arange(10**5))
 
 
 def test_the_mapped_result_leaves_the_file_alone(tmp_path: Path) -> None:
