@@ -155,3 +155,102 @@ def test_default_arguments_count() -> None:
 
     assert_close(ad.grad(func)(X), 3 * X**2)
     assert_close(ad.grad(func)(X, power=2), 2 * X)
+
+
+# wrt: leaves by patterns of their places.
+
+TREE = {
+    "0.weight": torch.tensor([1.0, 2.0]),
+    "0.bias": torch.tensor(3.0),
+    "last": [torch.tensor(4.0), 5, "name"],
+}
+
+
+def of_leaves(tree: Any, scale: float = 1.0) -> torch.Tensor:
+    return tree["0.weight"].prod() * tree["0.bias"] ** 2 * tree["last"][0] * scale
+
+
+@pytest.mark.parametrize(
+    ("wrt", "picked"),
+    [
+        ("0.*", {"0.weight", "0.bias"}),
+        ("*bias", {"0.bias"}),
+        ("last.0", {"last"}),
+        (("last.*", "*.weight"), {"last", "0.weight"}),
+        ("*", {"0.weight", "0.bias", "last"}),
+    ],
+)
+def test_wrt_picks_leaves_by_their_places(wrt: Any, picked: set[str]) -> None:
+    gradient = ad.grad(of_leaves, wrt=wrt)(TREE)
+    expected = {
+        "0.weight": torch.tensor([72.0, 36.0]),
+        "0.bias": torch.tensor(48.0),
+        "last": torch.tensor(18.0),
+    }
+    came = {**gradient, "last": gradient["last"][0]}
+    assert gradient["last"][1:] == [None, None]
+    for name, value in came.items():
+        if name in picked:
+            assert torch.equal(value, expected[name])
+        else:
+            assert value is None
+
+
+@pytest.mark.parametrize(
+    "transform", [ad.value_and_grad, ad.grad_and_value, ad.jacrev, ad.jacfwd, ad.jacobian]
+)
+def test_wrt_is_the_same_everywhere(transform: Any) -> None:
+    result = transform(of_leaves, wrt="0.bias")(TREE)
+    gradient = {ad.value_and_grad: lambda r: r[1], ad.grad_and_value: lambda r: r[0]}.get(
+        transform, lambda r: r
+    )(result)
+    assert torch.equal(gradient["0.bias"], torch.tensor(48.0))
+    assert gradient["0.weight"] is None
+
+
+@pytest.mark.parametrize(
+    "mode", ["auto", "forward-over-reverse", "reverse-over-forward", "forward-over-forward"]
+)
+def test_wrt_of_a_hessian_gives_its_block(mode: Any) -> None:
+    result = ad.hessian(of_leaves, wrt=("0.weight", "last.0"), mode=mode)(TREE)
+    matrix = ad.pytree.to_matrix(result, TREE)
+    expected = torch.tensor([[0.0, 36.0, 18.0], [36.0, 0.0, 9.0], [18.0, 9.0, 0.0]])
+    torch.testing.assert_close(matrix, expected)
+    assert result["0.bias"] is None
+    assert result["0.weight"]["0.bias"] is None
+
+
+def test_wrt_reaches_into_every_selected_argument() -> None:
+    func = lambda p, q: (p["a"] * p["b"]) * (q["a"] * q["b"])
+    p, q = ({"a": torch.tensor(a), "b": torch.tensor(b)} for a, b in ((2.0, 3.0), (5.0, 7.0)))
+    one, other = ad.grad(func, argnums=(0, 1), wrt="b")(p, q)
+    assert (one["a"], other["a"]) == (None, None)
+    assert (one["b"], other["b"]) == (2 * 35, 6 * 5)
+    # A pattern that only one of them has.
+    one, other = ad.grad(func, argnums=("p", "q"), wrt=("a",))(p, {**q, "c": torch.ones(())})
+    assert (one["b"], other["c"]) == (None, None)
+    # A leaf that is the argument itself has the empty place.
+    assert ad.grad(lambda x: x**2, wrt="*")(torch.tensor(3.0)) == 6
+
+
+def test_leaves_that_wrt_leaves_out_stay_connected() -> None:
+    bias = torch.tensor(3.0, requires_grad=True)
+    gradient = ad.grad(of_leaves, wrt="0.weight")({**TREE, "0.bias": bias})
+    (mixed,) = torch.autograd.grad(gradient["0.weight"][0], bias)
+    assert mixed == 2 * 2 * 3 * 4
+    inner = lambda w: ad.grad(of_leaves, wrt="0.bias")({**TREE, "0.weight": w})["0.bias"]
+    assert torch.equal(ad.grad(inner)(TREE["0.weight"]), torch.tensor([48.0, 24.0]))
+
+
+@pytest.mark.parametrize("wrt", [3, (), ("a", 1), [], b"x"])
+def test_wrt_is_a_pattern_or_several(wrt: Any) -> None:
+    with pytest.raises(ad.errors.OptionError, match=r"grad: wrt is a pattern of leaves' places, .* got"):
+        ad.grad(of_leaves, wrt=wrt)(TREE)
+
+
+def test_a_pattern_that_matches_nothing_says_what_there_is() -> None:
+    text = r"hessian: wrt='1\.\*' matches no leaf .* places are '0\.weight', '0\.bias', 'last\.0'\."
+    with pytest.raises(ad.errors.ArgnumsError, match=text):
+        ad.hessian(of_leaves, wrt=("0.*", "1.*"))(TREE)
+    with pytest.raises(ad.errors.ArgnumsError, match=r"'7', \.\.\.\."):
+        ad.grad(sum, wrt="8")([torch.ones(()), *[torch.ones(())] * 7, 8, torch.ones(())])

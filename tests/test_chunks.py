@@ -133,6 +133,10 @@ def test_shrunk_sizes_do_not_grow_again() -> None:
     assert (sizes.size, sizes.learning) == (16, False)
     sizes.learn(16, 160)
     assert sizes.size == 16
+    sizes.learn(16, 1)
+    assert sizes.size == 16
+    sizes.learn(16, 10**6)
+    assert sizes.size == 12
     assert not sizes.shrink(1)
     assert not Sizes(8).shrink(8)
 
@@ -196,8 +200,14 @@ def test_what_is_learnt_serves_the_next_call(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_error_that_is_not_about_memory_is_the_caller_s() -> None:
+    calls = []
+
     def fails(x: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("mine")
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("mine")
+        return x
 
     with pytest.raises(RuntimeError, match="mine"):
-        ad.vmap(fails, chunk_size="auto")(torch.ones(4))
+        ad.vmap(fails, chunk_size="auto")(torch.ones(9))
+    assert len(calls) == 2

@@ -318,3 +318,49 @@ def test_stack_inside_a_transform(transform: Any) -> None:
 
     result = transform(loss)(x if transform in (ad.grad, ad.jacfwd) else x[None])
     assert_close(result.detach().reshape(2), total)
+
+
+# The loss of one sample.
+
+
+def test_sample_loss_shows_the_module_a_batch_of_one() -> None:
+    shapes = []
+
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2)
+            self.register_buffer("shift", torch.ones(2))
+
+        def forward(self, x: Any) -> torch.Tensor:
+            shapes.append((x["a"].shape, x["n"]))
+            return self.layer(x["a"]) + self.shift
+
+    module = Two()
+    loss = ad.sample_loss(module, torch.nn.functional.cross_entropy)
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    params = {"layer.weight": torch.randn(2, 3)}
+    each = ad.vmap(loss, in_dims=(None, {"a": 0, "n": None}, 0))(params, {"a": x, "n": 4}, y)
+    logits = torch.nn.functional.linear(x, params["layer.weight"], module.layer.bias) + 1
+    torch.testing.assert_close(each, torch.nn.functional.cross_entropy(logits, y, reduction="none"))
+    assert shapes == [((1, 3), 4)]
+
+
+@pytest.mark.parametrize(
+    ("layer", "fine"),
+    [
+        (torch.nn.BatchNorm1d(3), False),
+        (torch.nn.BatchNorm1d(3).eval(), True),
+        (torch.nn.BatchNorm1d(3, track_running_stats=False).eval(), False),
+        (torch.nn.LayerNorm(3), True),
+    ],
+)
+def test_a_batch_s_statistics_are_no_sample_s(layer: torch.nn.Module, fine: bool) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), layer)
+    loss = ad.sample_loss(module, torch.nn.functional.mse_loss)
+    args = dict(module.named_parameters()), torch.ones(2), torch.zeros(3)
+    if fine:
+        assert loss(*args).shape == ()
+        return
+    with pytest.raises(ad.errors.OptionError, match=r"sample_loss: 1 is a BatchNorm1d .* module\.eval\(\)"):
+        loss(*args)

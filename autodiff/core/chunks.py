@@ -57,7 +57,6 @@ class Sizes:
         self.size: float = first if size == "auto" else float("inf") if size is None else size
         self.device = device
         self._budget = budget
-        self._ceiling: int | None = None
         self._seen: list[int] | None = None
 
     @property
@@ -77,7 +76,7 @@ class Sizes:
         if operations:
             room.append(self._room(seen, 2, _ENOUGH_AN_OPERATION * operations))
         self._seen = seen
-        size = max(1, int(min(*room, _GROWTH * count, self._ceiling or float("inf"))))
+        size = max(1, int(min(*room, _GROWTH * count)))
         # What has been settled only shrinks.
         self.size = size if self.learning else min(size, self.size)
         self.learning = self.learning and size >= 2 * count
@@ -105,18 +104,18 @@ class Sizes:
         """A chunk of ``count`` did not fit: whether half of it can be tried."""
         if not self.adapts or count <= 1:
             return False
-        self._ceiling = self.size = count // 2
+        self.size = count // 2
         self.learning = False
         return True
 
     @property
     def state(self) -> list[Any]:
         """All that was learnt, in terms that a file can hold."""
-        return [self.size, self.learning, self._ceiling, self._seen, self._budget]
+        return [self.size, self.learning, self._seen, self._budget]
 
     @state.setter
     def state(self, state: list[Any]) -> None:
-        self.size, self.learning, self._ceiling, self._seen, self._budget = state
+        self.size, self.learning, self._seen, self._budget = state
 
 
 def sizes_for(chunk_size: ChunkSize, leaves: Iterable[Any]) -> Sizes:
