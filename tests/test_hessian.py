@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 import autodiff as ad
 from autodiff.core import _torch
+from autodiff.core.memory import Meter
 from disguises import (
     CHUNKS,
     DTYPES,
@@ -203,3 +204,20 @@ def test_per_sample_hessians_of_a_shared_parameter() -> None:
         w, xs, ys
     )
     assert_close(result, 2 * torch.einsum("ni,nj->nij", xs, xs))
+
+
+def test_rows_of_a_large_leaf_are_pulled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch over the rows of all leaves feeds the operations that lead to the others with zeros."""
+    params = {"a": torch.randn(9, 6), "b": torch.randn(9), "c": torch.randn(7, 9), "d": torch.randn(2, 7)}
+    loss = lambda p, x: (p["d"] @ torch.tanh(p["c"] @ torch.tanh(p["a"] @ x + p["b"]))).square().sum()
+    hessians = ad.vmap(ad.hessian(loss), in_dims=(None, 0))
+    samples = torch.randn(8, 6)
+    came, produced = [], []
+    for worth in (2**60, 2**10, 0):
+        monkeypatch.setattr("autodiff.transforms.blocks._WORTH_A_PULL", worth)
+        with Meter(torch.device("cpu")) as meter:
+            came.append(hessians(params, samples))
+        produced.append(meter.produced)
+    torch.testing.assert_close(came[1], came[0])
+    torch.testing.assert_close(came[2], came[0])
+    assert produced[2] <= produced[1] < 0.6 * produced[0]
