@@ -281,3 +281,28 @@ def test_per_sample_gradients_of_a_module(library: Any) -> None:
 def test_partial_of_a_method_and_builtin() -> None:
     assert_close(ad.vmap(partial(torch.add, alpha=2))(SCALE, SCALE), 3 * SCALE)
     assert_close(ad.vmap(torch.dot)(TREE["x"], TREE["x"]), (TREE["x"] ** 2).sum(1))
+
+
+NORMALISATIONS = {
+    "layer_norm": lambda x: torch.nn.functional.layer_norm(x, (4,)),
+    "batch_norm": lambda x: torch.nn.functional.batch_norm(x, None, None, training=True),
+    "instance_norm": lambda x: torch.nn.functional.instance_norm(x[None]),
+    "group_norm": lambda x: torch.nn.functional.group_norm(x[None], 3),
+}
+
+
+@pytest.mark.parametrize("norm", NORMALISATIONS.values(), ids=NORMALISATIONS)
+def test_second_derivatives_of_normalisations_per_sample(norm: Any) -> None:
+    """The direction is the same for all samples, and torch's formulas write in place to what they make of it."""
+    xs, direction = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+
+    def func(x: Tensor) -> Tensor:
+        return (norm(x) ** 3).sum()
+
+    expected = torch.func.vmap(torch.func.hessian(func))(xs)
+    assert_close(ad.vmap(ad.hessian(func))(xs), expected)
+    products = ad.vmap(lambda x: ad.hvp(func, (x,), (direction,))[1])(xs)
+    assert_close(products, torch.einsum("nijkl,kl->nij", expected, direction))
+    if norm is not NORMALISATIONS["group_norm"]:
+        with pytest.raises(RuntimeError, match=r"inplace arithmetic|under vmap"):
+            torch.func.vmap(lambda x: torch.func.vjp(torch.func.grad(func), x)[1](direction))(xs)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # cdist with three or more rows; masked_select and its double backward with a mask larger than the input.
 _WRONG_IN_BATCHES = frozenset({"CdistBackward0", "MaskedSelectBackward0", "MaskedScatterBackward0"})
+# The second derivatives of layer_norm, and of batch_norm and instance_norm.
+_WRITE_IN_PLACE = ("NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 
 
 def nodes(ends: Iterable[Any], *, terminal: bool = False) -> list[Any]:
@@ -50,6 +52,11 @@ def has_custom_gradient(ends: Sequence[Any]) -> bool:
 def has_linalg(ends: Sequence[Any]) -> bool:
     """Whether an operation of torch.linalg stands in the graph."""
     return any(type(node).__name__.startswith("Linalg") for node in nodes(ends))
+
+
+def writes_over_cotangents(ends: Sequence[Any]) -> bool:
+    """Whether the backward of an operation in the graph writes in place to what it makes of its cotangent."""
+    return any(type(node).__name__.startswith(_WRITE_IN_PLACE) for node in nodes(ends))
 
 
 def is_wrong_in_batches(ends: Sequence[Any]) -> bool:

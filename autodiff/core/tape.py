@@ -172,6 +172,13 @@ class _LevelTape(Tape):
             self.outputs = [_torch.unwrap(end, level) for end in self.ends]
             self.aux = [_torch.unwrap(leaf, level) for leaf in aux]
 
+    def pull(self, cotangents: Sequence[Tensor | None], **options: Any) -> list[Tensor | None]:
+        if graph.writes_over_cotangents(self.ends):
+            # vmap refuses where what is written to is not batched and what is written is.
+            pairs = zip(cotangents, self.outputs, strict=True)
+            cotangents = [None if c is None else c + torch.zeros_like(output) for c, output in pairs]
+        return super().pull(cotangents, **options)
+
     def _needs_grad_mode(self) -> bool:
         # Without grad mode, linalg's formulas reuse the factors that forward saved. These have no
         # tangent; and with factors of the outer of two batches and a right-hand side of the inner one
