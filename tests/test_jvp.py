@@ -10,7 +10,7 @@ from torch import Tensor
 
 import autodiff as ad
 from disguises import OF_PRIMALS, Case, call, cases
-from scenarios import SCENARIOS, assert_close, pushed, random_like
+from scenarios import SCENARIOS, assert_close, difference, pushed, random_like
 
 X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 T = torch.tensor([1.0, -2.0, 0.25], dtype=torch.float64)
@@ -107,3 +107,24 @@ def test_inside_a_users_own_dual_level() -> None:
         _, inner = ad.jvp(lambda x: x.sin(), (outer,), (T,))
         second = torch.autograd.forward_ad.unpack_dual(inner).tangent
         assert_close(second, -T * T * X.sin())
+
+
+RULES_IN_PLACE = {
+    "logsumexp": lambda x: x.logsumexp(-1),
+    "softmax": lambda x: x.softmax(-1).square().sum(),
+    "log_softmax": lambda x: x.log_softmax(-1)[0],
+    "logcumsumexp": lambda x: x.logcumsumexp(-1)[-1],
+    "cross_entropy": lambda x: torch.nn.functional.cross_entropy(x, torch.tensor(0)),
+}
+
+
+@pytest.mark.parametrize("func", RULES_IN_PLACE.values(), ids=RULES_IN_PLACE)
+def test_gradient_of_a_directional_derivative_by_rules_that_write_in_place(func: Any) -> None:
+    """On plain tensors torch's tangents of these are written over what their pullback needs."""
+    expected = difference(ad.grad(func), X, T, 1e-4)
+    x, t = X.clone().requires_grad_(), T.clone().requires_grad_()
+    (by_x,) = torch.autograd.grad(ad.jvp(func, (x,), (T,))[1], x)
+    (by_t,) = torch.autograd.grad(ad.jvp(func, (X,), (t,))[1], t)
+    for result in (by_x, ad.grad(lambda x: ad.jvp(func, (x,), (T,))[1])(X)):
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-8)
+    assert_close(by_t, ad.grad(func)(X))

@@ -202,6 +202,23 @@ def test_second_derivative_of_a_function_with_its_own_jvp(outer: str, inner: str
     right_or_refused(lambda: second(x), torch.tensor(12.0, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(m, marks=[wrong_as_in_torch] if m.endswith("over-forward") else []) for m in MODES],
+)
+@pytest.mark.parametrize("norm", ["layer_norm", "batch_norm", "instance_norm"])
+def test_hessians_of_normalisations_by_mode(norm: str, mode: Any) -> None:
+    x, t = torch.randn(2, 2, 3, 4, dtype=torch.float64).unbind(0)
+    options = {"layer_norm": ((4,),), "batch_norm": (None, None, None, None, True), "instance_norm": ()}[norm]
+
+    def func(x: Tensor) -> Tensor:
+        return (getattr(functional, norm)(x, *options) ** 3).sum()
+
+    expected = difference(ad.grad(func), x, t, 1e-4)
+    result = torch.tensordot(ad.hessian(func, mode=mode)(x), t, t.dim())
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.xfail(strict=True, raises=RuntimeError, reason="torch: ZeroTensors are immutable")
 def test_forward_over_reverse_of_mse_loss() -> None:
     x, y, t = torch.randn(3, 4, 2, dtype=torch.float64).unbind(0)

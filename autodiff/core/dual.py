@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autodiff.core import _torch
-from autodiff.core.tape import returning_tuples
+from autodiff.core.tape import recorded_outside, returning_tuples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,9 @@ def push(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]
     """Run ``func`` once with a tangent on every primal."""
     if _torch.compiling():
         return _push_traced(func, primals, tangents)
-    on = _push_on_ground if _torch.on_ground() else _push_on_level
+    # On plain tensors torch's rules for softmax and its kin write over what their pullback needs.
+    on_ground = _torch.on_ground() and not recorded_outside((*primals, *tangents))
+    on = _push_on_ground if on_ground else _push_on_level
     pushed = on(func, primals, tangents)
     if torch.is_grad_enabled() or _torch.forward_level_active():
         return pushed

@@ -6,6 +6,7 @@ output does not depend on. Never sees a tree; imports `_torch`, `graph` and `err
 
 from __future__ import annotations
 
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
     Recordable: TypeAlias = Callable[[Sequence[Tensor], Lift | None], tuple[list[Any], list[Any]]]
 
 
+class _Here(threading.local):
+    """How many functions this thread is recording, each inside the one before."""
+
+    recording = 0
+
+
+_here = _Here()
+
+
 class Tape(ABC):
     """What one run of a function left: its outputs, and the way back to its inputs.
 
@@ -39,6 +49,16 @@ class Tape(ABC):
     aux: list[Any]
     ends: list[Any]
     inputs: list[Tensor]
+
+    def _run(self, func: Recordable, lift: Lift) -> list[Any]:
+        """Run the function on the inputs, keep its outputs as ends; the leaves of aux."""
+        outside = _here.recording
+        _here.recording = outside + 1
+        try:
+            self.ends, aux = func(self.inputs, lift)
+        finally:
+            _here.recording = outside
+        return aux
 
     def pull(
         self,
@@ -96,6 +116,13 @@ def record(func: Recordable, primals: Sequence[Tensor], *, private: Sequence[Ten
     return _LevelTape(func, primals)
 
 
+def recorded_outside(leaves: Sequence[Tensor]) -> bool:
+    """Whether an outer tape of this thread, or a graph that a leaf belongs to, records what happens here."""
+    return torch.is_grad_enabled() and (
+        _here.recording > 0 or any(map(_torch.requires_grad_at_any_depth, leaves))
+    )
+
+
 class _GroundTape(Tape):
     """Plain autograd, where no transform is active around this one."""
 
@@ -117,7 +144,7 @@ class _GroundTape(Tape):
             self._known: bool | None = watched or None
             self._private = private
             versions = _torch.versions(views) if views else []
-            self.ends, aux = func(self.inputs, _torch.outside_inference)
+            aux = self._run(func, _torch.outside_inference)
             if views:
                 _refuse_written(views, versions)
         if recording and self._watched():
@@ -168,7 +195,7 @@ class _LevelTape(Tape):
     def __init__(self, func: Recordable, primals: Sequence[Tensor]) -> None:
         with _torch.grad_level() as level:
             self.inputs = [_torch.wrap_watched(primal, level) for primal in primals]
-            self.ends, aux = func(self.inputs, lambda tensor: _torch.wrap(tensor, level))
+            aux = self._run(func, lambda tensor: _torch.wrap(tensor, level))
             self.outputs = [_torch.unwrap(end, level) for end in self.ends]
             self.aux = [_torch.unwrap(leaf, level) for leaf in aux]
 
