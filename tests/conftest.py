@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._functorch import eager_transforms, pyfunctorch
 from torch.autograd import forward_ad
+from torch.backends import cuda, mha
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +25,13 @@ def state_of_torch() -> dict[str, Any]:
         "forward-mode grad": torch._C._is_fwd_grad_enabled(),
         "saved-tensor hooks allowed": torch._C._autograd._saved_tensors_hooks_is_enabled(),
         "default dtype": torch.get_default_dtype(),
+        "kernels of attention": (
+            cuda.flash_sdp_enabled(),
+            cuda.mem_efficient_sdp_enabled(),
+            cuda.cudnn_sdp_enabled(),
+            cuda.math_sdp_enabled(),
+            mha.get_fastpath_enabled(),
+        ),
     }
 
 
@@ -36,6 +44,7 @@ CLEAN = {
     "forward-mode grad": True,
     "saved-tensor hooks allowed": True,
     "default dtype": torch.float32,
+    "kernels of attention": (True,) * 5,
 }
 
 

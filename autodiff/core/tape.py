@@ -1,7 +1,8 @@
 """Floor 1: reverse mode. Record a function once, pull cotangents back many times.
 
 Works on flat lists of tensors and hands on `record`, whose tape gives None for an input that the
-output does not depend on. Never sees a tree; imports `_torch`, `graph` and `errors`.
+output does not depend on. Never sees a tree; imports `_torch`, `attention`, `graph`
+and `errors`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from autodiff.core import _torch, graph
+from autodiff.core import _torch, attention, graph
 from autodiff.errors import InPlaceError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class _Here(threading.local):
 
 
 _here = _Here()
+_backward_unfused = attention.unfused(_torch.backward)
 
 
 class Tape(ABC):
@@ -43,19 +45,29 @@ class Tape(ABC):
     and the primals as the graph knows them, and nobody outside.
     """
 
-    __slots__ = ("__weakref__", "aux", "ends", "inputs", "outputs")
+    __slots__ = ("__weakref__", "_unfused", "aux", "ends", "inputs", "outputs")
 
     outputs: list[Any]
     aux: list[Any]
     ends: list[Any]
     inputs: list[Tensor]
 
-    def _run(self, func: Recordable, lift: Lift) -> list[Any]:
-        """Run the function on the inputs, keep its outputs as ends; the leaves of aux."""
+    def _run(self, func: Recordable, lift: Lift, twice: bool) -> list[Any]:
+        """Run the function on the inputs, keep its outputs as ends; the leaves of aux.
+
+        ``twice`` says that somebody may pull back what a pull of this tape gives.
+        """
         outside = _here.recording
+        # A pull runs again what stands in torch.utils.checkpoint, and has to find attention as it was here.
+        # What a nested tape recorded runs again outside of it too, where nothing can be done for it.
+        self._unfused = twice and outside == 0
         _here.recording = outside + 1
         try:
-            self.ends, aux = func(self.inputs, lift)
+            if twice:
+                with attention.unfused:
+                    self.ends, aux = func(self.inputs, lift)
+            else:
+                self.ends, aux = func(self.inputs, lift)
         finally:
             _here.recording = outside
         return aux
@@ -86,7 +98,8 @@ class Tape(ABC):
             ) or self._needs_grad_mode()
         if create_graph:
             seeds = [_torch.outside_inference(seed) for seed in seeds]
-        return _torch.backward(
+        backward = _backward_unfused if self._unfused else _torch.backward
+        return backward(
             ends,
             seeds,
             self.inputs,
@@ -103,17 +116,19 @@ class Tape(ABC):
         """Whether somebody outside can see a derivative of what this tape gives."""
 
 
-def record(func: Recordable, primals: Sequence[Tensor], *, private: Sequence[Tensor] = ()) -> Tape:
+def record(
+    func: Recordable, primals: Sequence[Tensor], *, private: Sequence[Tensor] = (), twice: bool = False
+) -> Tape:
     """Run ``func`` once on the primals, and keep the way back.
 
     ``private`` are inputs of other tapes that belong to the same transform: a graph that ends in one
-    of them is watched by nobody.
+    of them is watched by nobody. ``twice`` says that a pull of the tape will be pulled back itself.
     """
     if _torch.compiling():
         return _TracedTape(func, primals)
     if _torch.on_ground():
-        return _GroundTape(func, primals, private)
-    return _LevelTape(func, primals)
+        return _GroundTape(func, primals, private, twice)
+    return _LevelTape(func, primals, twice)
 
 
 def recorded_outside(leaves: Sequence[Tensor]) -> bool:
@@ -128,7 +143,9 @@ class _GroundTape(Tape):
 
     __slots__ = ("_known", "_private")
 
-    def __init__(self, func: Recordable, primals: Sequence[Tensor], private: Sequence[Tensor]) -> None:
+    def __init__(
+        self, func: Recordable, primals: Sequence[Tensor], private: Sequence[Tensor], twice: bool
+    ) -> None:
         recording = torch.is_grad_enabled()
         with _torch.Recording():
             self.inputs, views, watched = [], [], False
@@ -144,7 +161,8 @@ class _GroundTape(Tape):
             self._known: bool | None = watched or None
             self._private = private
             versions = _torch.versions(views) if views else []
-            aux = self._run(func, _torch.outside_inference)
+            twice = twice or (recording and (watched or _here.recording > 0))
+            aux = self._run(func, _torch.outside_inference, twice)
             if views:
                 _refuse_written(views, versions)
         if recording and self._watched():
@@ -192,10 +210,13 @@ class _LevelTape(Tape):
 
     __slots__ = ()
 
-    def __init__(self, func: Recordable, primals: Sequence[Tensor]) -> None:
+    def __init__(self, func: Recordable, primals: Sequence[Tensor], twice: bool) -> None:
+        twice = (
+            twice or recorded_outside(primals) or _torch.grad_level_active() or _torch.forward_level_active()
+        )
         with _torch.grad_level() as level:
             self.inputs = [_torch.wrap_watched(primal, level) for primal in primals]
-            aux = self._run(func, lambda tensor: _torch.wrap(tensor, level))
+            aux = self._run(func, lambda tensor: _torch.wrap(tensor, level), twice)
             self.outputs = [_torch.unwrap(end, level) for end in self.ends]
             self.aux = [_torch.unwrap(leaf, level) for leaf in aux]
 

@@ -148,7 +148,7 @@ def jvp(
                 # func's own comes again below.
                 rewind()
         call = contract.call(func)
-        tape = record(call.evaluate, call.primals)
+        tape = record(call.evaluate, call.primals, twice=True)
         _check_outputs_of_jvp(call, tape.outputs)
         pushed = transpose(tape, _looking_for_independence(contract, _OUTPUT_INDEPENDENT))(tangents)
         with contract.words(_ENTRY_INDEPENDENT):

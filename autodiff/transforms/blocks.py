@@ -147,7 +147,7 @@ class Recipe:
 
 def _recorded(recipe: Recipe, call: Call) -> Tape:
     """One evaluation, its outputs checked."""
-    tape = record(call.evaluate, call.primals)
+    tape = record(call.evaluate, call.primals, twice=recipe.mode == "auto")
     any_dtype = recipe.holomorphic is None
     checks.tensor_outputs(call.name, tape.outputs, call.path_of_output, any_dtype=any_dtype)
     checks.complex_pairing(call.name, tape.outputs, recipe.holomorphic, "outputs")

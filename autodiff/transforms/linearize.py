@@ -48,7 +48,7 @@ def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..
         StructureError, ShapeError, DtypeError: tangents do not match the primals.
     """
     call = Call("linearize", func, primals, {}, None, has_aux=False)
-    tape = record(call.evaluate, call.primals)
+    tape = record(call.evaluate, call.primals, twice=True)
     checks.tensor_outputs("linearize", tape.outputs, call.path_of_output)
     push = transpose(tape)
 

@@ -41,17 +41,18 @@ _NO_FORWARD = """
     _segment_reduce.lengths _segment_reduce.offsets cdist cholesky grid_sampler_2d grid_sampler_3d
     index_reduce.amax index_reduce.amin index_reduce.mean index_reduce.prod native_dropout_backward
     nn.functional.ctc_loss nn.functional.embedding_bag nn.functional.grid_sample
-    nn.functional.multi_margin_loss nn.functional.multilabel_margin_loss nn.functional.pdist
-    nn.functional.scaled_dot_product_attention ormqr to_sparse
+    nn.functional.multi_margin_loss nn.functional.multilabel_margin_loss nn.functional.pdist ormqr to_sparse
 """
 
 # The backward formula has no derivative.
 _NO_DOUBLE_BACKWARD = """
     _segment_reduce.lengths _segment_reduce.offsets nn.functional.ctc_loss nn.functional.embedding_bag
     nn.functional.hardsigmoid nn.functional.multi_margin_loss nn.functional.multilabel_margin_loss
-    nn.functional.scaled_dot_product_attention
 """
 _NO_DOUBLE_BACKWARD_OF_DISTANCE = "cdist nn.functional.pdist"
+
+# Fused kernels, with a gradient and no more; autodiff takes torch's plain formula where more is needed.
+_ATTENTION = "nn.functional.scaled_dot_product_attention"
 
 # No batching rule, and no fallback to a loop either: the operator branches on its data (cov,
 # gaussian_nll_loss, tensor_split), writes unbatched running statistics (the batch norms), draws random
@@ -82,12 +83,13 @@ _TABLES = {
         # normal gives the tangent of its mean where the standard deviation makes the output larger.
         "both raise RuntimeError": f"normal {_SPARSE}",
         "torch.autograd is wrong": f"as_strided_scatter {_OVERLAPPING_WRITES}",
+        "torch.func raises NotImplementedError": _ATTENTION,
         "torch.func raises RuntimeError": "tensor_split",
     },
     "grad of vjp": {
         "both raise NotImplementedError": _NO_DOUBLE_BACKWARD_OF_DISTANCE,
         "both raise RuntimeError": f"sparse.mm.reduce {_NO_DOUBLE_BACKWARD}",
-        "torch.func raises RuntimeError": f"sparse.sampled_addmm tensor_split {_CUSTOM_OP}",
+        "torch.func raises RuntimeError": f"sparse.sampled_addmm tensor_split {_CUSTOM_OP} {_ATTENTION}",
     },
     "jvp of vjp": {
         # triangular_solve's pullback loses a tangent, where linalg.solve_triangular's keeps it;
@@ -99,6 +101,7 @@ _TABLES = {
             {_NO_FORWARD} nn.functional.hardsigmoid nn.functional.huber_loss nn.functional.soft_margin_loss
         """,
         "both raise RuntimeError": f"normal tensor_split {_SPARSE} {_CUSTOM_OP}",
+        "torch.func raises NotImplementedError": _ATTENTION,
         # NaN from the double backward where the mask leaves only minus infinities.
         "torch.autograd is wrong": "masked.logaddexp",
     },
@@ -113,6 +116,7 @@ _TABLES = {
         "both are wrong": _TANGENT_DROPPED,
         "both raise NotImplementedError": _NO_FORWARD,
         "both raise RuntimeError": f"{_NO_BATCHING} {_SPARSE}",
+        "torch.func raises NotImplementedError": _ATTENTION,
         "torch.autograd is wrong": _OVERLAPPING_WRITES,
     },
     "vmap of grad of vjp": {
@@ -121,6 +125,7 @@ _TABLES = {
             {_NO_BATCHING} {_NO_BATCHING_OF_PULLBACK} {_NO_DOUBLE_BACKWARD} {_SPARSE} {_CUSTOM_OP}
             index_reduce.prod scatter_reduce.prod
         """,
+        "torch.func raises RuntimeError": _ATTENTION,
     },
 }
 
