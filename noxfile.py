@@ -31,7 +31,9 @@ def install(session: nox.Session, *what: str) -> None:
 def demo(session: nox.Session) -> None:
     """Compute the Hessian of every digit's loss, with the package as users install it."""
     install(session, ".[examples]")
-    session.run("python", "examples/per_sample_hessians.py", *session.posargs, env=ONE_THREAD)
+    both = [["--parameters", "last"], ["--parameters", "all"]]
+    for options in [session.posargs] if session.posargs else both:
+        session.run("python", "examples/per_sample_hessians.py", *options, env=ONE_THREAD)
 
 
 @nox.session
