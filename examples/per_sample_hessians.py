@@ -407,7 +407,7 @@ def draw_digits(figure: SubFigure, findings: Findings, images: np.ndarray) -> No
 
 
 def draw_all(findings: FindingsOfAll, path: Path) -> None:
-    """The mean of |H|; beside it the spectra, above what their ends have to do with the loss."""
+    """The mean of |H| on the left; on the right the spectra, by rank and against the loss."""
     figure = Figure(figsize=(16, 9), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.2, 1])
     draw_mean(left, findings)
