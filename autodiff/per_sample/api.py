@@ -72,7 +72,7 @@ def per_sample(
         progress: show a bar with samples per second and memory (needs tqdm).
 
     Returns:
-        A :class:`PerSample`: call it with ``func``'s arguments for all results, each with the samples
+        A :class:`.PerSample`: call it with ``func``'s arguments for all results, each with the samples
         in front; or take them by its ``stream`` and ``map``.
 
     Raises:
@@ -95,7 +95,7 @@ def per_sample(
 
 
 class PerSample:
-    """What :func:`per_sample` returns. ``report`` tells of the last run, None before the first."""
+    """What :func:`autodiff.per_sample` returns. ``report`` tells of the last run, None before the first."""
 
     def __init__(self, func: Callable[..., Any], in_dims: Any, options: Options) -> None:
         self._func, self._in_dims, self._options = func, in_dims, options
@@ -151,7 +151,7 @@ class PerSample:
         return self._collected(reduce, args, kwargs, out)
 
     def stream(self, *args: Any, **kwargs: Any) -> Iterator[Chunk]:
-        """The results, chunk by chunk, as a :class:`Chunk` each.
+        """The results, chunk by chunk, as a :class:`.Chunk` each.
 
         While the next chunk is computed, the loop's own variable still holds the last; ``memory`` counts
         both.
