@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import runpy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 project = "autodiff"
 author = "the autodiff contributors"
@@ -31,3 +37,15 @@ autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 # What is returned is said in a sentence, which may have a colon; it is no type to link to.
 napoleon_use_rtype = False
+
+
+def draw_figures(app: Sphinx) -> None:
+    """Draw the pages' figures, anew in every build: they show what the code does now."""
+    folder = Path(app.srcdir) / "_static" / "generated"
+    folder.mkdir(parents=True, exist_ok=True)
+    for script in sorted(Path(app.srcdir, "figures").glob("*.py")):
+        runpy.run_path(str(script))["draw"](folder)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("builder-inited", draw_figures)
