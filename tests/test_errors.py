@@ -21,16 +21,23 @@ TORCH_RAISES = {
     "IndependenceError": (RuntimeError,),
     "BatchError": (ValueError,),
     "OptionError": (ValueError, RuntimeError),
+    "SampleError": (RuntimeError,),
+    "BudgetError": (MemoryError,),
+    "ResumeError": (RuntimeError, ValueError),
 }
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_error_is_ours_and_torchs_and_documented(cls: type[Exception]) -> None:
+    if issubclass(cls, Warning):
+        assert issubclass(cls, UserWarning)
+        return
     assert issubclass(cls, errors.AutodiffError)
     for builtin in TORCH_RAISES.get(cls.__name__, ()):
         assert issubclass(cls, builtin)
     assert cls.__doc__
-    assert cls("text").args == ("text",)
+    more = (3,) if cls is errors.SampleError else ()
+    assert cls("text", *more).args == ("text",)
 
 
 def test_table_is_complete() -> None:

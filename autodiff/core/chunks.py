@@ -68,6 +68,8 @@ class Sizes:
     def reserve(self, size: int) -> None:
         """Take so many bytes out of the budget."""
         self._budget -= size
+        if self.adapts and self._seen is not None:
+            self.size = max(1, int(min(self.size, self._seen[0] * self.aim / max(self._seen[1], 1))))
 
     def learn(self, count: int, peak: int, produced: int = 0, operations: int = 0) -> None:
         """A chunk of ``count`` took ``peak`` bytes; its operations made ``produced`` bytes in all."""

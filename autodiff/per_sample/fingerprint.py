@@ -20,6 +20,9 @@ from autodiff.core import trees
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
+# What is read of an object of an unknown class.
+_READ = (Tensor, nn.Module, FunctionType)
+
 
 def fingerprint(value: Any) -> str:
     """Equal for equal values, in another process too.
@@ -100,8 +103,8 @@ class _Reader:
             self._all(*leaves)
         else:
             self._word("object", type(value).__module__, type(value).__qualname__)
-            members = getattr(value, "__dict__", {}).items()
-            self._all(*(m for name, m in sorted(members) if isinstance(m, Tensor | nn.Module | FunctionType)))
+            members = sorted(getattr(value, "__dict__", {}).items())
+            self._all(*(member for _, member in members if isinstance(member, _READ)))
 
     def _all(self, *values: Any) -> None:
         self._word(len(values))
@@ -116,10 +119,14 @@ class _Reader:
         self._hash.update(whole.reshape(-1).view(torch.uint8).numpy().data)
 
     def _module(self, module: nn.Module) -> None:
-        self._word("module", type(module).__module__, type(module).__qualname__, repr(module))
-        self._word([part.training for part in module.modules()])
+        self._word("module", repr(module))
+        for part in module.modules():
+            self._word(type(part).__module__, type(part).__qualname__, part.training)
+            own = sorted((name, value) for name, value in vars(part).items() if not name.startswith("_"))
+            self._all(
+                type(part).forward, *(value for _, value in own if isinstance(value, (*_PLAIN, *_READ)))
+            )
         self._all(dict(module.named_parameters()), dict(module.named_buffers()))
-        self._all(type(module).forward)
 
     def _function(self, function: FunctionType) -> None:
         self._word("function", function.__module__, function.__qualname__)

@@ -35,7 +35,7 @@ class Plan:
         self._may_split = row_chunk_size is not None
         if isinstance(row_chunk_size, int):
             self.rows = Sizes(row_chunk_size)
-        self._warned = self._restored = False
+        self._warned = self._restored = self._too_large = False
 
     def begin(self, row: tuple[int, int] | None) -> None:
         """Before the first chunk: begin with rows where a whole sample may be too much.
@@ -59,6 +59,7 @@ class Plan:
         peak = meter.peak + held
         self._warn(peak, smallest=count == 1 and not (rows > 1 and self._may_split))
         if count == 1 and rows > 1 and self._may_split and peak > self.samples.aim:
+            self._too_large = True
             self._split(int(rows * self.samples.aim / peak))
             return
         self.samples.learn(count, peak, meter.produced, meter.operations)
@@ -71,7 +72,7 @@ class Plan:
 
     def sample_done(self, rows: int) -> None:
         """All rows of a sample are there: go on with whole samples if they fit."""
-        if self.rows is not None and self.rows.adapts and self.rows.size >= rows:
+        if self.rows is not None and self.rows.adapts and self.rows.size >= rows and not self._too_large:
             self.rows = None
 
     def shrink(self, count: int, rows: int) -> bool:
@@ -101,11 +102,12 @@ class Plan:
     @property
     def state(self) -> list[Any]:
         """All that was learnt, in terms that a file can hold."""
-        return [self.samples.state, None if self.rows is None else [self.rows.adapts, *self.rows.state]]
+        rows = None if self.rows is None else [self.rows.adapts, *self.rows.state]
+        return [self.samples.state, rows, self._too_large]
 
     @state.setter
     def state(self, state: list[Any]) -> None:
-        self.samples.state, rows = state
+        self.samples.state, rows, self._too_large = state
         self._restored = True
         self.rows = None
         if rows is not None:

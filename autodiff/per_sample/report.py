@@ -42,6 +42,8 @@ class Report:
         self.seconds = time.perf_counter() - self._started
 
     def __repr__(self) -> str:
+        if not self.chunks and self.resumed_at:
+            return f"{self.what}: nothing was left to do, {self.resumed_at} samples were there"
         size = f"{self.smallest}" if self.smallest == self.largest else f"{self.smallest} to {self.largest}"
         rows = f", up to {self.rows} rows at a time" if self.rows else ""
         parts = [f"{self.samples} samples in {self.chunks} chunks of {size}{rows}"]

@@ -201,9 +201,11 @@ def test_integers_cannot_be_marked() -> None:
         ad.per_sample(func, on_error="nan")(torch.tensor([1.0, float("inf"), 2.0]))
 
 
-def test_an_error_of_the_call_is_not_a_sample_s() -> None:
+@pytest.mark.parametrize("transform", [ad.hessian, ad.grad])
+@pytest.mark.parametrize("options", [{}, {"row_chunk_size": 2}])
+def test_an_error_of_the_call_is_not_a_sample_s(transform: Any, options: Any) -> None:
     with pytest.raises(ad.errors.ArgnumsError):
-        ad.per_sample(ad.hessian(square, argnums=5), (None, 0))(W, X)
+        ad.per_sample(transform(square, argnums=5), (None, 0), **options)(W, X)
 
 
 def test_results_beyond_the_budget_are_refused_early() -> None:
@@ -212,6 +214,39 @@ def test_results_beyond_the_budget_are_refused_early() -> None:
     with pytest.raises(BudgetError, match=r"10 samples take 360 B, more than the 200 B.*out='file.npy'"):
         curvature(W, X)
     assert calls == [1]
+
+
+def test_results_in_memory_count() -> None:
+    """16 kB of results leave 4 kB for the chunks; on disk they would have 20 kB."""
+    x = torch.randn(40, 10)
+    curvature = ad.per_sample(ad.hessian(lambda x: (x**3).sum()), memory=20_000)
+    curvature(x)
+    assert curvature.report.peak <= 4000
+    assert sum(1 for _ in curvature.stream(x)) > 3
+
+
+def test_rows_of_a_jacobian_are_split_once_it_is_known_to_be_large() -> None:
+    a = torch.randn(300, 20, dtype=torch.float64)
+    jacobian = ad.per_sample(ad.jacrev(lambda x: (a @ x).sin()), memory="100kB", as_matrix=True)
+    x = torch.randn(3, 20, dtype=torch.float64)
+    result = jacobian.map(lambda j: j[::50], x)
+    assert_close(result, ((x @ a.T).cos()[:, :, None] * a)[:, ::50])
+    assert 0 < jacobian.report.rows < 300
+
+
+@pytest.mark.parametrize(("budget", "splits"), [("56kB", False), ("30kB", True)])
+def test_rows_tell_whether_a_whole_sample_fits(budget: str, splits: bool) -> None:
+    """A sample's Hessian may be too large as far as one knows beforehand; its first rows tell."""
+    curvature = ad.per_sample(ad.hessian(lambda x: (x**3).sum()), memory=budget)
+    x, room = torch.randn(12, 60), torch.empty(12, 60, 60)
+    curvature(x, out=room)
+    assert_close(room, 6 * torch.diag_embed(x))
+    assert curvature.report.rows > 0
+    assert curvature.report.peak <= memory.parse("", budget)
+    ((_, rows, _),) = curvature._learnt.values()
+    assert (rows is not None) is splits
+    # A sample that was tried whole, and is too large, is not tried again.
+    assert curvature.report.chunks < 12 * 8
 
 
 def test_a_piece_beyond_the_budget_warns_once() -> None:

@@ -104,6 +104,7 @@ def test_a_resumed_run_is_bit_for_bit_one_run(
     assert torch.equal(one, three)
     assert STOP["calls"] - calls <= 1
     assert report.chunks == 0
+    assert "nothing was left to do, 20 samples were there" in repr(report)
 
 
 RUN = """
@@ -341,6 +342,20 @@ class Scaled:
         return (x * self.scale).sum()
 
 
+class Times(torch.nn.Module):
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+class Plus(Times):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.by
+
+
 GLOBAL = torch.ones(2)
 
 
@@ -375,6 +390,8 @@ def test_fingerprints_see_what_a_function_depends_on(monkeypatch: Any) -> None:
         (linear, torch.nn.Linear(2, 1)),
         (dropout.train(), torch.nn.Dropout(0.5).eval()),
         (dropout, torch.nn.Dropout(0.25).train()),
+        (Times(2.0), Times(3.0)),
+        (torch.nn.Sequential(Times(2.0)), torch.nn.Sequential(Plus(2.0))),
         (torch.ones(2), torch.ones(2, dtype=torch.float64)),
         (torch.ones(2, 1), torch.ones(1, 2)),
     ]

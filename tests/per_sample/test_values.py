@@ -149,7 +149,7 @@ def test_mixed_dtypes_become_one_matrix() -> None:
         assert_close(result[:, :2, :2], torch.zeros(4, 2, 2, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}])
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"chunk_size": None}])
 def test_a_plain_function_and_keyword_samples(options: Any) -> None:
     x, y = torch.randn(5, 3), torch.randn(3, 5)
     plain = ad.per_sample(lambda x, *, y: {"dot": x @ y, "tag": "same"}, {"x": 0, "y": 1}, **options)
