@@ -43,6 +43,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "jvp": lambda: (lambda x: ad.jvp(vector, (x,), (x,))[1], (X,)),
     "linearize": lambda: (lambda x: ad.linearize(vector, x)[1](x), (X,)),
     "jacrev": lambda: (ad.jacrev(vector), (X,)),
+    "jacrev in chunks": lambda: (ad.jacrev(vector, chunk_size=2), (X,)),
     "jacfwd": lambda: (ad.jacfwd(vector), (X,)),
     "hessian": lambda: (ad.hessian(scalar), (X,)),
     "hvp": lambda: (lambda x: ad.hvp(scalar, (x,), (x,))[1], (X,)),

@@ -229,8 +229,10 @@ def _zeros_like(model: Tensor, dim: int, length: int) -> Tensor:
 
 
 def _is_plain(tensor: Tensor) -> bool:
+    # A tracer can see no wrapper, and writes into no tensor either.
     return (
-        type(tensor) is Tensor
+        not _torch.compiling()
+        and type(tensor) is Tensor
         and tensor.layout is torch.strided
         and not tensor.requires_grad
         and not _torch.is_wrapped(tensor)
