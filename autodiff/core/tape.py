@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     # the leaves of aux.
     Recordable: TypeAlias = Callable[[Sequence[Tensor], Lift | None], tuple[list[Any], list[Any]]]
 
+_ALL = slice(None)
+
 
 class _Here(threading.local):
     """How many functions this thread is recording, each inside the one before."""
@@ -76,21 +78,24 @@ class Tape(ABC):
         self,
         cotangents: Sequence[Tensor | None],
         *,
+        only: slice = _ALL,
         retain_graph: bool = False,
         create_graph: bool | None = None,
     ) -> list[Tensor | None]:
         """A cotangent for each input, None where no output depends on it.
 
+        ``only`` says which inputs are asked for; nothing is computed for the others alone.
         ``create_graph=None`` makes a graph only when somebody outside can watch the result. A pull
         that makes a graph keeps the one that it reads, since the two share saved tensors.
         """
+        inputs = self.inputs[only]
         ends, seeds = [], []
         for end, cotangent in zip(self.ends, cotangents, strict=True):
             if cotangent is not None and end.requires_grad:
                 ends.append(end)
                 seeds.append(cotangent)
         if not ends:
-            return [None] * len(self.inputs)
+            return [None] * len(inputs)
         if create_graph is None:
             create_graph = (
                 torch.is_grad_enabled()
@@ -102,7 +107,7 @@ class Tape(ABC):
         return backward(
             ends,
             seeds,
-            self.inputs,
+            inputs,
             retain_graph=retain_graph or create_graph,
             create_graph=create_graph,
         )
@@ -259,6 +264,7 @@ class _TracedTape(Tape):
         self,
         cotangents: Sequence[Tensor | None],
         *,
+        only: slice = _ALL,
         retain_graph: bool = False,
         create_graph: bool | None = None,
     ) -> list[Tensor | None]:
@@ -267,7 +273,7 @@ class _TracedTape(Tape):
             torch.zeros_like(output) if cotangent is None else cotangent
             for output, cotangent in zip(self.outputs, cotangents, strict=True)
         ]
-        return list(self._pullback(tuple(filled)))
+        return list(self._pullback(tuple(filled)))[only]
 
     def _watched(self) -> bool:
         return True

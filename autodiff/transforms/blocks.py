@@ -132,10 +132,8 @@ class Recipe:
         for position, output in enumerate(tape.outputs):
             first, last = max(start - offset, 0), min(stop - offset, output.numel())
             if first < last:
-                pull = _of_group(_puller(self, tape), slice(position, position + 1), len(tape.outputs))
-                rows = _stacked(
-                    pull, [output], sizes_for(self.chunk_size, call.primals), bounds=(first, last)
-                )
+                pull = of_group(_puller(self, tape), slice(position, position + 1), len(tape.outputs))
+                rows = stacked(pull, [output], sizes_for(self.chunk_size, call.primals), bounds=(first, last))
                 blocks = [
                     basis.zeros(primal, (last - first, *primal.shape)) if of_primal is None else of_primal
                     for of_primal, primal in zip(rows, call.primals, strict=True)
@@ -179,7 +177,7 @@ def _rows(recipe: Recipe, call: Call) -> tuple[Blocks, list[Any]]:
             del last
             return move(tangents)
 
-        columns = _stacked(without_last, call.primals, sizes)
+        columns = stacked(without_last, call.primals, sizes)
         return _by_columns(call, outputs, columns), tape.aux
     pull = _puller(recipe, tape)
     if recipe.frugal is not None and not compiling():
@@ -187,8 +185,8 @@ def _rows(recipe: Recipe, call: Call) -> tuple[Blocks, list[Any]]:
     blocks: Blocks = []
     groups = _groups(outputs, call.primals)
     for group in groups:
-        pull_group = _of_group(pull, group, len(outputs), is_last=group is groups[-1])
-        rows = _stacked(pull_group, outputs[group], sizes)
+        pull_group = of_group(pull, group, len(outputs), is_last=group is groups[-1])
+        rows = stacked(pull_group, outputs[group], sizes)
         blocks += _by_rows(rows, outputs[group], call.primals)
     return blocks, tape.aux
 
@@ -220,7 +218,7 @@ def _groups(outputs: Sequence[Tensor], primals: Sequence[Tensor]) -> list[slice]
     return groups
 
 
-def _of_group(pull: Product, group: slice, count: int, *, is_last: bool = True) -> Product:
+def of_group(pull: Product, group: slice, count: int, *, is_last: bool = True) -> Product:
     """``pull`` of the cotangents of a group of outputs alone."""
     before, after = [None] * group.start, [None] * (count - group.stop)
 
@@ -246,16 +244,16 @@ def _frugal_blocks(pull: Product, tape: Tape, primals: Sequence[Tensor], *, batc
     count = len(tape.outputs)
     chunk_sizes = _frugal_chunks(tape, primals) if batched else [1] * count
     for position, (output, chunk_size) in enumerate(zip(tape.outputs, chunk_sizes, strict=True)):
-        pull_one = _of_group(pull, slice(position, position + 1), count)
+        pull_one = of_group(pull, slice(position, position + 1), count)
         try:
             with quiet_fallbacks():
-                rows = _stacked(pull_one, [output], Sizes(chunk_size))
+                rows = stacked(pull_one, [output], Sizes(chunk_size))
         except Exception:
             # Some backward passes cannot be batched: they read a value, or write in place. What they
             # raise then is theirs to choose.
             if chunk_size == 1:
                 raise
-            rows = _stacked(pull_one, [output], Sizes(1))
+            rows = stacked(pull_one, [output], Sizes(1))
         blocks += _by_rows(rows, [output], primals)
     return blocks
 
@@ -297,21 +295,23 @@ def _columns(recipe: Recipe, call: Call) -> tuple[Blocks, list[Any]]:
     draws: Randomness = "error" if recipe.randomness == "error" else "same"
     # Every chunk runs the function again, and has to see the same random numbers.
     rewind = None if recipe.chunk_size is None else remember_randomness()
-    columns = _stacked(pushed, call.primals, sizes_for(recipe.chunk_size, call.primals), draws)
+    columns = stacked(pushed, call.primals, sizes_for(recipe.chunk_size, call.primals), draws)
     return _by_columns(call, seen, columns), aux
 
 
-def _stacked(
+def stacked(
     product: Product,
     leaves: Sequence[Tensor],
     sizes: Sizes,
     randomness: Randomness = "same",
     bounds: tuple[int, int] | None = None,
+    keep: Callable[[Tensor, int], Tensor] = lambda rows, _: rows,
 ) -> list[Tensor | None]:
     """``product`` of every standard basis vector of the leaves' space, or of those in ``bounds``, stacked.
 
     A single vector needs no batch: its product is taken as it is. ``product`` is also told whether it
-    is called for the ``last`` time.
+    is called for the ``last`` time. ``keep`` is shown the products of each chunk and the number of its
+    first vector, and says what to keep of them before the next chunk is made.
     """
     first, end = (0, basis.size_of(leaves)) if bounds is None else bounds
     chunks = Chunks(end - first, sizes)
@@ -321,10 +321,12 @@ def _stacked(
         # A chunk of a learnt size may have to be repeated.
         last = bounds is None and stop == chunks.total and not sizes.adapts
         if stop - start > 1:
-            return over_rows(partial(product, last=last), vectors, stop - start, randomness)
-        # One vector, or none: then one product still says what the results would look like.
-        results = product([vector.squeeze(0) for vector in vectors], last=last)
-        return [None if result is None else result.unsqueeze(0)[: stop - start] for result in results]
+            results = over_rows(partial(product, last=last), vectors, stop - start, randomness)
+        else:
+            # One vector, or none: then one product still says what the results would look like.
+            results = product([vector.squeeze(0) for vector in vectors], last=last)
+            results = [None if result is None else result.unsqueeze(0)[: stop - start] for result in results]
+        return [None if result is None else keep(result, first + start) for result in results]
 
     count = 0
     for start, stop, pieces in chunks.each(of_rows):
