@@ -23,6 +23,10 @@ from autodiff.transforms.jacobian import jacobian as jacobian
 # Second derivatives.
 from autodiff.transforms.hessian import hessian as hessian
 from autodiff.transforms.hessian import hvp as hvp
+from autodiff.transforms.curvature import hessian_diagonal as hessian_diagonal
+from autodiff.transforms.curvature import hessian_block_diagonal as hessian_block_diagonal
+from autodiff.transforms.curvature import hessian_trace as hessian_trace
+from autodiff.transforms.curvature import hessian_eigenvalues as hessian_eigenvalues
 
 # Batches.
 from autodiff.transforms.vmap import vmap as vmap

@@ -79,6 +79,19 @@ def _curved(x: Tensor, w: Tensor) -> Tensor:
     return hessian(x, w) @ T
 
 
+def _diagonal(x: Tensor, w: Tensor) -> Tensor:
+    return 6 * w * x
+
+
+def _trace(x: Tensor, w: Tensor) -> Tensor:
+    return _diagonal(x, w).sum()
+
+
+def _two_largest(x: Tensor, w: Tensor) -> Tensor:
+    """Those at X and W, where the diagonal is 3, -18, -6: linear in w, as everything here."""
+    return _diagonal(x, w)[[0, 2]]
+
+
 FIRST = [
     Every("grad", lambda f, x: ad.grad(f)(x), gradient),
     Every("value_and_grad", lambda f, x: ad.value_and_grad(f)(x)[1], gradient),
@@ -110,6 +123,11 @@ SECOND = [
         if m != "forward-over-forward"
     ],
     Every("hessian-1", lambda f, x: ad.hessian(f, chunk_size=1)(x), hessian),
+    Every("hessian_diagonal", lambda f, x: ad.hessian_diagonal(f)(x), _diagonal),
+    Every("hessian_diagonal-1", lambda f, x: ad.hessian_diagonal(f, chunk_size=1)(x), _diagonal),
+    Every("hessian_block_diagonal", lambda f, x: ad.hessian_block_diagonal(f)(x), hessian),
+    Every("hessian_trace", lambda f, x: ad.hessian_trace(f)(x), _trace),
+    Every("hessian_eigenvalues", lambda f, x: ad.hessian_eigenvalues(f, 2)(x), _two_largest),
 ]
 BATCHED = [
     Every("vmap", lambda f, x: ad.vmap(f)(torch.stack([x, 2 * x])), _batch(cubic)),

@@ -55,6 +55,19 @@ def test_reverse_mode_runs_once_whatever_the_chunks(transform: Any, chunk_size: 
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 100])
+@pytest.mark.parametrize("transform", [ad.hessian_diagonal, ad.hessian_block_diagonal, ad.hessian_trace])
+def test_parts_of_a_hessian_run_it_once_whatever_the_chunks(transform: Any, chunk_size: int | None) -> None:
+    seen = []
+
+    def func(x: Tensor) -> Tensor:
+        seen.append(1)
+        return cubic(x)
+
+    transform(func, chunk_size=chunk_size)(X)
+    assert len(seen) == 1
+
+
 def test_products_do_not_run_the_function_again() -> None:
     seen = []
 

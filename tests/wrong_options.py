@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 import autodiff as ad
 from autodiff import errors
 from wrong_trees import P, Wrong, X, both, total
 
+CURVATURE = {
+    "hessian_diagonal": ad.hessian_diagonal,
+    "hessian_block_diagonal": ad.hessian_block_diagonal,
+    "hessian_trace": ad.hessian_trace,
+    "hessian_eigenvalues": partial(ad.hessian_eigenvalues, k=1),
+}
 ARGNUMS = [
     *[
         Wrong(
@@ -74,6 +82,15 @@ OUTPUTS = [
         errors.OutputError,
         ["hvp: Expected f(*args) to return a scalar", "(3,)"],
     ),
+    *[
+        Wrong(
+            f"vector output of {name}",
+            lambda transform=transform: transform(torch.sin)(X),
+            errors.OutputError,
+            [f"{name}: Expected f(*args) to return a scalar", "(3,)"],
+        )
+        for name, transform in CURVATURE.items()
+    ],
     Wrong(
         "tuple output of grad",
         **both("grad", lambda x: (x.sum(), x.sum())),
@@ -195,6 +212,15 @@ OUTPUTS = [
         errors.OutputError,
         ["hvp: output of function f should be a tuple"],
     ),
+    *[
+        Wrong(
+            f"no pair for has_aux of {name}",
+            lambda transform=transform: transform(torch.sum, has_aux=True)(X),
+            errors.OutputError,
+            [f"{name}: output of function f should be a tuple"],
+        )
+        for name, transform in CURVATURE.items()
+    ],
     Wrong(
         "no pair for has_aux of hessian",
         lambda: ad.hessian(torch.sum, has_aux=True)(X),
@@ -213,7 +239,10 @@ OPTIONS = [
             if name in ("jacrev", "vmap") and size == 0
             else None,
         )
-        for name in ("vmap", "jacrev", "jacfwd", "jacobian", "hessian")
+        for name in (
+            *("vmap", "jacrev", "jacfwd", "jacobian", "hessian"),
+            *("hessian_diagonal", "hessian_block_diagonal", "hessian_trace"),
+        )
         for size in (0, -1, True, 2.0, "all")
     ],
     Wrong(
@@ -233,6 +262,36 @@ OPTIONS = [
         lambda: ad.hvp(torch.sum, (X,), (X,), mode="forward-over-forward"),
         errors.OptionError,
         ["hvp: the allowed values for mode", "Got 'forward-over-forward'"],
+    ),
+    *[
+        Wrong(
+            f"k {k!r} of hessian_eigenvalues",
+            lambda k=k: ad.hessian_eigenvalues(torch.sum, k),
+            errors.OptionError,
+            ["hessian_eigenvalues: k is a positive int", f"got {k!r}", "at least one"],
+        )
+        for k in (0, -1, True, 2.0, None)
+    ],
+    *[
+        Wrong(
+            f"iterations {iterations!r} of hessian_eigenvalues",
+            lambda iterations=iterations: ad.hessian_eigenvalues(torch.sum, 1, iterations=iterations),
+            errors.OptionError,
+            ["hessian_eigenvalues: iterations is a positive int", f"got {iterations!r}", "None takes 20"],
+        )
+        for iterations in (0, True, "auto")
+    ],
+    Wrong(
+        "more eigenvalues than there are",
+        lambda: ad.hessian_eigenvalues(lambda p: (p["w"] ** 2).sum(), 4, wrt="w")(P),
+        errors.OptionError,
+        ["hessian_eigenvalues: k=4 eigenvalues are asked for", "the Hessian has 3", "Pass a smaller k"],
+    ),
+    Wrong(
+        "which of hessian_eigenvalues",
+        lambda: ad.hessian_eigenvalues(torch.sum, 1, which="SM"),
+        errors.OptionError,
+        ["hessian_eigenvalues: the allowed values for which are 'LA', 'SA', 'LM'", "Got 'SM'"],
     ),
     Wrong(
         "randomness of vmap",

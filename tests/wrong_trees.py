@@ -173,6 +173,20 @@ DTYPES = [
         error=errors.DtypeError,
         beats=["hessian: Expected all inputs to be real", "complex", "holomorphic=True"],
     ),
+    *[
+        Wrong(
+            f"complex input of {name}",
+            lambda name=name, k=k: getattr(ad, name)(lambda p: p[1].abs().sum(), *k)([X, Z]),
+            errors.DtypeError,
+            [f"{name}: expected real tensors", "args[0][1] of dtype torch.complex128", "view_as_real"],
+        )
+        for name, k in [
+            ("hessian_diagonal", ()),
+            ("hessian_block_diagonal", ()),
+            ("hessian_trace", ()),
+            ("hessian_eigenvalues", (1,)),
+        ]
+    ],
     Wrong(
         "complex output of jacrev",
         **both("jacrev", lambda x: x + 1j),

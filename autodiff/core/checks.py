@@ -46,6 +46,20 @@ def chunk_size(name: str, size: object) -> None:
     )
 
 
+def positive(name: str, option: str, value: object, meaning: str) -> None:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return
+    raise OptionError(f"{name}: {option} is a positive int, got {value!r}. {meaning}")
+
+
+def eigenvalue_count(name: str, k: int, size: int) -> None:
+    if k > size:
+        raise OptionError(
+            f"{name}: k={k} eigenvalues are asked for, where the Hessian has {size}: one for each number of the "
+            f"differentiated leaves. Pass a smaller k, or differentiate more leaves by argnums or wrt."
+        )
+
+
 def randomness(name: str, value: str) -> None:
     allowed(name, "randomness", value, ("error", "different", "same"), opening="Only allowed values")
 
@@ -182,6 +196,15 @@ def complex_pairing(name: str, tensors: Sequence[Tensor], holomorphic: bool | No
                 f"{name}: Expected all {kind} to be real but received complex tensor at flattened "
                 f"{kind[:-1]} idx: {position}. For a holomorphic function pass holomorphic=True; "
                 f"otherwise use torch.view_as_real of it."
+            )
+
+
+def real(name: str, tensors: Sequence[Tensor], path: Callable[[int], str]) -> None:
+    for position, tensor in enumerate(tensors):
+        if tensor.is_complex():
+            raise DtypeError(
+                f"{name}: expected real tensors wherever it differentiates, got {path(position)} of dtype "
+                f"{tensor.dtype}. Pass torch.view_as_real of it, or leave it out by argnums or wrt."
             )
 
 
