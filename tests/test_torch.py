@@ -60,6 +60,10 @@ CONTRACTS = {
     "torch._C._set_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._is_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._set_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
+    "torch._C._get_flash_sdp_enabled": "test_switches_of_attention_are_those_of_the_public_functions",
+    "torch._C._set_sdp_use_flash": "test_switches_of_attention_are_those_of_the_public_functions",
+    "torch._C._get_math_sdp_enabled": "test_switches_of_attention_are_those_of_the_public_functions",
+    "torch._C._set_sdp_use_math": "test_switches_of_attention_are_those_of_the_public_functions",
     "torch._VF._make_dual": "test_dual_tensors_are_made_and_opened",
     "torch._VF._unpack_dual": "test_dual_tensors_are_made_and_opened",
     "autograd_graph._engine_run_backward": "test_engine_is_called_like_autograd_grad",
@@ -350,6 +354,19 @@ def test_torch_registers_its_classes_with_optree_under_its_namespace() -> None:
     """torch.utils._cxx_pytree puts torch's own containers into optree's namespace "torch"."""
     result = torch.max(X, 0)
     assert len(optree.tree_leaves(result, namespace="torch")) == 2
+
+
+def test_switches_of_attention_are_those_of_the_public_functions() -> None:
+    """The kernels of scaled_dot_product_attention are switched for the process, on the CPU as well."""
+    pairs = (
+        (torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash, torch.backends.cuda.flash_sdp_enabled),
+        (torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math, torch.backends.cuda.math_sdp_enabled),
+    )
+    for is_on, switch, public in pairs:
+        assert is_on() is public() is True
+        switch(False)
+        assert is_on() is public() is False
+        switch(True)
 
 
 def test_dispatch_mode_sees_operations_beneath_transforms() -> None:

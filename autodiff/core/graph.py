@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 # cdist with three or more rows; masked_select and its double backward with a mask larger than the input.
 _WRONG_IN_BATCHES = frozenset({"CdistBackward0", "MaskedSelectBackward0", "MaskedScatterBackward0"})
 # The second derivatives of layer_norm, and of batch_norm and instance_norm.
-_WRITE_IN_PLACE = ("NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
+_WRITE_IN_PLACE = frozenset(
+    {
+        "NativeLayerNormBackwardBackward0",
+        "NativeBatchNormBackwardBackward0",
+        "CudnnBatchNormBackwardBackward0",
+        "MiopenBatchNormBackwardBackward0",
+    }
+)
 
 
 def nodes(ends: Iterable[Any], *, terminal: bool = False) -> list[Any]:
@@ -49,14 +56,19 @@ def has_custom_gradient(ends: Sequence[Any]) -> bool:
     return any(isinstance(node, BackwardCFunction) for node in nodes(ends))
 
 
-def has_linalg(ends: Sequence[Any]) -> bool:
-    """Whether an operation of torch.linalg stands in the graph."""
-    return any(type(node).__name__.startswith("Linalg") for node in nodes(ends))
+def kinds(ends: Iterable[Any]) -> set[str]:
+    """The names of the nodes of the graph."""
+    return {type(node).__name__ for node in nodes(ends)}
 
 
-def writes_over_cotangents(ends: Sequence[Any]) -> bool:
-    """Whether the backward of an operation in the graph writes in place to what it makes of its cotangent."""
-    return any(type(node).__name__.startswith(_WRITE_IN_PLACE) for node in nodes(ends))
+def has_linalg(kinds: Iterable[str]) -> bool:
+    """Whether an operation of torch.linalg is among the nodes."""
+    return any(kind.startswith("Linalg") for kind in kinds)
+
+
+def writes_over_cotangents(kinds: Iterable[str]) -> bool:
+    """Whether the pullback of one of the nodes writes in place to what it makes of its cotangent."""
+    return not _WRITE_IN_PLACE.isdisjoint(kinds)
 
 
 def is_wrong_in_batches(ends: Sequence[Any]) -> bool:

@@ -59,11 +59,13 @@ class Tape(ABC):
 
         ``twice`` says that somebody may pull back what a pull of this tape gives.
         """
-        outside = _here.recording
+        # The thread's own dict: attributes of a threading.local take three times as long.
+        here = _here.__dict__
+        outside = here.get("recording", 0)
         # A pull runs again what stands in torch.utils.checkpoint, and has to find attention as it was here.
         # What a nested tape recorded runs again outside of it too, where nothing can be done for it.
         self._unfused = twice and outside == 0
-        _here.recording = outside + 1
+        here["recording"] = outside + 1
         try:
             if twice:
                 with attention.unfused:
@@ -71,7 +73,7 @@ class Tape(ABC):
             else:
                 self.ends, aux = func(self.inputs, lift)
         finally:
-            _here.recording = outside
+            here["recording"] = outside
         return aux
 
     def pull(
@@ -88,7 +90,7 @@ class Tape(ABC):
         ``create_graph=None`` makes a graph only when somebody outside can watch the result. A pull
         that makes a graph keeps the one that it reads, since the two share saved tensors.
         """
-        inputs = self.inputs[only]
+        inputs = self.inputs if only is _ALL else self.inputs[only]
         ends, seeds = [], []
         for end, cotangent in zip(self.ends, cotangents, strict=True):
             if cotangent is not None and end.requires_grad:
@@ -122,17 +124,24 @@ class Tape(ABC):
 
 
 def record(
-    func: Recordable, primals: Sequence[Tensor], *, private: Sequence[Tensor] = (), twice: bool = False
+    func: Recordable,
+    primals: Sequence[Tensor],
+    *,
+    private: Sequence[Tensor] = (),
+    twice: bool = False,
+    inner: bool = False,
 ) -> Tape:
     """Run ``func`` once on the primals, and keep the way back.
 
     ``private`` are inputs of other tapes that belong to the same transform: a graph that ends in one
     of them is watched by nobody. ``twice`` says that a pull of the tape will be pulled back itself.
+    ``inner`` says that the primals are the inputs of another tape of the same transform, which ``func`` has
+    no other way to: then they need no view to be told apart by.
     """
     if _torch.compiling():
         return _TracedTape(func, primals)
     if _torch.on_ground():
-        return _GroundTape(func, primals, private, twice)
+        return _GroundTape(func, primals, private, twice, inner)
     return _LevelTape(func, primals, twice)
 
 
@@ -149,16 +158,21 @@ class _GroundTape(Tape):
     __slots__ = ("_known", "_private")
 
     def __init__(
-        self, func: Recordable, primals: Sequence[Tensor], private: Sequence[Tensor], twice: bool
+        self,
+        func: Recordable,
+        primals: Sequence[Tensor],
+        private: Sequence[Tensor],
+        twice: bool,
+        inner: bool,
     ) -> None:
         recording = torch.is_grad_enabled()
         with _torch.Recording():
             self.inputs, views, watched = [], [], False
             for primal in primals:
-                entered = _enter(primal)
+                entered = primal if inner else _enter(primal)
                 self.inputs.append(entered)
                 watched = watched or primal.requires_grad
-                if entered.is_leaf:
+                if entered.is_leaf and not inner:
                     entered.autodiff_tape = weakref.ref(self)  # type: ignore[attr-defined]
                 # torch refuses writes to a leaf and to a view of one.
                 if not primal.is_leaf:
@@ -213,12 +227,13 @@ class _LevelTape(Tape):
     interpreter less than they do in torch.func.grad.
     """
 
-    __slots__ = ()
+    __slots__ = ("_kinds",)
 
     def __init__(self, func: Recordable, primals: Sequence[Tensor], twice: bool) -> None:
         twice = (
             twice or recorded_outside(primals) or _torch.grad_level_active() or _torch.forward_level_active()
         )
+        self._kinds: set[str] | None = None
         with _torch.grad_level() as level:
             self.inputs = [_torch.wrap_watched(primal, level) for primal in primals]
             aux = self._run(func, lambda tensor: _torch.wrap(tensor, level), twice)
@@ -226,17 +241,20 @@ class _LevelTape(Tape):
             self.aux = [_torch.unwrap(leaf, level) for leaf in aux]
 
     def pull(self, cotangents: Sequence[Tensor | None], **options: Any) -> list[Tensor | None]:
-        if graph.writes_over_cotangents(self.ends):
+        if self._kinds is None:
+            self._kinds = graph.kinds(self.ends)
+        if graph.writes_over_cotangents(self._kinds):
             # vmap refuses where what is written to is not batched and what is written is.
             pairs = zip(cotangents, self.outputs, strict=True)
             cotangents = [None if c is None else c + torch.zeros_like(output) for c, output in pairs]
         return super().pull(cotangents, **options)
 
     def _needs_grad_mode(self) -> bool:
-        # Without grad mode, linalg's formulas reuse the factors that forward saved. These have no
-        # tangent; and with factors of the outer of two batches and a right-hand side of the inner one
-        # torch's solve is silently wrong, as in vmap(hessian(logdet)).
-        return _torch.forward_level_active() or graph.has_linalg(self.ends)
+        # Without grad mode, linalg's formulas reuse the factors that forward saved, and silu, mish and
+        # group_norm use a fused backward. Neither carries a tangent; and with factors of the outer of two
+        # batches and a right-hand side of the inner one torch's solve is silently wrong, as in
+        # vmap(hessian(logdet)).
+        return _torch.forward_level_active() or graph.has_linalg(self._kinds or ())
 
     def _watched(self) -> bool:
         return _torch.grad_level_active() or any(

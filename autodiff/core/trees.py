@@ -27,11 +27,12 @@ LEAF = optree.treespec_leaf(none_is_leaf=True, namespace=NAMESPACE)
 
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
     """Leaves and structure. An object of an unregistered class, and None, are leaves."""
-    if isinstance(tree, Tensor) and not compiling():
-        # Most trees are one tensor, and every transform flattens several: 0.2 us instead of 1.0.
-        return [tree], LEAF
-    if not compiling() and len(torch_registry) != _mirrored:
-        _mirror_torchs_classes()
+    if not compiling():
+        if isinstance(tree, Tensor):
+            # Most trees are one tensor, and every transform flattens several: 0.2 us instead of 1.0.
+            return [tree], LEAF
+        if len(torch_registry) != _mirrored:
+            _mirror_torchs_classes()
     return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
 
 

@@ -55,18 +55,20 @@ def by_mode(
     randomness: Randomness = "same",
     frugal: Callable[[], bool] | None = None,
     wrt: Wrt = None,
+    inner: bool = False,
 ) -> Callable[..., Any]:
     """A Jacobian under the public name that the user called.
 
     ``frugal`` pulls rows in batches that take about the memory of single rows, and row by row where
     they cannot be batched, or where, asked after the function ran, it says no. ``holomorphic=None``
-    takes any dtypes, with torch's own convention.
+    takes any dtypes, with torch's own convention. ``inner`` says that it is only called by another Jacobian
+    of the same transform.
     """
     checks.chunk_size(name, chunk_size)
     checks.allowed(name, "mode", mode, ("auto", "reverse", "forward"))
     checks.randomness(name, randomness)
     recipe = Recipe(
-        name, func, argnums, mode, has_aux, chunk_size, holomorphic, strict, randomness, frugal, wrt
+        name, func, argnums, mode, has_aux, chunk_size, holomorphic, strict, randomness, frugal, wrt, inner
     )
 
     @wraps(func)
@@ -104,6 +106,7 @@ class Recipe:
     randomness: Randomness
     frugal: Callable[[], bool] | None
     wrt: Wrt
+    inner: bool
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """One call, checked at the door."""
@@ -145,7 +148,7 @@ class Recipe:
 
 def _recorded(recipe: Recipe, call: Call) -> Tape:
     """One evaluation, its outputs checked."""
-    tape = record(call.evaluate, call.primals, twice=recipe.mode == "auto")
+    tape = record(call.evaluate, call.primals, twice=recipe.mode == "auto", inner=recipe.inner)
     any_dtype = recipe.holomorphic is None
     checks.tensor_outputs(call.name, tape.outputs, call.path_of_output, any_dtype=any_dtype)
     checks.complex_pairing(call.name, tape.outputs, recipe.holomorphic, "outputs")

@@ -98,7 +98,7 @@ def hessian(
             outer, inner = "forward", "forward"
         case _:
             assert_never(mode)
-    first = by_mode("hessian", func, argnums, inner, has_aux, None, holomorphic, strict, wrt=wrt)
+    first = by_mode("hessian", func, argnums, inner, has_aux, None, holomorphic, strict, wrt=wrt, inner=True)
     return by_mode("hessian", first, argnums, outer, has_aux, chunk_size, holomorphic, strict, wrt=wrt)
 
 
@@ -204,7 +204,7 @@ def _gradient(
     strict: bool = False,
     look: Callable[[Tape], None] = lambda _: None,
 ) -> tuple[list[Any], list[Any]]:
-    tape = record(_lifted_by(lift, call), leaves)
+    tape = record(_lifted_by(lift, call), leaves, inner=True)
     look(tape)
     checks.scalar_output(call.name, call.out_spec, tape.outputs)
     pulled = tape.pull([torch.ones_like(tape.outputs[0])])
