@@ -56,18 +56,18 @@ class Sizes:
         self.adapts = self.learning = size == "auto"
         self.size: float = first if size == "auto" else float("inf") if size is None else size
         self.device = device
-        self._budget = budget
+        self.budget = budget
         self._seen: list[int] | None = None
 
     @property
     def aim(self) -> float:
         """The peak that a chunk should have at most."""
-        aim = _FILL * self._budget
+        aim = _FILL * self.budget
         return aim if self.device.type != "cpu" else min(aim, _ENOUGH_AT_ONCE)
 
     def reserve(self, size: int) -> None:
         """Take so many bytes out of the budget."""
-        self._budget -= size
+        self.budget -= size
         if self.adapts and self._seen is not None:
             self.size = max(1, int(min(self.size, self._seen[0] * self.aim / max(self._seen[1], 1))))
 
@@ -113,11 +113,11 @@ class Sizes:
     @property
     def state(self) -> list[Any]:
         """All that was learnt, in terms that a file can hold."""
-        return [self.size, self.learning, self._seen, self._budget]
+        return [self.size, self.learning, self._seen, self.budget]
 
     @state.setter
     def state(self, state: list[Any]) -> None:
-        self.size, self.learning, self._seen, self._budget = state
+        self.size, self.learning, self._seen, self.budget = state
 
 
 def sizes_for(chunk_size: ChunkSize, leaves: Iterable[Any]) -> Sizes:

@@ -99,6 +99,12 @@ class Plan:
                 stacklevel=2,
             )
 
+    def go_on_from(self, state: list[Any]) -> None:
+        """Begin with the sizes that another run learnt, within this run's own budget."""
+        self.state = state
+        for sizes in filter(None, (self.samples, self.rows)):
+            sizes.budget = self.budget
+
     @property
     def state(self) -> list[Any]:
         """All that was learnt, in terms that a file can hold."""

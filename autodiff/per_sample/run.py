@@ -257,7 +257,7 @@ class Run:
         """Begin with the chunk sizes learnt in an earlier run on such samples, and keep those of this one."""
         kind, plan = self._first.kind(), self._engine.plan
         if kind in self._learnt:
-            plan.state = self._learnt[kind]
+            plan.go_on_from(self._learnt[kind])
         yield
         self._learnt.clear()
         self._learnt[kind] = plan.state

@@ -222,6 +222,10 @@ def test_results_in_memory_count() -> None:
     curvature = ad.per_sample(ad.hessian(lambda x: (x**3).sum()), memory=20_000)
     curvature(x)
     assert curvature.report.peak <= 4000
+    largest = curvature.report.largest
+    for _ in range(5):  # each has the whole budget again
+        curvature(x)
+    assert curvature.report.largest == largest > 1
     assert sum(1 for _ in curvature.stream(x)) > 3
 
 
