@@ -55,7 +55,7 @@ class Work:
         def current(*args: Any, **kwargs: Any) -> Any:
             return self._run(*args, **kwargs)
 
-        return Mapped(current, self._in_dims, 0, args, kwargs)
+        return Mapped(current, self._in_dims, 0, args, kwargs, name="per_sample")
 
     def samples(self, batch: Mapped, start: int, stop: int) -> Result:
         """The results of samples ``start`` to ``stop``."""

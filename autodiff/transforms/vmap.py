@@ -113,7 +113,7 @@ def vmap(
 class Mapped:
     """One call of a function under vmap: leaves with their dims, and how to put results together."""
 
-    __slots__ = ("_func", "_out_dims", "_spec", "dims", "leaves", "out_dims", "out_spec", "size")
+    __slots__ = ("_func", "_name", "_out_dims", "_spec", "dims", "leaves", "out_dims", "out_spec", "size")
 
     out_spec: Spec
     out_dims: list[int | None]
@@ -125,15 +125,16 @@ class Mapped:
         out_dims: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        name: str = "vmap",
     ) -> None:
-        self._func, self._out_dims = func, out_dims
-        self.leaves, self.dims, self._spec, where = _batched_leaves(func, in_dims, args, kwargs)
+        self._func, self._out_dims, self._name = func, out_dims, name
+        self.leaves, self.dims, self._spec, where = _batched_leaves(name, func, in_dims, args, kwargs)
         mapped = [
             (path, leaf.shape[dim])
             for path, leaf, dim in zip(where, self.leaves, self.dims, strict=True)
             if dim is not None
         ]
-        mapped_dims.batch_sizes("vmap", [path for path, _ in mapped], [size for _, size in mapped])
+        mapped_dims.batch_sizes(self._name, [path for path, _ in mapped], [size for _, size in mapped])
         self.size = mapped[0][1]
 
     def blank(self) -> Mapped:
@@ -241,7 +242,7 @@ class Mapped:
             dims = result.dim() + 1
             if dim is None or not -dims <= dim < dims:
                 path = trees.paths(self.out_spec, "output")[position]
-                mapped_dims.out_dim("vmap", path, dim, result, batched[position])
+                mapped_dims.out_dim(self._name, path, dim, result, batched[position])
             self.out_dims.append(dim if dim is None else dim % dims)
         return self.out_dims
 
@@ -254,7 +255,7 @@ class Mapped:
             prefix = prefix[0]
         values = trees.broadcast(prefix, self.out_spec)
         if values is None:
-            mapped_dims.out_dims_fit("vmap", self._out_dims, self.out_spec)
+            mapped_dims.out_dims_fit(self._name, self._out_dims, self.out_spec)
         return [dim for dim, _ in values]
 
 
@@ -267,22 +268,22 @@ def _differing(results: Sequence[Any], before: Sequence[Any]) -> list[bool]:
 
 
 def _batched_leaves(
-    func: Callable[..., Any], in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    name: str, func: Callable[..., Any], in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Any], list[int | None], Spec, list[str]]:
     """The leaves of ``(args, kwargs)``, the dim and the path of each, and the structure."""
-    mapped_dims.in_dims_type("vmap", in_dims)
+    mapped_dims.in_dims_type(name, in_dims)
     if not args and not kwargs:
-        mapped_dims.no_inputs("vmap")
+        mapped_dims.no_inputs(name)
     leaves, spec = trees.flatten((args, kwargs))
     args_spec, kwargs_spec = spec.children()
     if isinstance(in_dims, dict):
-        positions, named = _by_name(func, in_dims, args, kwargs)
+        positions, named = _by_name(name, func, in_dims, args, kwargs)
     else:
         positions, named = in_dims, dict.fromkeys(kwargs)
     of_args = trees.broadcast(positions, args_spec)
     of_kwargs = trees.broadcast(named, kwargs_spec)
     if of_args is None or of_kwargs is None:
-        mapped_dims.in_dims_fit("vmap", in_dims, args_spec)
+        mapped_dims.in_dims_fit(name, in_dims, args_spec)
     where = trees.paths(args_spec, "args") + trees.paths(kwargs_spec, "kwargs")
     dims: list[int | None] = []
     alone = [child.is_leaf() for child in args_spec.children() for _ in range(child.num_leaves)]
@@ -295,18 +296,22 @@ def _batched_leaves(
         if not isinstance(leaf, Tensor) and not exact and not top:
             dims.append(None)
             continue
-        mapped_dims.in_dim("vmap", in_dims, path, dim, leaf)
+        mapped_dims.in_dim(name, in_dims, path, dim, leaf)
         dims.append(dim if dim is None else dim % leaf.dim())
     return leaves, dims, spec, where
 
 
 def _by_name(
-    func: Callable[..., Any], in_dims: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    name: str,
+    func: Callable[..., Any],
+    in_dims: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The dims that a dict names, for the positional and for the keyword arguments."""
     names = parameter_names(func)[: len(args)]
-    for name in in_dims:
-        if name not in names and name not in kwargs:
-            mapped_dims.in_dims_name("vmap", name, [*names, *kwargs])
+    for unknown in in_dims:
+        if unknown not in names and unknown not in kwargs:
+            mapped_dims.in_dims_name(name, unknown, [*names, *kwargs])
     positions = [in_dims.get(name) for name in names] + [None] * (len(args) - len(names))
     return tuple(positions), {key: in_dims.get(key) for key in kwargs}

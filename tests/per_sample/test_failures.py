@@ -324,8 +324,19 @@ def test_wrong_sources() -> None:
         ad.per_sample(lambda w, x, y: w @ x * y, (None, 0, 0))(W, iter([(X, X, X)]))
     with pytest.raises(BatchError, match="every argument is mapped, but 1 more"):
         ad.per_sample(torch.dot)(W, iter([X]))
-    with pytest.raises(BatchError, match="Expected all tensors to have the same size"):
+    with pytest.raises(BatchError, match="per_sample: Expected all tensors to have the same size"):
         ad.per_sample(torch.dot)(X, X[:3])
+
+
+def test_wrong_in_dims_are_per_sample_s() -> None:
+    for in_dims, text in (
+        ((0,), "not compatible"),
+        ("x", "expected `in_dims`"),
+        ((None, 5), "Got in_dim=5"),
+        ({"z": 0}, "'z'"),
+    ):
+        with pytest.raises(BatchError, match=rf"^per_sample.*{text}"):
+            ad.per_sample(ad.hessian(square), in_dims)(W, X)
 
 
 def test_iterables_of_batches() -> None:

@@ -107,6 +107,20 @@ def test_a_resumed_run_is_bit_for_bit_one_run(
     assert "nothing was left to do, 20 samples were there" in repr(report)
 
 
+@pytest.mark.usefixtures("every_chunk_is_entered")
+@pytest.mark.parametrize("stop", [2, 3, 4, 5, 8])
+def test_a_reduced_run_resumes_where_a_sample_begins(stop: int, tmp_path: Path, stop_after: Any) -> None:
+    """Rows of a sample that is not whole are not on disk: they are computed again."""
+    curvature = ad.per_sample(ad.hessian(stopping), (None, 0), as_matrix=True, row_chunk_size=1)
+    expected = curvature.map(torch.trace, W, X)
+    stop_after(stop)
+    with pytest.raises(Interrupted):
+        curvature.map(torch.trace, W, X, out=tmp_path / "traces.npy")
+    stop_after(10**9)
+    assert torch.equal(curvature.map(torch.trace, W, X, out=tmp_path / "traces.npy"), expected)
+    assert curvature.report.resumed_at == stop // 3
+
+
 RUN = """
 import sys, time, torch
 import autodiff as ad
