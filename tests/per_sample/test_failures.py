@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import autodiff as ad
 from autodiff.core import _torch, memory
 from autodiff.errors import BatchError, BudgetError, BudgetWarning, OptionError, SampleError, ShapeError
+from autodiff.per_sample import sources
 
 W = torch.tensor([1.0, 2.0, -1.0])
 X = torch.arange(30.0).view(10, 3) / 10
@@ -227,6 +228,34 @@ def test_results_in_memory_count() -> None:
         curvature(x)
     assert curvature.report.largest == largest > 1
     assert sum(1 for _ in curvature.stream(x)) > 3
+
+
+def test_what_is_held_besides_a_chunk_counts() -> None:
+    """A loop holds the last chunk while the next is computed, and a matrix is put together beside its blocks."""
+    x, room = torch.randn(64, 10), torch.empty(64, 10, 10)
+    largest = {}
+    for matrix in (False, True):
+        for way in ("out", "stream", "map"):
+            curvature = ad.per_sample(ad.hessian(lambda x: (x**3).sum()), memory=12_000, as_matrix=matrix)
+            match way:
+                case "out":
+                    curvature(x, out=room)
+                case "stream":
+                    assert sum(len(chunk.result) for chunk in curvature.stream(x)) == 64
+                case _:
+                    curvature.map(torch.trace, x)
+            largest[way, matrix] = curvature.report.largest
+    assert largest["stream", False] < largest["out", False] == largest["map", False]
+    assert largest["stream", True] < largest["map", True] < largest["out", True]
+
+
+def test_a_loader_tells_how_many_samples_it_will_give() -> None:
+    count = sources._count
+    data = torch.utils.data.TensorDataset(X)
+    assert count(torch.utils.data.DataLoader(data, batch_size=4)) == 10
+    assert count(torch.utils.data.DataLoader(data, batch_size=4, drop_last=True)) == 8
+    assert count(torch.utils.data.DataLoader(data, batch_size=4, sampler=[1, 2, 3])) == 3
+    assert count(iter([X])) is None
 
 
 def test_rows_of_a_jacobian_are_split_once_it_is_known_to_be_large() -> None:
