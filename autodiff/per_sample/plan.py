@@ -87,7 +87,8 @@ class Plan:
         return True
 
     def _split(self, first: int) -> None:
-        self.rows = Sizes("auto", self.budget, device=self._device, first=max(1, first))
+        # What is left of the budget: results may stay in memory.
+        self.rows = Sizes("auto", self.samples.budget, device=self._device, first=max(1, first))
 
     def _warn(self, peak: int, *, smallest: bool) -> None:
         if smallest and peak > self.budget and not self._warned:

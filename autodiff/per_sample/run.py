@@ -220,9 +220,9 @@ class Run:
                     sink.put_nan(piece.start)
                 continue
             if sink.template is None:
-                sink.open(piece.rows.template if isinstance(piece, SomeRows) else _template(piece))
-                for sample in self._early:
-                    sink.put_nan(sample)
+                self._open_with(
+                    sink, piece.rows.template if isinstance(piece, SomeRows) else _template(piece)
+                )
             if isinstance(piece, SomeRows):
                 sink.put_rows(piece.sample, piece.rows)
             elif piece.result is not None:
@@ -237,10 +237,20 @@ class Run:
         sound = next((at for at in range(batch.size) if at not in self.report.failed), None)
         if sound is None:
             self._all_failed()
+        if self._work.splits and reduce is None:
+            # One row shows as much, where a whole sample may be too large.
+            self._open_with(sink, self._work.rows(batch, sound, 0, 1).template)
+            return
         pieces: list[Piece] = [Samples(0, 0, self._work.samples(batch, sound, sound + 1))]
         (piece,) = self._reduced(pieces, reduce)
         assert isinstance(piece, Samples)
-        sink.open(_template(piece))
+        self._open_with(sink, _template(piece))
+
+    def _open_with(self, sink: Sink, template: Template) -> None:
+        sink.open(template)
+        for sample in self._early:
+            sink.put_nan(sample)
+        self._early.clear()
 
     def _all_failed(self) -> NoReturn:
         first, why = next(iter(self.report.failed.items()))

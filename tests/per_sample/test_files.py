@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import autodiff as ad
+from autodiff.core import _torch
+from autodiff.core.memory import Meter
 from autodiff.errors import DtypeError, OptionError, ResumeError
 from autodiff.per_sample import files
 from autodiff.per_sample.fingerprint import fingerprint
@@ -280,6 +282,64 @@ def test_a_torn_entry_and_a_removed_file(
     path.unlink()
     journal.write_text('{"per_sam')
     assert torch.equal(curvature(W, X, out=path), expected)
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_samples_that_all_fail_after_a_stop_are_filled(
+    stop: int, tmp_path: Path, stop_after: Any, every_chunk_is_entered: None
+) -> None:
+    """The resumed run sees no sample that shows what a result looks like, and knows it all the same."""
+    x = X[:12].clone()
+    x[3 * stop :] = float("nan")
+    curvature = ad.per_sample(ad.hessian(stopping), (None, 0), chunk_size=3, on_error="nan")
+    expected = curvature(W, x)
+    assert expected[3 * stop :].isnan().all()
+    stop_after(stop)
+    with pytest.raises(Interrupted):
+        curvature(W, x, out=tmp_path / "h.npy")
+    stop_after(10**9)
+    assert_close(curvature(W, x, out=tmp_path / "h.npy"), expected, equal_nan=True)
+    assert list(curvature.report.failed) == list(range(3 * stop, 12))
+
+
+def test_a_run_whose_rest_raises_is_filled(
+    tmp_path: Path, stop_after: Any, every_chunk_is_entered: None
+) -> None:
+    """As above, where the function raises on every sample that is left: no piece has a result."""
+
+    def fails_later(w: Tensor, x: Tensor) -> Tensor:
+        if bool(_torch.bottom(x).isnan().any()):
+            raise ValueError("no number")
+        return stopping(w, x)
+
+    x = X[:9].clone()
+    x[3:] = float("nan")
+    curvature = ad.per_sample(ad.hessian(fails_later), (None, 0), chunk_size=3, on_error="nan")
+    expected = curvature(W, x)
+    path = tmp_path / "h.npy"
+    with pytest.MonkeyPatch.context() as patched:
+        commit = files.FileSink.commit
+
+        def commit_and_stop(self: Any, *args: Any, **options: Any) -> None:
+            commit(self, *args, **options)
+            raise Interrupted
+
+        patched.setattr(files.FileSink, "commit", commit_and_stop)
+        with pytest.raises(Interrupted):
+            curvature(W, x, out=path)
+    assert_close(curvature(W, x, out=path), expected, equal_nan=True)
+    assert curvature.report.resumed_at == 3
+
+
+def test_a_complete_run_of_rows_is_opened_by_a_row(tmp_path: Path) -> None:
+    """A sample that is too large as a whole is not computed as a whole to see what it looks like."""
+    x = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
+    curvature = ad.per_sample(ad.hessian(lambda x: (x**3).sum()), memory="60kB")
+    expected = curvature(x, out=tmp_path / "h.npy")
+    with Meter(torch.device("cpu")) as meter:
+        again = curvature(x, out=tmp_path / "h.npy")
+    assert torch.equal(again, expected)
+    assert meter.peak < 60_000 < 200 * 200 * 4
 
 
 def test_one_file_holds_one_tensor(tmp_path: Path) -> None:
