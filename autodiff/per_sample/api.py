@@ -163,16 +163,26 @@ class PerSample:
         Returns:
             An iterator of chunks, in the order of the samples.
         """
-        return self._run(args, kwargs, held=1 + self._options.as_matrix).stream()
+        return self._run(args, kwargs, held=1 + self._options.as_matrix, assembled=2).stream()
 
     def _collected(
         self, reduce: Callable[[Any], Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> Any:
         # What is reduced is a matrix besides its blocks.
         held = 0 if reduce is None else int(self._options.as_matrix)
-        return self._run(args, kwargs, held=held).collect(out, reduce)
+        assembled = 0 if reduce is None else 1
+        return self._run(args, kwargs, held=held, assembled=assembled).collect(out, reduce)
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, held: int) -> Run:
-        run = Run(self._func, self._in_dims, self._options, self._learnt, args, kwargs, held=held)
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, held: int, assembled: int) -> Run:
+        run = Run(
+            self._func,
+            self._in_dims,
+            self._options,
+            self._learnt,
+            args,
+            kwargs,
+            held=held,
+            assembled=assembled,
+        )
         self.report = run.report
         return run

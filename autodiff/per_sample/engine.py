@@ -141,7 +141,8 @@ class Engine:
         if self._work.splits:
             self._rows = self._work.rows_in(batch, template)
         held = self._held * count * template.bytes
-        self.plan.learn_samples(count, meter, held, self._rows if self._work.splits else 1)
+        rows = self._rows if self._work.splits else 1
+        self.plan.learn_samples(count, meter, held, rows, template.bytes)
         self._report.peak = max(self._report.peak, meter.peak)
 
     def _bisected(self, batch: Mapped, first: int, start: int, stop: int) -> list[Samples]:

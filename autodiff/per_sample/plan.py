@@ -23,13 +23,20 @@ class Plan:
     """The sizes of the chunks to come, on two axes.
 
     ``samples`` says how many samples are next. Where ``rows`` is not None, samples are computed one by
-    one, and it says how many of a sample's rows are next.
+    one, and it says how many of a sample's rows are next. Beside these rows there are ``assembled`` whole
+    results: one that they are put together to, and one that the caller may hold.
     """
 
     def __init__(
-        self, chunk_size: ChunkSize, row_chunk_size: ChunkSize, budget: int, device: torch.device
+        self,
+        chunk_size: ChunkSize,
+        row_chunk_size: ChunkSize,
+        budget: int,
+        device: torch.device,
+        *,
+        assembled: int = 0,
     ) -> None:
-        self.budget, self._device = budget, device
+        self.budget, self._device, self._assembled = budget, device, assembled
         self.samples = Sizes(chunk_size, budget, device=device)
         self.rows: Sizes | None = None
         self._may_split = row_chunk_size is not None
@@ -47,20 +54,23 @@ class Plan:
         if self.samples.adapts and self._may_split and self.rows is None:
             size, count = row
             if size * count > self.samples.aim / 4:
-                self._split(int(self.samples.aim / (16 * size)))
+                self._split(int(self.samples.aim / (16 * size)), size * count)
 
     def reserve(self, size: int) -> None:
         """Less is left for chunks: the results stay in memory."""
         for sizes in filter(None, (self.samples, self.rows)):
             sizes.reserve(size)
 
-    def learn_samples(self, count: int, meter: Meter, held: int, rows: int) -> None:
-        """A chunk of whole samples was measured; ``held`` is what the caller keeps of it meanwhile."""
+    def learn_samples(self, count: int, meter: Meter, held: int, rows: int, whole: int) -> None:
+        """A chunk of whole samples was measured; ``held`` is what the caller keeps of it meanwhile.
+
+        One sample's result has ``rows`` rows and takes ``whole`` bytes.
+        """
         peak = meter.peak + held
         self._warn(peak, smallest=count == 1 and not (rows > 1 and self._may_split))
         if count == 1 and rows > 1 and self._may_split and peak > self.samples.aim:
             self._too_large = True
-            self._split(int(rows * self.samples.aim / peak))
+            self._split(int(rows * self.samples.aim / peak), whole)
             return
         self.samples.learn(count, peak, meter.produced, meter.operations)
 
@@ -83,12 +93,13 @@ class Plan:
             return True
         if not self.samples.adapts or rows == 1 or not self._may_split:
             return False
-        self._split(rows // 2)
+        self._split(rows // 2, 0)
         return True
 
-    def _split(self, first: int) -> None:
-        # What is left of the budget: results may stay in memory.
-        self.rows = Sizes("auto", self.samples.budget, device=self._device, first=max(1, first))
+    def _split(self, first: int, whole: int) -> None:
+        # What whole results leave of the budget; rows of a quarter of it, if they leave less, cost little more.
+        budget = max(self.samples.budget - self._assembled * whole, self.samples.budget // 4)
+        self.rows = Sizes("auto", budget, device=self._device, first=max(1, first))
 
     def _warn(self, peak: int, *, smallest: bool) -> None:
         if smallest and peak > self.budget and not self._warned:
@@ -103,8 +114,10 @@ class Plan:
     def go_on_from(self, state: list[Any]) -> None:
         """Begin with the sizes that another run learnt, within this run's own budget."""
         self.state = state
-        for sizes in filter(None, (self.samples, self.rows)):
-            sizes.budget = self.budget
+        self.samples.budget = self.budget
+        if self.rows is not None:
+            # Within what was left beside whole results, which is not asked again: it only shrinks.
+            self.rows.budget, self.rows.learning = self.budget, False
 
     @property
     def state(self) -> list[Any]:

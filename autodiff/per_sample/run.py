@@ -63,7 +63,11 @@ class Chunk:
 
 
 class Run:
-    """One run over all samples; ``held`` is how many times its results the caller holds meanwhile."""
+    """One run over all samples.
+
+    While a chunk is computed, ``held`` times its results are alive besides, and where rows of one sample are
+    computed, ``assembled`` results of a whole sample.
+    """
 
     def __init__(
         self,
@@ -75,6 +79,7 @@ class Run:
         kwargs: dict[str, Any],
         *,
         held: int,
+        assembled: int,
     ) -> None:
         if not _torch.on_ground():
             raise AutodiffError(
@@ -91,12 +96,13 @@ class Run:
             )
         self._first = batch
         self._total = batch.size if self._source.one else None
+        self._beside = held, assembled
         self._early: list[int] = []  # samples that failed before it was known what a result looks like
         self._assembling: MemorySink | None = None
         device = memory.device_of(trees.leaves((args, kwargs)))
         self._budget = options.memory or int(memory.SHARE * memory.free(device))
         self.report = Report(f"per_sample({name_of(func)})", self._budget)
-        plan = Plan(options.chunk_size, options.row_chunk_size, self._budget, device)
+        plan = Plan(options.chunk_size, options.row_chunk_size, self._budget, device, assembled=assembled)
         self._engine = Engine(self._work, plan, options.on_error, self.report, held=held)
 
     # Results.
@@ -265,7 +271,7 @@ class Run:
     @contextmanager
     def _sizes_kept(self) -> Iterator[None]:
         """Begin with the chunk sizes learnt in an earlier run on such samples, and keep those of this one."""
-        kind, plan = self._first.kind(), self._engine.plan
+        kind, plan = (self._beside, *self._first.kind()), self._engine.plan
         if kind in self._learnt:
             plan.go_on_from(self._learnt[kind])
         yield

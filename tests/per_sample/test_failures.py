@@ -249,6 +249,20 @@ def test_what_is_held_besides_a_chunk_counts() -> None:
     assert largest["stream", True] < largest["map", True] < largest["out", True]
 
 
+def test_whole_results_beside_rows_count() -> None:
+    """A loop over samples in rows: one result is put together while the variable holds the one before."""
+    x = torch.randn(3, 200)
+    whole, budget = 200 * 200 * 4, 600_000
+    curvature = ad.per_sample(ad.hessian(lambda x: (x**3).sum()), memory=budget)
+    curvature(x, out=torch.empty(3, 200, 200))  # what is learnt without them does not serve with them
+    for _ in range(2):
+        with memory.Meter(torch.device("cpu")) as meter:
+            for chunk in curvature.stream(x):
+                assert chunk.result.shape == (1, 200, 200)
+        assert 2 * whole < meter.peak <= budget
+        assert 0 < curvature.report.rows < 200
+
+
 def test_a_loader_tells_how_many_samples_it_will_give() -> None:
     count = sources._count
     data = torch.utils.data.TensorDataset(X)
