@@ -1,0 +1,73 @@
+"""SEAM: the engine, what tensors and nodes tell, and what torch registers.
+
+Imports `modes`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd import Variable
+from torch.autograd import graph as autograd_graph
+from torch.utils import _python_dispatch
+from torch.utils import _pytree as torch_pytree
+
+from autodiff.core.seam.modes import NormalMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+# Sees every operation, beneath all transforms.
+DispatchMode = _python_dispatch.TorchDispatchMode
+# torch.func has it since 2.13.
+rearrange: Any = getattr(torch.func, "rearrange", None) or import_module("functorch.einops").rearrange
+
+
+def backward(
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    retain_graph: bool,
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """The engine alone: what torch.autograd.grad does after its own argument handling (12 against 17 us).
+
+    On the CPU the engine works in this thread, and needs no copy of its context either.
+    """
+    run = (
+        Variable._execution_engine.run_backward if outputs[0].is_cpu else autograd_graph._engine_run_backward
+    )
+    arguments = tuple(outputs), tuple(cotangents), retain_graph, create_graph, tuple(inputs)
+    if not torch.is_inference_mode_enabled():
+        return list(run(*arguments, allow_unreachable=True, accumulate_grad=False))
+    with NormalMode():
+        return list(run(*arguments, allow_unreachable=True, accumulate_grad=False))
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor's storage was written in place."""
+    return [tensor._version for tensor in tensors]
+
+
+def cotangent_sizes(node: Any) -> list[int]:
+    """The bytes of the cotangents that come into a node of a graph."""
+    return [prod(metadata.shape) * metadata.dtype.itemsize for metadata in node._input_metadata]
+
+
+# Trees that torch flattens itself.
+
+# The classes that torch's own pytree knows, with how it takes them apart.
+torch_registry: dict[Any, Any] = torch_pytree.SUPPORTED_NODES
+
+
+def register_with_torch(
+    cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[[Any, Any], Any]
+) -> None:
+    """Register a class with torch's own pytree, so that it crosses torch.func's transforms too."""
+    torch_pytree._private_register_pytree_node(cls, flatten, unflatten)

@@ -1,0 +1,157 @@
+"""SEAM: forward mode. torch's one forward-AD level per process, shared by all threads.
+
+Hands on levels to enter by `with`, and dual tensors. Imports `modes`, and `errors`.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
+
+from autodiff.core.seam.modes import ForwardGrad, NormalMode, on_stack
+from autodiff.errors import ForwardLevelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class _ThreadState(threading.local):
+    """What this thread has entered; a level of its own for every thread."""
+
+    pushes = 0
+
+
+thread = _ThreadState()
+
+
+class _DualLevel:
+    """The one forward-AD level that torch keeps per process, shared by all of our threads.
+
+    torch enters and leaves it by unlocked module globals, so two threads get errors, or tangents vanish. Here
+    the first user enters it and the last one leaves it, under a lock that is never held while user code runs.
+    Where another thread's torch.func.jvp has entered it before, it may leave it under our feet: a witness, a
+    dual tensor of our own, tells.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._rules_loaded = False
+        self.owned = False
+
+    def arrive(self) -> None:
+        with self._lock:
+            if not self._rules_loaded:
+                self._load_rules()
+            if forward_ad._current_level < 0:
+                forward_ad.enter_dual_level()
+                # torch.func.jvp inside our level must find it and not enter one of its own.
+                eager_transforms.JVP_NESTING += 1
+                self.owned = True
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self.owned:
+                self.owned = False
+                eager_transforms.JVP_NESTING -= 1
+                forward_ad.exit_dual_level(level=0)
+
+    def _load_rules(self) -> None:
+        # It uses TorchScript, whose deprecation warning would be an error under `python -W error`.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            forward_ad._maybe_load_decompositions()
+        self._rules_loaded = True
+
+
+dual_level = _DualLevel()
+
+
+class _InDualLevel(AbstractContextManager[None]):
+    """The level is there, and an error is raised on leaving if it was not there all the time."""
+
+    __slots__ = ("_witness",)
+
+    def __enter__(self) -> None:
+        dual_level.arrive()
+        self._witness: Tensor | None = None
+        if not dual_level.owned and not on_stack(_functorch.TransformType.Jvp):
+            try:
+                self._witness = make_dual(torch.zeros(()), torch.ones(()))
+            except BaseException:
+                dual_level.leave()
+                raise
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        try:
+            lost = kind is None and self._witness is not None and unpack_dual(self._witness)[1] is None
+        finally:
+            dual_level.leave()
+        if lost:
+            raise ForwardLevelError(
+                "forward mode: another thread left torch's one forward-AD level, which it had entered first, by "
+                "torch.func.jvp or torch.autograd.forward_ad. The tangents of this thread went with it. Use autodiff's "
+                "transforms in all threads, or let only one thread at a time into forward mode."
+            )
+
+
+class dual_ground(AbstractContextManager[None]):  # noqa: N801  used like the function below
+    """Plain forward AD in this thread, with no functorch level: half the time of `dual_stacked`."""
+
+    __slots__ = ("_forward", "_level", "_normal")
+
+    def __enter__(self) -> None:
+        self._normal, self._level, self._forward = NormalMode(), _InDualLevel(), ForwardGrad()
+        self._normal.__enter__()
+        try:
+            self._level.__enter__()
+        except BaseException:
+            self._normal.__exit__()
+            raise
+        thread.pushes += 1
+        self._forward.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        self._forward.__exit__()
+        thread.pushes -= 1
+        try:
+            self._level.__exit__(*exc)
+        finally:
+            self._normal.__exit__()
+
+
+@contextmanager
+def dual_stacked() -> Iterator[int]:
+    """A functorch forward-mode level, which nests; gives the level's number."""
+    with NormalMode(), _InDualLevel():
+        level = _functorch._jvp_increment_nesting()
+        try:
+            with ForwardGrad():
+                yield level
+        finally:
+            _functorch._jvp_decrement_nesting()
+
+
+def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    """A tensor that carries a tangent; a view of the primal."""
+    if not primal.is_contiguous() and 0 in primal.stride():
+        primal = (
+            primal.contiguous()
+        )  # torch lays the tangent out like the primal, which it cannot if expanded
+    return torch._VF._make_dual(primal, tangent, level=0)
+
+
+def unpack_dual(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Primal and tangent, the latter None where the tensor carries none."""
+    primal, tangent = torch._VF._unpack_dual(tensor, level=0)
+    return primal, tangent

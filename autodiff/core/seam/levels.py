@@ -1,0 +1,160 @@
+"""SEAM: torch's levels and the wrappers around tensors at each of them, reverse mode and batching.
+
+Hands on where this thread stands, and levels to enter by `with`. Imports `modes` and `forward`.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch import predispatch
+from torch.autograd import forward_ad
+from torch.autograd import graph as autograd_graph
+
+from autodiff.core.seam import forward
+from autodiff.core.seam.modes import NormalMode, Recording, on_stack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_SAVED_TENSOR_HOOKS = (
+    "a saved-tensor hook (torch.utils.checkpoint, save_on_cpu, saved_tensors_hooks) cannot run inside a transform "
+    "that is itself inside vmap or another transform: it would see torch's wrappers in place of values. Enter the "
+    "hook around the outermost transform's function only when nothing batches it, or leave it out."
+)
+
+
+def on_ground() -> bool:
+    """Whether no transform and no forward-mode level is active in this thread."""
+    return (
+        _functorch.peek_interpreter_stack() is None
+        and not forward.thread.pushes
+        and (forward_ad._current_level < 0 or forward.dual_level.owned)
+    )
+
+
+def grad_level_active() -> bool:
+    """Whether a reverse-mode level is on this thread's stack of transforms."""
+    return on_stack(_functorch.TransformType.Grad)
+
+
+def forward_level_active() -> bool:
+    """Whether this thread pushes tangents, or forward mode is on for somebody unknown."""
+    if forward.thread.pushes or on_stack(_functorch.TransformType.Jvp):
+        return True
+    return forward_ad._current_level >= 0 and not forward.dual_level.owned
+
+
+def requires_grad_at_any_depth(tensor: Tensor) -> bool:
+    """Whether the tensor, or any tensor inside its wrappers, requires grad.
+
+    A batched tensor's own ``requires_grad`` says False although the tensor under it is watched.
+    """
+    while not tensor.requires_grad:
+        if not _functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    return True
+
+
+def bottom(tensor: Tensor) -> Tensor:
+    """The tensor inside all wrappers, with every batch dimension in sight."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether the tensor is a transform's wrapper around another."""
+    return _functorch.is_functorch_wrapped_tensor(tensor)
+
+
+# Reverse mode.
+
+
+@contextmanager
+def grad_level() -> Iterator[int]:
+    """A reverse-mode level with grad mode on; gives the level's number.
+
+    The level is made before grad mode is switched on: torch remembers the mode outside, and
+    operations sent below the level obey that one.
+    """
+    with NormalMode(), autograd_graph.disable_saved_tensors_hooks(_SAVED_TENSOR_HOOKS):
+        level = _functorch._grad_increment_nesting()
+        try:
+            with Recording():
+                yield level
+        finally:
+            _functorch._grad_decrement_nesting()
+
+
+def wrap(tensor: Tensor, level: int) -> Tensor:
+    """The tensor as a citizen of the level, not yet watched by it."""
+    if _functorch.maybe_get_level(tensor) == level:
+        return tensor
+    return _functorch._wrap_for_grad(tensor, level)
+
+
+def wrap_watched(tensor: Tensor, level: int) -> Tensor:
+    """The tensor as an input of the level that the level differentiates."""
+    allowed = _functorch.get_inplace_requires_grad_allowed()
+    _functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        return _functorch._wrap_for_grad(tensor, level).requires_grad_()
+    finally:
+        _functorch.set_inplace_requires_grad_allowed(allowed)
+
+
+def unwrap(leaf: Any, level: int) -> Any:
+    """A tensor as the level below sees it; any other leaf as it is."""
+    return _functorch._unwrap_for_grad(leaf, level) if isinstance(leaf, Tensor) else leaf
+
+
+def detached(leaf: Any) -> Any:
+    """A tensor cut off from every graph; any other leaf as it is."""
+    return leaf.detach() if isinstance(leaf, Tensor) and requires_grad_at_any_depth(leaf) else leaf
+
+
+# Batching.
+
+
+@contextmanager
+def batch_level(size: int, randomness: str) -> Iterator[int]:
+    """A vmap level; gives the level's number."""
+    predispatch.lazy_load_decompositions()
+    level = _functorch._vmap_increment_nesting(size, randomness)
+    try:
+        yield level
+    finally:
+        _functorch._vmap_decrement_nesting()
+
+
+def add_batch(tensor: Tensor, dim: int, level: int) -> Tensor:
+    """The tensor with one dimension hidden as the level's batch."""
+    return _functorch._add_batch_dim(tensor, dim, level)
+
+
+def is_batched_at(tensor: Tensor, level: int) -> bool:
+    """Whether the tensor carries the level's batch dimension."""
+    return _functorch.is_batchedtensor(tensor) and _functorch.maybe_get_level(tensor) == level
+
+
+def remove_batch(tensor: Tensor, dim: int, size: int, level: int) -> Tensor:
+    """The tensor with the level's batch as dimension ``dim``, expanded if it carried none."""
+    if not is_batched_at(tensor, level):
+        # torch expands such a tensor at dimension 0, whatever dim says.
+        return tensor.unsqueeze(dim).expand(*tensor.shape[:dim], size, *tensor.shape[dim:])
+    return _functorch._remove_batch_dim(tensor, level, size, dim)
+
+
+@contextmanager
+def quiet_fallbacks() -> Iterator[None]:
+    """No warning where vmap loops over an operation without a batching rule; torch cannot be asked what it was."""
+    _functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        _functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]

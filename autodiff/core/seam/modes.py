@@ -1,0 +1,98 @@
+"""SEAM: what is switched on in this thread, and switches that come back.
+
+Imports nothing from the package.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+from torch._C import _functorch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Whether torch.compile or torch.export traces the caller.
+compiling = torch.compiler.is_compiling
+
+# What torch.no_grad and its kin call, as a torch function mode sees it.
+SWITCH_OF_GRAD_MODE = torch._C._set_grad_enabled
+# Attention by a fused kernel and by a formula: whether it is on, and the switch.
+FLASH_ATTENTION = torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash
+MATH_ATTENTION = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math
+
+
+def in_inference_mode() -> bool:
+    """Whether inference mode is on; torch.compile's tracer cannot tell."""
+    return not compiling() and torch.is_inference_mode_enabled()
+
+
+def on_stack(kind: _functorch.TransformType) -> bool:
+    """Whether a level of this kind is on this thread's stack of transforms."""
+    stack = _functorch.get_interpreter_stack()
+    return stack is not None and any(layer.key() == kind for layer in stack)
+
+
+def outside_inference(tensor: Tensor) -> Tensor:
+    """The tensor, or its clone where it was made in inference mode; call with that mode off.
+
+    Such a tensor can be neither watched nor saved for backward, and forward mode ignores it silently.
+    """
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _leave_inference_mode() -> ExitStack | None:
+    """Switch inference mode off; what to close in order to have it back, None where it was off."""
+    if not torch.is_inference_mode_enabled():
+        return None
+    outside = ExitStack()
+    outside.enter_context(torch.inference_mode(mode=False))
+    return outside
+
+
+class Recording(AbstractContextManager[None]):
+    """Grad mode on and inference mode off; what was before comes back on leaving."""
+
+    __slots__ = ("_outside", "_was_recording")
+
+    def __enter__(self) -> None:
+        self._was_recording = torch.is_grad_enabled()
+        self._outside = _leave_inference_mode()
+        torch._C._set_grad_enabled(True)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._outside is not None:
+            self._outside.close()
+        torch._C._set_grad_enabled(self._was_recording)
+
+
+class NormalMode(AbstractContextManager[None]):
+    """Inference mode off, grad mode as it was: what a functorch level must see when it is made."""
+
+    __slots__ = ("_outside",)
+
+    def __enter__(self) -> None:
+        grad, forward = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+        self._outside = _leave_inference_mode()
+        if self._outside is not None:
+            torch._C._set_grad_enabled(grad)
+            torch._C._set_fwd_grad_enabled(forward)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._outside is not None:
+            self._outside.close()
+
+
+class ForwardGrad(AbstractContextManager[None]):
+    """Forward mode allowed, as torch forbids it inside an autograd Function."""
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before = torch._C._is_fwd_grad_enabled()
+        torch._C._set_fwd_grad_enabled(True)
+
+    def __exit__(self, *exc: object) -> None:
+        torch._C._set_fwd_grad_enabled(self._before)
