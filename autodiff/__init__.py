@@ -34,6 +34,10 @@ from autodiff.transforms.vmap import vmap as vmap
 # Many samples, in bounded memory.
 from autodiff.per_sample.api import per_sample as per_sample
 
+# Derivatives of one's own.
+from autodiff.transforms.custom import custom_vjp as custom_vjp
+from autodiff.transforms.custom import custom_jvp as custom_jvp
+
 # Modules as functions.
 from autodiff.nn import functional_call as functional_call
 from autodiff.nn import stack_module_state as stack_module_state

@@ -43,6 +43,10 @@ class InPlaceError(AutodiffError, RuntimeError):
     """The differentiated function wrote in place to what it is differentiated by."""
 
 
+class BatchedPullError(AutodiffError, RuntimeError):
+    """Cotangents came in a batch where torch pulls a batch back wrongly."""
+
+
 class IndependenceError(AutodiffError, RuntimeError):
     """``strict=True`` and an output does not depend on an input.
 
@@ -72,6 +76,14 @@ class OutDimError(BatchError, IndexError):
 
 class ForwardLevelError(AutodiffError, RuntimeError):
     """Another thread left torch's one forward-AD level while this one was inside it."""
+
+
+class ForwardRuleError(AutodiffError, NotImplementedError, RuntimeError):
+    """An operation has no rule for this use of forward mode, and another order of transforms has to serve."""
+
+
+class RuleError(AutodiffError, RuntimeError, TypeError):
+    """A custom rule is missing, or gives something else than its function's derivative can be."""
 
 
 class OptionError(AutodiffError, ValueError, RuntimeError):

@@ -18,9 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch import eager_transforms, predispatch, pyfunctorch
+from torch._functorch import autograd_function, eager_transforms, predispatch, pyfunctorch
 from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as torch_pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,6 +36,10 @@ CONTRACTS = {
     "_functorch.peek_interpreter_stack": "test_empty_stack_of_transforms_is_none",
     "_functorch.get_interpreter_stack": "test_stack_tells_the_kinds_of_its_levels",
     "_functorch.TransformType": "test_stack_tells_the_kinds_of_its_levels",
+    "_functorch.unwrap_if_dead": "test_wrapper_of_a_level_that_was_left_can_be_taken_off",
+    "pyfunctorch.temporarily_pop_interpreter_stack": "test_upper_levels_can_be_stepped_out_of",
+    "autograd_function.custom_function_call": "test_function_mode_sees_autograd_functions_inside_levels",
+    "torch._C.DisableTorchFunction": "test_function_modes_can_be_left_out",
     "_functorch.is_functorch_wrapped_tensor": "test_wrappers_are_told_and_opened",
     "_functorch.get_unwrapped": "test_wrappers_are_told_and_opened",
     "_functorch._grad_increment_nesting": "test_grad_level_differentiates_by_wrapping",
@@ -281,6 +286,70 @@ def test_engine_is_called_like_autograd_grad(run: Any) -> None:
     assert x.grad is None
 
 
+def test_wrapper_of_a_level_that_was_left_can_be_taken_off() -> None:
+    """unwrap_if_dead() gives what a pull outside of its level sees of a saved tensor."""
+    kept: list[Tensor] = []
+    torch.func.grad(lambda x: (kept.append(x), (x**2).sum())[1])(X)
+    assert _functorch.is_functorch_wrapped_tensor(kept[0])
+    assert not _functorch.is_functorch_wrapped_tensor(_functorch.unwrap_if_dead(kept[0]))
+    torch.func.grad(lambda x: (kept.append(_functorch.unwrap_if_dead(x)), x.sum())[1])(X)
+    assert _functorch.is_functorch_wrapped_tensor(kept[1])
+
+
+def test_upper_levels_can_be_stepped_out_of() -> None:
+    """temporarily_pop_interpreter_stack() leads to the level below, where a tensor's own tangent is seen."""
+    seen: list[Any] = []
+
+    def look(x: Tensor) -> Tensor:
+        before = len(pyfunctorch.retrieve_all_functorch_interpreters())
+        with pyfunctorch.temporarily_pop_interpreter_stack():
+            seen.append(before - len(pyfunctorch.retrieve_all_functorch_interpreters()))
+        return x.sum()
+
+    torch.func.vmap(torch.func.grad(look))(X[:, None])
+    assert seen == [1]
+
+
+class Double(torch.autograd.Function):
+    """An autograd Function, for what sees it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+
+class Seeing(TorchFunctionMode):
+    """Notes what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_function_mode_sees_autograd_functions_inside_levels() -> None:
+    """Inside a level an autograd Function is applied by custom_function_call(cls, *args)."""
+    with Seeing() as mode:
+        torch.func.vmap(Double.apply)(X)
+    assert autograd_function.custom_function_call in mode.seen
+
+
+def test_function_modes_can_be_left_out() -> None:
+    """torch._C.DisableTorchFunction switches them off: an operation runs as it is."""
+    with Seeing() as mode, torch._C.DisableTorchFunction():
+        X.sin()
+    assert mode.seen == []
+
+
 def test_saved_tensor_hooks_can_be_forbidden() -> None:
     """disable_saved_tensors_hooks(message) makes a hook inside a level an error with our words."""
     with (
@@ -393,6 +462,7 @@ def private_names(tree: ast.AST) -> set[str]:
         "eager_transforms",
         "predispatch",
         "pyfunctorch",
+        "autograd_function",
         "autograd_graph",
         "torch_pytree",
         "_python_dispatch",

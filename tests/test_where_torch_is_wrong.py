@@ -1,7 +1,7 @@
 """Functions that torch.func differentiates wrongly without a word: the right number, or an error.
 
 Closed forms from matrix calculus, B the inverse of A, so that no mode of differentiation checks another.
-What is still wrong here as it is in torch is marked `wrong_as_in_torch`; docs/limitations.md lists it.
+tests/test_table.py shows what torch.func makes of them.
 """
 
 from __future__ import annotations
@@ -85,41 +85,6 @@ CASES = {
 # torch announces that it loops over what has no batching rule; slow is not wrong.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-wrong_as_in_torch = pytest.mark.xfail(strict=True, reason="silently wrong in torch, and passed on")
-wrong_before_2_15 = pytest.mark.xfail(
-    torch.torch_version.TorchVersion(torch.__version__) < (2, 15),
-    strict=True,
-    reason="silently wrong in torch before 2.15, and passed on",
-)
-
-
-def forward_through_factors(name: str) -> bool:
-    """Whether torch's forward-mode rule solves with the factors that it saved."""
-    return name != "inverse"
-
-
-def cases_with(options: list[Any], is_wrong: Callable[[Any], bool]) -> list[Any]:
-    """Every case with every option, marked where the two are wrong together."""
-    return [
-        pytest.param(
-            case,
-            option,
-            id=f"{option}-{name}",
-            marks=[wrong_before_2_15] if is_wrong(option) and forward_through_factors(name) else [],
-        )
-        for option in options
-        for name, case in CASES.items()
-    ]
-
-
-def right_or_refused(compute: Callable[[], Any], expected: Any) -> None:
-    """A wrong number is the only thing that may not happen."""
-    try:
-        result = compute()
-    except (RuntimeError, NotImplementedError) as error:
-        assert str(error)  # noqa: PT017  an error is one of two right outcomes
-        return
-    assert_close(result, expected)
 
 
 @each_case
@@ -129,9 +94,8 @@ def test_gradients_of_matrix_functions(case: Case, transform: Any) -> None:
     assert_close(torch.stack([transform(case.func)(a) for a in MATRICES]), expected)
 
 
-@pytest.mark.parametrize(
-    ("case", "name"), cases_with(["grad", "jacrev", "jacfwd"], lambda name: name == "jacfwd")
-)
+@each_case
+@pytest.mark.parametrize("name", ["grad", "jacrev", "jacfwd"])
 def test_gradients_of_matrix_functions_per_sample(case: Case, name: str) -> None:
     expected = torch.stack([case.gradient(a) for a in MATRICES])
     assert_close(ad.vmap(getattr(ad, name)(case.func))(MATRICES), expected)
@@ -147,23 +111,24 @@ def test_default_hessians_of_matrix_functions(case: Case, chunk_size: int | None
     assert_close(ad.vmap(hessian)(MATRICES), expected)
 
 
-@pytest.mark.parametrize(("case", "mode"), cases_with(MODES[1:], lambda mode: mode.endswith("over-forward")))
+@each_case
+@pytest.mark.parametrize("mode", MODES[1:])
 def test_hessians_of_matrix_functions_by_mode(case: Case, mode: Any) -> None:
-    right_or_refused(lambda: ad.hessian(case.func, mode=mode)(MATRICES[0]), case.hessian(MATRICES[0]))
+    assert_close(ad.hessian(case.func, mode=mode)(MATRICES[0]), case.hessian(MATRICES[0]))
 
 
-@pytest.mark.parametrize(("case", "mode"), cases_with(MODES[1:], lambda mode: "forward" in mode))
+@each_case
+@pytest.mark.parametrize("mode", MODES[1:])
 def test_hessians_of_matrix_functions_by_mode_per_sample(case: Case, mode: Any) -> None:
     hessian = ad.vmap(ad.hessian(case.func, mode=mode))
-    right_or_refused(lambda: hessian(MATRICES), torch.stack([case.hessian(a) for a in MATRICES]))
+    assert_close(hessian(MATRICES), torch.stack([case.hessian(a) for a in MATRICES]))
 
 
-@pytest.mark.parametrize(("case", "order"), cases_with([2], lambda order: order == 2))
-def test_jvp_of_jvp_of_matrix_functions(case: Case, order: int) -> None:
-    del order
+@each_case
+def test_jvp_of_jvp_of_matrix_functions(case: Case) -> None:
     a, t = MATRICES
     expected = torch.einsum("ijkl,ij,kl->", case.hessian(a), t, t)
-    right_or_refused(lambda: ad.jvp(lambda x: ad.jvp(case.func, (x,), (t,))[1], (a,), (t,))[1], expected)
+    assert_close(ad.jvp(lambda x: ad.jvp(case.func, (x,), (t,))[1], (a,), (t,))[1], expected)
 
 
 class Cube(torch.autograd.Function):
@@ -189,23 +154,14 @@ class Cube(torch.autograd.Function):
         return 3 * ctx.saved_tensors[0] ** 2 * tangent
 
 
-@pytest.mark.parametrize(
-    ("outer", "inner"),
-    [
-        pytest.param(*pair, marks=[wrong_as_in_torch] if pair == ("jacfwd", "jacfwd") else [])
-        for pair in itertools.product(["jacfwd", "jacrev", "grad"], repeat=2)
-    ],
-)
+@pytest.mark.parametrize(("outer", "inner"), list(itertools.product(["jacfwd", "jacrev", "grad"], repeat=2)))
 def test_second_derivative_of_a_function_with_its_own_jvp(outer: str, inner: str) -> None:
     x = torch.tensor(2.0, dtype=torch.float64)
     second = getattr(ad, outer)(getattr(ad, inner)(Cube.apply))
-    right_or_refused(lambda: second(x), torch.tensor(12.0, dtype=torch.float64))
+    assert_close(second(x), torch.tensor(12.0, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [pytest.param(m, marks=[wrong_as_in_torch] if m.endswith("over-forward") else []) for m in MODES],
-)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("norm", ["layer_norm", "batch_norm", "instance_norm"])
 def test_hessians_of_normalisations_by_mode(norm: str, mode: Any) -> None:
     x, t = torch.randn(2, 2, 3, 4, dtype=torch.float64).unbind(0)
@@ -219,14 +175,12 @@ def test_hessians_of_normalisations_by_mode(norm: str, mode: Any) -> None:
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="torch: ZeroTensors are immutable")
 def test_forward_over_reverse_of_mse_loss() -> None:
     x, y, t = torch.randn(3, 4, 2, dtype=torch.float64).unbind(0)
     _, product = ad.jvp(ad.grad(lambda x: functional.mse_loss(x, y)), (x,), (t,))
     assert_close(product, 2 * t / x.numel())
 
 
-@wrong_as_in_torch
 def test_jacobian_of_cdist_with_many_rows() -> None:
     x = torch.randn(4, 2, dtype=torch.float64)
     y = torch.randn(3, 2, dtype=torch.float64)
@@ -234,10 +188,9 @@ def test_jacobian_of_cdist_with_many_rows() -> None:
     for i in range(4):
         for j in range(3):
             expected[i, j, i] = (x[i] - y[j]) / (x[i] - y[j]).norm()
-    right_or_refused(lambda: ad.jacrev(lambda x: torch.cdist(x, y))(x), expected)
+    assert_close(ad.jacrev(lambda x: torch.cdist(x, y))(x), expected)
 
 
-@wrong_as_in_torch
 def test_jvp_of_scatter_reduce_prod() -> None:
     x, t = torch.randn(2, 3, dtype=torch.float64).unbind(0)
     index = torch.tensor([0, 0, 1])
@@ -245,7 +198,7 @@ def test_jvp_of_scatter_reduce_prod() -> None:
     def func(x: Tensor) -> Tensor:
         return torch.ones(2, dtype=x.dtype).scatter_reduce(0, index, x, "prod")
 
-    right_or_refused(lambda: ad.jvp(func, (x,), (t,))[1], torch.stack([x[0] * t[1] + x[1] * t[0], t[2]]))
+    assert_close(ad.jvp(func, (x,), (t,))[1], torch.stack([x[0] * t[1] + x[1] * t[0], t[2]]))
 
 
 @pytest.mark.parametrize("name", ["huber_loss", "smooth_l1_loss", "soft_margin_loss"])

@@ -5,6 +5,7 @@ Levels, wrappers, modes and the engine under names of our own, each entered by `
 """
 
 from autodiff.core.seam.engine import (
+    CUSTOM_FUNCTION_CALL,
     DispatchMode,
     backward,
     cotangent_sizes,
@@ -14,6 +15,7 @@ from autodiff.core.seam.engine import (
     versions,
 )
 from autodiff.core.seam.forward import (
+    NoForward,
     dual_ground,
     dual_stacked,
     make_dual,
@@ -22,18 +24,22 @@ from autodiff.core.seam.forward import (
 from autodiff.core.seam.levels import (
     add_batch,
     batch_level,
+    batch_levels,
     bottom,
     detached,
     forward_level_active,
     grad_level,
     grad_level_active,
+    has_tangent_at_any_depth,
     is_batched_at,
+    is_nested,
     is_wrapped,
     on_ground,
     quiet_fallbacks,
     remove_batch,
     requires_grad_at_any_depth,
     unwrap,
+    without_dead_level,
     wrap,
     wrap_watched,
 )
@@ -44,22 +50,27 @@ from autodiff.core.seam.modes import (
     ForwardGrad,
     NormalMode,
     Recording,
+    WithoutModes,
     compiling,
     in_inference_mode,
     outside_inference,
 )
 
 __all__ = [
+    "CUSTOM_FUNCTION_CALL",
     "FLASH_ATTENTION",
     "MATH_ATTENTION",
     "SWITCH_OF_GRAD_MODE",
     "DispatchMode",
     "ForwardGrad",
+    "NoForward",
     "NormalMode",
     "Recording",
+    "WithoutModes",
     "add_batch",
     "backward",
     "batch_level",
+    "batch_levels",
     "bottom",
     "compiling",
     "cotangent_sizes",
@@ -69,8 +80,10 @@ __all__ = [
     "forward_level_active",
     "grad_level",
     "grad_level_active",
+    "has_tangent_at_any_depth",
     "in_inference_mode",
     "is_batched_at",
+    "is_nested",
     "is_wrapped",
     "make_dual",
     "on_ground",
@@ -84,6 +97,7 @@ __all__ = [
     "unpack_dual",
     "unwrap",
     "versions",
+    "without_dead_level",
     "wrap",
     "wrap_watched",
 ]

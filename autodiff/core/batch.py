@@ -6,6 +6,7 @@ the same random numbers. Never sees a tree; imports only `_torch`.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from autodiff.core import _torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 Randomness: TypeAlias = Literal["error", "different", "same"]
 
@@ -103,6 +104,17 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
             torch.set_rng_state(state)
         else:
             torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def random_numbers_from(states: Mapping[str, Tensor]) -> Iterator[None]:
+    """Draw once more what was drawn from these states on; afterwards the generators go on where they were."""
+    before = random_state()
+    set_random_state(states)
+    try:
+        yield
+    finally:
+        set_random_state(before)
 
 
 def remember_randomness() -> Callable[[], None]:

@@ -1,7 +1,7 @@
 """Floor 1: forward mode. Push tangents forward through one run of a function.
 
 Works on flat lists of tensors and hands on `push`, which gives None for an output that carries no
-tangent. Never sees a tree; imports `_torch`, `attention` and `tape`.
+tangent. Never sees a tree; imports `_torch`, `attention`, `tape` and `corrections`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from autodiff.core import _torch, attention
+from autodiff.core.corrections import corrected
 from autodiff.core.tape import recorded_outside, returning_tuples
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def push(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]
     # On plain tensors torch's rules for softmax and its kin write over what their pullback needs.
     on_ground = _torch.on_ground() and not recorded_outside((*primals, *tangents))
     on = _push_on_ground if on_ground else _push_on_level
-    with attention.unfused:
+    with attention.unfused, corrected():
         pushed = on(func, primals, tangents)
     if torch.is_grad_enabled() or _torch.forward_level_active():
         return pushed

@@ -28,8 +28,8 @@ _WRITE_IN_PLACE = frozenset(
 )
 
 
-def nodes(ends: Iterable[Any], *, terminal: bool = False) -> list[Any]:
-    """The nodes of the graph that the tensors end, each once; only those where it stops if ``terminal``."""
+def walk(ends: Iterable[Any]) -> tuple[list[Any], set[Any]]:
+    """The nodes where the graph that the tensors end stops, and all of its nodes."""
     stack: list[Any] = [e.grad_fn for e in ends if isinstance(e, Tensor) and e.grad_fn is not None]
     # None stands for an input that needs no gradient. 0.14 us for each node: every gradient walks its graph.
     seen: set[Any] = {None, *stack}
@@ -43,7 +43,8 @@ def nodes(ends: Iterable[Any], *, terminal: bool = False) -> list[Any]:
             if one not in seen:
                 seen.add(one)
                 stack.append(one)
-    return stops if terminal else [node for node in seen if node is not None]
+    seen.discard(None)
+    return stops, seen
 
 
 def first_constant(ends: Sequence[Tensor]) -> int | None:
@@ -53,12 +54,12 @@ def first_constant(ends: Sequence[Tensor]) -> int | None:
 
 def has_custom_gradient(ends: Sequence[Any]) -> bool:
     """Whether an ``autograd.Function`` stands in the graph: its gradient may be no gradient at all."""
-    return any(isinstance(node, BackwardCFunction) for node in nodes(ends))
+    return any(isinstance(node, BackwardCFunction) for node in walk(ends)[1])
 
 
-def kinds(ends: Iterable[Any]) -> set[str]:
-    """The names of the nodes of the graph."""
-    return {type(node).__name__ for node in nodes(ends)}
+def kinds(nodes: Iterable[Any]) -> set[str]:
+    """The names of the nodes."""
+    return {kind.__name__ for kind in set(map(type, nodes))}
 
 
 def has_linalg(kinds: Iterable[str]) -> bool:
@@ -71,12 +72,12 @@ def writes_over_cotangents(kinds: Iterable[str]) -> bool:
     return not _WRITE_IN_PLACE.isdisjoint(kinds)
 
 
-def is_wrong_in_batches(ends: Sequence[Any]) -> bool:
-    """Whether the graph holds a node whose batching rule is silently wrong in torch."""
-    return any(type(node).__name__ in _WRONG_IN_BATCHES for node in nodes(ends))
+def is_wrong_in_batches(kinds: Iterable[str]) -> bool:
+    """Whether one of the nodes has a batching rule that is silently wrong in torch."""
+    return not _WRONG_IN_BATCHES.isdisjoint(kinds)
 
 
 def bytes_of_a_pull(ends: Sequence[Any]) -> tuple[int, int]:
     """The bytes of all the cotangents that a pull makes, and of the largest of them."""
-    sizes = [size for node in nodes(ends) for size in _torch.cotangent_sizes(node)]
+    sizes = [size for node in walk(ends)[1] for size in _torch.cotangent_sizes(node)]
     return sum(sizes), max(sizes, default=0)

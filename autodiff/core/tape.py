@@ -1,8 +1,8 @@
 """Floor 1: reverse mode. Record a function once, pull cotangents back many times.
 
 Works on flat lists of tensors and hands on `record`, whose tape gives None for an input that the
-output does not depend on. Never sees a tree; imports `_torch`, `attention`, `graph`
-and `errors`.
+output does not depend on, and transposes of tapes and linear functions. Never sees a tree; imports
+`_torch`, `attention`, `graph` and `errors`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from autodiff.core import _torch, attention, graph
-from autodiff.errors import InPlaceError
+from autodiff.errors import BatchedPullError, InPlaceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,12 +47,23 @@ class Tape(ABC):
     and the primals as the graph knows them, and nobody outside.
     """
 
-    __slots__ = ("__weakref__", "_unfused", "aux", "ends", "inputs", "outputs")
+    __slots__ = ("__weakref__", "_kinds", "_nodes", "_unfused", "aux", "ends", "inputs", "outputs")
 
     outputs: list[Any]
     aux: list[Any]
     ends: list[Any]
     inputs: list[Tensor]
+
+    def __init__(self) -> None:
+        self._nodes: set[Any] | None = None
+        self._kinds: set[str] | None = None
+
+    def kinds(self) -> set[str]:
+        """The names of the graph's nodes."""
+        if self._kinds is None:
+            self._kinds = graph.kinds(graph.walk(self.ends)[1] if self._nodes is None else self._nodes)
+            self._nodes = None
+        return self._kinds
 
     def _run(self, func: Recordable, lift: Lift, twice: bool) -> list[Any]:
         """Run the function on the inputs, keep its outputs as ends; the leaves of aux.
@@ -91,6 +102,11 @@ class Tape(ABC):
         that makes a graph keeps the one that it reads, since the two share saved tensors.
         """
         inputs = self.inputs if only is _ALL else self.inputs[only]
+        if _torch.is_nested() and graph.is_wrong_in_batches(self.kinds()) and self._unbatched(cotangents):
+            raise BatchedPullError(
+                "a batch of cotangents of cdist, or of masked_select, is pulled back wrongly by torch, without a word. "
+                "Expected one at a time: pull them in a loop, or take jacrev, which does."
+            )
         ends, seeds = [], []
         for end, cotangent in zip(self.ends, cotangents, strict=True):
             if cotangent is not None and end.requires_grad:
@@ -113,6 +129,11 @@ class Tape(ABC):
             retain_graph=retain_graph or create_graph,
             create_graph=create_graph,
         )
+
+    def _unbatched(self, cotangents: Sequence[Tensor | None]) -> bool:
+        """Whether the cotangents are a batch of which the inputs know nothing."""
+        given = [cotangent for cotangent in cotangents if cotangent is not None]
+        return not _torch.batch_levels(given) <= _torch.batch_levels(self.inputs)
 
     def _needs_grad_mode(self) -> bool:
         """Whether some backward formula is right only where a graph is made, though nobody watches."""
@@ -165,6 +186,7 @@ class _GroundTape(Tape):
         twice: bool,
         inner: bool,
     ) -> None:
+        super().__init__()
         recording = torch.is_grad_enabled()
         with _torch.Recording():
             self.inputs, views, watched = [], [], False
@@ -212,7 +234,8 @@ class _GroundTape(Tape):
         for end in ends:
             if isinstance(end, Tensor) and end.is_leaf and end.requires_grad and is_foreign(end):
                 return True
-        for node in graph.nodes(ends, terminal=True):
+        stops, self._nodes = graph.walk(ends)
+        for node in stops:
             # Only the node that accumulates into a leaf has a variable.
             leaf = getattr(node, "variable", None)
             if leaf is not None and is_foreign(leaf):
@@ -227,13 +250,13 @@ class _LevelTape(Tape):
     interpreter less than they do in torch.func.grad.
     """
 
-    __slots__ = ("_kinds",)
+    __slots__ = ()
 
     def __init__(self, func: Recordable, primals: Sequence[Tensor], twice: bool) -> None:
+        super().__init__()
         twice = (
             twice or recorded_outside(primals) or _torch.grad_level_active() or _torch.forward_level_active()
         )
-        self._kinds: set[str] | None = None
         with _torch.grad_level() as level:
             self.inputs = [_torch.wrap_watched(primal, level) for primal in primals]
             aux = self._run(func, lambda tensor: _torch.wrap(tensor, level), twice)
@@ -241,9 +264,7 @@ class _LevelTape(Tape):
             self.aux = [_torch.unwrap(leaf, level) for leaf in aux]
 
     def pull(self, cotangents: Sequence[Tensor | None], **options: Any) -> list[Tensor | None]:
-        if self._kinds is None:
-            self._kinds = graph.kinds(self.ends)
-        if graph.writes_over_cotangents(self._kinds):
+        if graph.writes_over_cotangents(self.kinds()):
             # vmap refuses where what is written to is not batched and what is written is.
             pairs = zip(cotangents, self.outputs, strict=True)
             cotangents = [None if c is None else c + torch.zeros_like(output) for c, output in pairs]
@@ -254,7 +275,7 @@ class _LevelTape(Tape):
         # group_norm use a fused backward. Neither carries a tangent; and with factors of the outer of two
         # batches and a right-hand side of the inner one torch's solve is silently wrong, as in
         # vmap(hessian(logdet)).
-        return _torch.forward_level_active() or graph.has_linalg(self._kinds or ())
+        return _torch.forward_level_active() or graph.has_linalg(self.kinds())
 
     def _watched(self) -> bool:
         return _torch.grad_level_active() or any(
@@ -295,6 +316,44 @@ class _TracedTape(Tape):
 
     def _watched(self) -> bool:
         return True
+
+
+def transpose(
+    tape: Tape, look: Callable[[list[Tensor | None]], None] = lambda _: None
+) -> Callable[[Sequence[Tensor | None]], list[Tensor | None]]:
+    """The tape's derivative as a function of tangents: the pullback of its pullback.
+
+    Conjugate twice: the engine's pullback is the conjugate transpose, and so is its own pullback.
+    ``look`` is shown what the first pullback gives, None where no output depends on an input.
+    """
+
+    def pull(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+        pulled = tape.pull(cotangents, retain_graph=True)
+        look(pulled)
+        return pulled
+
+    return transposed(pull, [torch.zeros_like(output) for output in tape.outputs], private=tape.inputs)
+
+
+def transposed(
+    linear: Callable[[Sequence[Tensor]], Sequence[Tensor | None]],
+    origin: Sequence[Tensor],
+    *,
+    private: Sequence[Tensor] = (),
+) -> Callable[[Sequence[Tensor | None]], list[Tensor | None]]:
+    """The conjugate transpose of a linear function; None stands for zero, before and after.
+
+    ``origin`` are vectors to record it at: its derivative is the same everywhere.
+    """
+    reached: list[int] = []
+
+    def apply(vectors: Sequence[Tensor], _: Any) -> tuple[list[Tensor | None], list[Any]]:
+        images = linear(vectors)
+        reached[:] = [i for i, image in enumerate(images) if image is not None]
+        return [images[i] for i in reached], []
+
+    tape = record(apply, origin, private=private)
+    return lambda vectors: tape.pull([vectors[i] for i in reached], retain_graph=True)
 
 
 def _refuse_written(views: Sequence[Tensor], versions: Sequence[int]) -> None:

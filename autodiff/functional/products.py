@@ -10,14 +10,13 @@ from autodiff.core import checks, graph
 from autodiff.core.arguments import is_differentiable
 from autodiff.core.batch import remember_randomness
 from autodiff.core.dual import push
-from autodiff.core.tape import record
+from autodiff.core.tape import record, transpose
 from autodiff.errors import OutputError
 from autodiff.functional.contract import Contract
 from autodiff.functional.forward import BackwardOnlyError, HookWatch, as_forward_sees
 from autodiff.transforms.grad import dense
 from autodiff.transforms.hessian import gradient_tape
 from autodiff.transforms.jvp import dense_tangents
-from autodiff.transforms.linearize import transpose
 
 if TYPE_CHECKING:
     from collections.abc import Callable

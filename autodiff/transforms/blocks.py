@@ -17,8 +17,7 @@ from autodiff.core.arguments import Call, wraps
 from autodiff.core.batch import over_rows, remember_randomness
 from autodiff.core.chunks import Chunks, Sizes, sizes_for
 from autodiff.core.dual import push
-from autodiff.core.tape import record
-from autodiff.transforms.linearize import transpose
+from autodiff.core.tape import record, transpose
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -136,7 +135,9 @@ class Recipe:
             first, last = max(start - offset, 0), min(stop - offset, output.numel())
             if first < last:
                 pull = of_group(_puller(self, tape), slice(position, position + 1), len(tape.outputs))
-                rows = stacked(pull, [output], sizes_for(self.chunk_size, call.primals), bounds=(first, last))
+                alone = graph.is_wrong_in_batches(tape.kinds())
+                sizes = Sizes(1) if alone else sizes_for(self.chunk_size, call.primals)
+                rows = stacked(pull, [output], sizes, bounds=(first, last))
                 blocks = [
                     basis.zeros(primal, (last - first, *primal.shape)) if of_primal is None else of_primal
                     for of_primal, primal in zip(rows, call.primals, strict=True)
@@ -182,6 +183,8 @@ def _rows(recipe: Recipe, call: Call) -> tuple[Blocks, list[Any]]:
 
         columns = stacked(without_last, call.primals, sizes)
         return _by_columns(call, outputs, columns), tape.aux
+    if not compiling() and basis.size_of(outputs) > 1 and graph.is_wrong_in_batches(tape.kinds()):
+        sizes = Sizes(1)
     pull = _puller(recipe, tape)
     if recipe.frugal is not None and not compiling():
         return _frugal_blocks(pull, tape, call.primals, batched=recipe.frugal()), tape.aux
@@ -267,7 +270,7 @@ def _frugal_chunks(tape: Tape, primals: Sequence[Tensor]) -> list[int]:
     Single rows need the graph, and the result twice: as rows and stacked. A batched pull has about
     three of its largest cotangents alive at a time (a heuristic).
     """
-    if graph.is_wrong_in_batches(tape.ends):
+    if graph.is_wrong_in_batches(tape.kinds()):
         return [1] * len(tape.outputs)
     total, largest = graph.bytes_of_a_pull(tape.ends)
     row = sum(primal.numel() * primal.element_size() for primal in primals)

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from autodiff.core import checks
 from autodiff.core.arguments import Call
-from autodiff.core.tape import record
+from autodiff.core.tape import record, transpose
 from autodiff.transforms.jvp import dense_tangents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from autodiff.core.tape import Tape
+    from collections.abc import Callable
 
 
 def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
@@ -57,29 +51,3 @@ def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..
         return call.like_output(dense_tangents(call, tape.outputs, moved, strict=False))
 
     return call.like_output(tape.outputs), pushforward
-
-
-def transpose(
-    tape: Tape, look: Callable[[list[Tensor | None]], None] = lambda _: None
-) -> Callable[[Sequence[Tensor]], list[Tensor | None]]:
-    """The tape's derivative as a function of tangents: the pullback of its pullback.
-
-    Conjugate twice: the engine's pullback is the conjugate transpose, and so is its own pullback.
-    ``look`` is shown what the first pullback gives, None where no output depends on an input.
-    """
-    reached: list[int] = []
-
-    def pull(cotangents: Sequence[Tensor], _: Any) -> tuple[list[Tensor], list[Any]]:
-        pulled = tape.pull(cotangents, retain_graph=True)
-        look(pulled)
-        reached[:] = [i for i, cotangent in enumerate(pulled) if cotangent is not None]
-        return [cotangent for cotangent in pulled if cotangent is not None], []
-
-    # The derivative does not depend on where the pullback, a linear function, is recorded.
-    origin = [torch.zeros_like(output) for output in tape.outputs]
-    pullback = record(pull, origin, private=tape.inputs)
-
-    def push(tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        return pullback.pull([tangents[i] for i in reached], retain_graph=True)
-
-    return push

@@ -62,8 +62,11 @@ def now_allowed(error, name, *, forward):
     return name == "jvp" and "modified by an inplace operation" in str(error)
 
 
-def compare(name, func, inputs, *, forward=False, **keywords):
+def compare(name, func, inputs, *, forward=False, instead=None, **keywords):
+    """``instead`` are options with which legacy is right."""
     expected = outcome(legacy, name, func, inputs, **keywords)
+    if instead and not isinstance(expected, Exception):
+        expected = outcome(legacy, name, func, inputs, **keywords | instead)
     came = outcome(ours, name, func, inputs, **keywords)
     if not isinstance(expected, Exception):
         assert not isinstance(came, Exception), came
@@ -105,10 +108,12 @@ def test_products_are_legacys(product, name, kind):
 def test_matrices_are_legacys(matrix, keyword, strategy, vectorize, name, kind):
     func, inputs = build(name, kind)
     forward = strategy == "forward-mode"
+    silently_zero = forward and name in {"product by scatter", "custom operator"}
+    instead = {keyword: "reverse-mode", "vectorize": False} if silently_zero else None
     for create_graph, strict, recording in FLAGS:
         keywords = {"create_graph": create_graph, "strict": strict, "vectorize": vectorize, keyword: strategy}
         with torch.set_grad_enabled(recording):
-            compare(matrix, func, inputs, forward=forward, **keywords)
+            compare(matrix, func, inputs, forward=forward, instead=instead, **keywords)
 
 
 @pytest.mark.parametrize("product", ["vjp", "jvp", "vhp", "hvp"])

@@ -33,15 +33,24 @@ LEFT_OUT = {
 _SPARSE = "sparse.sampled_addmm sparse.mm.reduce"
 
 # A torch.library.custom_op, which torch runs as an autograd.Function of the old style: autodiff pulls
-# through it on the ground, and nothing can inside a level.
+# through it on the ground, and nothing can inside a level. Its pullback cannot be differentiated.
 _CUSTOM_OP = "nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none"
 
-# No forward-mode rule.
+# No forward-mode rule, and no second derivative that could serve instead; a sparse result.
 _NO_FORWARD = """
-    _segment_reduce.lengths _segment_reduce.offsets cdist cholesky grid_sampler_2d grid_sampler_3d
-    index_reduce.amax index_reduce.amin index_reduce.mean index_reduce.prod native_dropout_backward
-    nn.functional.ctc_loss nn.functional.embedding_bag nn.functional.grid_sample
-    nn.functional.multi_margin_loss nn.functional.multilabel_margin_loss nn.functional.pdist ormqr to_sparse
+    _segment_reduce.lengths _segment_reduce.offsets nn.functional.ctc_loss nn.functional.embedding_bag
+    nn.functional.multi_margin_loss nn.functional.multilabel_margin_loss to_sparse
+"""
+# No forward-mode rule in torch; autodiff goes by the pullback of the pullback, or by a formula.
+_NO_FORWARD_IN_TORCH = """
+    cdist cholesky index_reduce.amax index_reduce.amin index_reduce.mean native_dropout_backward
+    nn.functional.pdist ormqr
+"""
+_GRID_SAMPLE = "grid_sampler_2d nn.functional.grid_sample"
+_NO_FORWARD_UNBATCHED = f"{_NO_FORWARD_IN_TORCH} {_GRID_SAMPLE} grid_sampler_3d index_reduce.prod"
+# Of these the backward formula has none.
+_NO_FORWARD_OVER_REVERSE = """
+    nn.functional.hardsigmoid nn.functional.huber_loss nn.functional.soft_margin_loss
 """
 
 # The backward formula has no derivative.
@@ -69,8 +78,17 @@ _NO_BATCHING_OF_PULLBACK = "nn.functional.max_unpool2d nn.functional.max_unpool2
 # What the pullback gives is not the transposed derivative where several entries write to one place.
 _OVERLAPPING_WRITES = "nn.functional.max_unpool1d nn.functional.max_unpool2d nn.functional.max_unpool3d"
 
-# Silent zeros: torch drops the tangents that enter a custom_op, and scatter_reduce's.
-_TANGENT_DROPPED = f"scatter_reduce.prod {_CUSTOM_OP}"
+# Solved with factors that carry no tangent, and wrongly with those of another batch.
+_FACTORS = "linalg.det linalg.slogdet linalg.solve linalg.solve_ex linalg.tensorsolve logdet"
+# The rule for forward mode is not itself right to differentiate.
+_ONCE_ONLY = f"""
+    {_FACTORS} cholesky_inverse cumprod linalg.householder_product nn.functional.batch_norm
+    nn.functional.instance_norm nn.functional.layer_norm scatter_reduce.prod
+"""
+# The same below the interface that people call.
+_NATIVE_NORMS = "_batch_norm_with_update _native_batch_norm_legit native_batch_norm native_layer_norm"
+# At the kink of a norm a subgradient has no derivative to agree about.
+_KINK = "linalg.norm.subgradients_at_zero"
 
 _TABLES = {
     "vjp": {
@@ -78,13 +96,15 @@ _TABLES = {
         "torch.func raises RuntimeError": f"tensor_split {_SPARSE} {_CUSTOM_OP}",
     },
     "jvp": {
-        "both are wrong": _TANGENT_DROPPED,
         "both raise NotImplementedError": _NO_FORWARD,
         # normal gives the tangent of its mean where the standard deviation makes the output larger.
         "both raise RuntimeError": f"normal {_SPARSE}",
         "torch.autograd is wrong": f"as_strided_scatter {_OVERLAPPING_WRITES}",
-        "torch.func raises NotImplementedError": _ATTENTION,
+        # Silent zeros.
+        "torch.func is wrong": "scatter_reduce.prod nn.functional.linear_cross_entropy.chunked",
+        "torch.func raises NotImplementedError": f"{_ATTENTION} {_NO_FORWARD_UNBATCHED}",
         "torch.func raises RuntimeError": "tensor_split",
+        "autodiff raises RuntimeError": _CUSTOM_OP,
     },
     "grad of vjp": {
         "both raise NotImplementedError": _NO_DOUBLE_BACKWARD_OF_DISTANCE,
@@ -92,18 +112,37 @@ _TABLES = {
         "torch.func raises RuntimeError": f"sparse.sampled_addmm tensor_split {_CUSTOM_OP} {_ATTENTION}",
     },
     "jvp of vjp": {
-        # triangular_solve's pullback loses a tangent, where linalg.solve_triangular's keeps it;
-        # scatter_reduce as under "jvp".
-        "both are wrong": "scatter_reduce.prod triangular_solve",
-        # At the kink of a norm a subgradient has no derivative to agree about.
-        "both contradict torch.autograd": "linalg.norm.subgradients_at_zero",
-        "both raise NotImplementedError": f"""
-            {_NO_FORWARD} nn.functional.hardsigmoid nn.functional.huber_loss nn.functional.soft_margin_loss
-        """,
+        "both contradict torch.autograd": _KINK,
+        "both raise NotImplementedError": _NO_FORWARD,
         "both raise RuntimeError": f"normal tensor_split {_SPARSE} {_CUSTOM_OP}",
-        "torch.func raises NotImplementedError": _ATTENTION,
+        "torch.func raises NotImplementedError": f"{_ATTENTION} {_NO_FORWARD_UNBATCHED} {_NO_FORWARD_OVER_REVERSE}",
+        # triangular_solve's pullback loses a tangent, where linalg.solve_triangular's keeps it.
+        "torch.func is wrong": "scatter_reduce.prod triangular_solve",
         # NaN from the double backward where the mask leaves only minus infinities.
         "torch.autograd is wrong": "masked.logaddexp",
+        "autodiff raises RuntimeError": "nn.functional.linear_cross_entropy.chunked",
+    },
+    "jvp of jvp": {
+        "both are wrong": _NATIVE_NORMS,
+        "both contradict torch.autograd": _KINK,
+        "both raise NotImplementedError": _NO_FORWARD,
+        "both raise RuntimeError": f"nn.functional.alpha_dropout normal tensor_split {_SPARSE}",
+        "torch.autograd is wrong": "masked.logaddexp",
+        "torch.func is wrong": _ONCE_ONLY,
+        "torch.func raises NotImplementedError": f"""
+            {_ATTENTION} {_NO_FORWARD_UNBATCHED} {_NO_FORWARD_OVER_REVERSE} nn.functional.glu
+        """,
+        "autodiff raises RuntimeError": _CUSTOM_OP,
+    },
+    "grad of jvp": {
+        # eigh, like eig, depends on the phases of the eigenvectors, which eig says.
+        "both contradict torch.autograd": f"{_NATIVE_NORMS} {_KINK} linalg.eigh torch.ops.aten._safe_softmax.default",
+        "both raise NotImplementedError": _NO_FORWARD,
+        "both raise RuntimeError": f"normal tensor_split {_SPARSE} {_CUSTOM_OP}",
+        "torch.func is wrong": _ONCE_ONLY,
+        "torch.func raises NotImplementedError": f"{_ATTENTION} {_NO_FORWARD_UNBATCHED}",
+        "torch.func raises RuntimeError": "nn.functional.glu nn.functional.hardsigmoid",
+        "autodiff raises RuntimeError": "linalg.eig nn.functional.linear_cross_entropy.chunked",
     },
     "vmap of vjp": {
         "both raise NotImplementedError": "to_sparse",
@@ -113,11 +152,38 @@ _TABLES = {
         "torch.func raises RuntimeError": "index_reduce.prod scatter_reduce.prod",
     },
     "vmap of jvp": {
-        "both are wrong": _TANGENT_DROPPED,
-        "both raise NotImplementedError": _NO_FORWARD,
+        "both raise NotImplementedError": f"{_NO_FORWARD} index_reduce.prod",
         "both raise RuntimeError": f"{_NO_BATCHING} {_SPARSE}",
-        "torch.func raises NotImplementedError": _ATTENTION,
+        "torch.func raises NotImplementedError": f"""
+            {_ATTENTION} {_NO_FORWARD_IN_TORCH} {_GRID_SAMPLE} grid_sampler_3d
+        """,
         "torch.autograd is wrong": _OVERLAPPING_WRITES,
+        # torch.func is wrong.
+        "autodiff raises RuntimeError": f"scatter_reduce.prod {_CUSTOM_OP}",
+    },
+    "vmap of jacfwd": {
+        "both raise NotImplementedError": f"{_NO_FORWARD} {_GRID_SAMPLE} grid_sampler_3d index_reduce.prod",
+        "both raise RuntimeError": f"{_NO_BATCHING} {_SPARSE}",
+        "torch.func is wrong": _FACTORS,
+        "torch.func raises NotImplementedError": f"{_ATTENTION} {_NO_FORWARD_IN_TORCH} {_GRID_SAMPLE}",
+        "torch.func raises RuntimeError": "cumprod",
+        "torch.autograd is wrong": _OVERLAPPING_WRITES,
+        # torch.func is wrong.
+        "autodiff raises RuntimeError": f"scatter_reduce.prod {_CUSTOM_OP}",
+    },
+    "vmap of jacfwd of vjp": {
+        "both contradict torch.autograd": _KINK,
+        "both raise NotImplementedError": f"{_NO_FORWARD} {_GRID_SAMPLE} grid_sampler_3d index_reduce.prod",
+        "both raise RuntimeError": f"""
+            {_NO_BATCHING} {_NO_BATCHING_OF_PULLBACK} {_SPARSE} {_CUSTOM_OP} scatter_reduce.prod
+        """,
+        "torch.func is wrong": f"{_FACTORS} linalg.eig linalg.eigvals triangular_solve",
+        "torch.func raises NotImplementedError": f"""
+            {_ATTENTION} {_NO_FORWARD_IN_TORCH} {_GRID_SAMPLE} {_NO_FORWARD_OVER_REVERSE}
+        """,
+        "torch.func raises RuntimeError": "cumprod",
+        "torch.autograd is wrong": "masked.logaddexp",
+        "autodiff raises RuntimeError": "nn.functional.linear_cross_entropy.chunked",
     },
     "vmap of grad of vjp": {
         "both raise NotImplementedError": f"to_sparse {_NO_DOUBLE_BACKWARD_OF_DISTANCE}",

@@ -10,6 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._functorch import autograd_function
 from torch.autograd import Variable
 from torch.autograd import graph as autograd_graph
 from torch.utils import _python_dispatch
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # Sees every operation, beneath all transforms.
 DispatchMode = _python_dispatch.TorchDispatchMode
+# What applies an autograd Function inside torch's levels, as a torch function mode sees it.
+CUSTOM_FUNCTION_CALL = autograd_function.custom_function_call
 # torch.func has it since 2.13.
 rearrange: Any = getattr(torch.func, "rearrange", None) or import_module("functorch.einops").rearrange
 

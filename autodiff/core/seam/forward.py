@@ -130,6 +130,18 @@ class dual_ground(AbstractContextManager[None]):  # noqa: N801  used like the fu
             self._normal.__exit__()
 
 
+class NoForward(AbstractContextManager[None]):
+    """This thread is not in forward mode on the ground: for what no tangent enters."""
+
+    __slots__ = ("_pushes",)
+
+    def __enter__(self) -> None:
+        self._pushes, thread.pushes = thread.pushes, 0
+
+    def __exit__(self, *exc: object) -> None:
+        thread.pushes = self._pushes
+
+
 @contextmanager
 def dual_stacked() -> Iterator[int]:
     """A functorch forward-mode level, which nests; gives the level's number."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch import predispatch
+from torch._functorch import predispatch, pyfunctorch
 from torch.autograd import forward_ad
 from torch.autograd import graph as autograd_graph
 
@@ -18,7 +18,7 @@ from autodiff.core.seam import forward
 from autodiff.core.seam.modes import NormalMode, Recording, on_stack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _SAVED_TENSOR_HOOKS = (
     "a saved-tensor hook (torch.utils.checkpoint, save_on_cpu, saved_tensors_hooks) cannot run inside a transform "
@@ -60,11 +60,45 @@ def requires_grad_at_any_depth(tensor: Tensor) -> bool:
     return True
 
 
+def has_tangent_at_any_depth(tensor: Tensor) -> bool:
+    """Whether the tensor carries a tangent at any level of forward mode that is active."""
+    stack = _functorch.get_interpreter_stack()
+    if not stack:
+        return forward.unpack_dual(tensor)[1] is not None
+    top = stack[-1]
+    if top.key() == _functorch.TransformType.Jvp and forward.unpack_dual(tensor)[1] is not None:
+        return True
+    with pyfunctorch.temporarily_pop_interpreter_stack():
+        below = _functorch.maybe_get_level(tensor) == top.level()
+        return has_tangent_at_any_depth(_functorch.get_unwrapped(tensor) if below else tensor)
+
+
+def is_nested() -> bool:
+    """Whether a level of torch's stack is active."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def batch_levels(tensors: Iterable[Tensor]) -> set[int]:
+    """The levels at which one of the tensors carries a batch."""
+    levels = set()
+    for tensor in tensors:
+        while _functorch.is_functorch_wrapped_tensor(tensor):
+            if _functorch.is_batchedtensor(tensor):
+                levels.add(_functorch.maybe_get_level(tensor))
+            tensor = _functorch.get_unwrapped(tensor)  # noqa: PLW2901  the next wrapper
+    return levels
+
+
 def bottom(tensor: Tensor) -> Tensor:
     """The tensor inside all wrappers, with every batch dimension in sight."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
+
+
+def without_dead_level(tensor: Tensor) -> Tensor:
+    """The tensor without the wrapper of a level that has been left."""
+    return _functorch.unwrap_if_dead(tensor)
 
 
 def is_wrapped(tensor: Tensor) -> bool:

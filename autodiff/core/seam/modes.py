@@ -19,6 +19,8 @@ compiling = torch.compiler.is_compiling
 
 # What torch.no_grad and its kin call, as a torch function mode sees it.
 SWITCH_OF_GRAD_MODE = torch._C._set_grad_enabled
+# Off with torch function modes: operations run as they are.
+WithoutModes = torch._C.DisableTorchFunction
 # Attention by a fused kernel and by a formula: whether it is on, and the switch.
 FLASH_ATTENTION = torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash
 MATH_ATTENTION = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math

@@ -1,0 +1,184 @@
+"""Floor 1: operations as formulas, which torch differentiates in every mode and to any order.
+
+Of its own normalisations it takes mean and deviation for constants from the third derivative on, and from the
+second on in forward mode; the others lack a rule. Hands on `ALWAYS` and `NESTED`: formulas to take on the ground
+of forward mode, and inside other transforms only. Imports nothing from the package.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+
+def layer_norm(
+    input: Tensor,  # noqa: A002
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """As torch.nn.functional.layer_norm and torch.layer_norm."""
+    del cudnn_enable
+    dims = list(range(input.dim() - len(normalized_shape), input.dim()))
+    return _affine(_standardised(input, dims, eps)[0], weight, bias)
+
+
+def batch_norm(
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """As torch.nn.functional.batch_norm: the channels are dimension 1."""
+    dims = [dim for dim in range(input.dim()) if dim != 1]
+    return _by_channel(input, dims, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def instance_norm(
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """As torch.nn.functional.instance_norm: the channels are dimension 1."""
+    dims = list(range(2, input.dim()))
+    return _by_channel(input, dims, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _by_channel(
+    x: Tensor,
+    dims: list[int],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    by_batch: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    channels = [1, -1, *[1] * (x.dim() - 2)]
+    weight, bias = (None if one is None else one.view(channels) for one in (weight, bias))
+    if not by_batch:
+        assert running_mean is not None
+        assert running_var is not None
+        centred = x - running_mean.view(channels)
+        return _affine(centred * (running_var.view(channels) + eps).rsqrt(), weight, bias)
+    y, mean, variance = _standardised(x, dims, eps)
+    count = 1
+    for dim in dims:
+        count *= x.shape[dim]
+    with torch.no_grad():
+        for running, new in ((running_mean, mean), (running_var, variance * count / max(count - 1, 1))):
+            if running is not None:
+                # An average over the instances too, where there is one for each.
+                running.mul_(1 - momentum).add_(momentum * new.mean(0).flatten())
+    return _affine(y, weight, bias)
+
+
+def _standardised(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensor with mean 0 and variance 1 over the dimensions, and the two as they were."""
+    mean = x.mean(dims, keepdim=True)
+    centred = x - mean
+    variance = (centred * centred).mean(dims, keepdim=True)
+    return centred * (variance + eps).rsqrt(), mean, variance
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Tensor:
+    """As torch.cdist."""
+    del compute_mode
+    distances: Tensor = torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
+    return distances
+
+
+def pdist(input: Tensor, p: float = 2.0) -> Tensor:  # noqa: A002
+    """As torch.nn.functional.pdist."""
+    one, other = torch.triu_indices(len(input), len(input), 1, device=input.device)
+    distances: Tensor = torch.linalg.vector_norm(input[one] - input[other], p, dim=-1)
+    return distances
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
+    """As torch.nn.functional.hardsigmoid."""
+    result = functional.relu6(input + 3) / 6
+    return input.copy_(result) if inplace else result
+
+
+def soft_margin_loss(
+    input: Tensor,  # noqa: A002
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """As torch.nn.functional.soft_margin_loss."""
+    if size_average is not None or reduce is not None:
+        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+    loss = functional.softplus(-target * input)
+    match reduction:
+        case "mean":
+            return loss.mean()
+        case "sum":
+            return loss.sum()
+        case _:
+            return loss
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As torch.nn.functional.scaled_dot_product_attention, whose dropout in a batch of batches ends the process."""
+    if dropout_p == 0:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if enable_gqa:
+        key, value = (one.repeat_interleave(query.size(-3) // one.size(-3), -3) for one in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.size(-1) ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        scores = scores + attn_mask if attn_mask.is_floating_point() else scores.where(attn_mask, -torch.inf)
+    hidden = scores.isneginf().all(-1, keepdim=True)
+    weights = torch.softmax(scores.where(~hidden, 0), -1).where(~hidden, 0)
+    return functional.dropout(weights, dropout_p) @ value
+
+
+ALWAYS: dict[Any, Callable[..., Tensor]] = {torch.cdist: cdist, functional.pdist: pdist}
+NESTED: dict[Any, Callable[..., Tensor]] = {
+    functional.layer_norm: layer_norm,
+    torch.layer_norm: layer_norm,
+    functional.batch_norm: batch_norm,
+    functional.instance_norm: instance_norm,
+    functional.hardsigmoid: hardsigmoid,
+    functional.scaled_dot_product_attention: attention,
+    functional.soft_margin_loss: soft_margin_loss,
+}

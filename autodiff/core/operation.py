@@ -1,0 +1,162 @@
+"""Floor 1: operations whose derivatives are given by rules, under every transform and at every order.
+
+Hands on `Rules`, and `operate`, which ties values to the tensors that they depend on by rules. Never
+sees a tree; imports `_torch` and `batch`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autodiff.core import _torch, batch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from autodiff.core.batch import Randomness
+
+
+class Rules(ABC):
+    """How an operation is differentiated. ``saved`` are the tensors that it depends on.
+
+    A rule is evaluated inside the transforms that surround its use, and is itself differentiated there.
+    None stands for a zero vector, and for that of a tensor that is not differentiated.
+    """
+
+    @abstractmethod
+    def pull(self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """A cotangent for each of ``saved``."""
+
+    @abstractmethod
+    def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """A tangent for each output."""
+
+
+def operate(rules: Rules, values: Sequence[Any], saved: Sequence[Tensor]) -> list[Any]:
+    """``values``, differentiated by ``rules``; leaves that are no floating or complex tensors as they are.
+
+    The values are cut off from all graphs first. What is differentiated is a zero that is added to them: minus
+    zero, which leaves the sign of a zero alone. So a value may be computed anywhere, and be any tensor.
+    """
+    values = [value.detach() if isinstance(value, Tensor) else value for value in values]
+    where = [i for i, value in enumerate(values) if is_inexact(value)]
+    shapes = [_Shape(values[i].shape, values[i].dtype, values[i].device) for i in where]
+    for i, zero in zip(where, _Node.apply(_Ruled(rules, shapes), *saved), strict=True):
+        values[i] = values[i] + zero
+    return values
+
+
+def is_watched(tensor: Tensor) -> bool:
+    """Whether somebody differentiates what is made of the tensor now: by a graph, or by a tangent.
+
+    Without grad mode a level inside others hides from itself alone.
+    """
+    if (torch.is_grad_enabled() or _torch.is_nested()) and _torch.requires_grad_at_any_depth(tensor):
+        return True
+    return _torch.forward_level_active() and _torch.has_tangent_at_any_depth(tensor)
+
+
+def is_inexact(leaf: object) -> bool:
+    """Whether a leaf is a floating or complex tensor."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+class _Shape(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def full(self, value: float) -> Tensor:
+        return torch.full(self.shape, value, dtype=self.dtype, device=self.device)
+
+
+class _Ruled(NamedTuple):
+    """Rules, and what the outputs look like."""
+
+    rules: Rules
+    shapes: Sequence[_Shape]
+
+
+class _Node(torch.autograd.Function):
+    """Zeros with the derivatives that the rules give.
+
+    torch dispatches a Function level by level. Forward mode is off inside its jvp, for all levels, and the
+    saved tensors still carry the tangents of this one: as it stands, the outer of two forward modes sees zeros.
+    """
+
+    nests = True  # its jvp has seen to that
+
+    @staticmethod
+    def forward(ruled: _Ruled, *saved: Tensor) -> tuple[Tensor, ...]:
+        del saved
+        return tuple(shape.full(-0.0) for shape in ruled.shapes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        del output
+        ctx.ruled, *saved = inputs
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        # The level that recorded them may be gone, and is not to be taken for one that still watches.
+        saved = [_torch.without_dead_level(tensor) for tensor in ctx.saved_tensors]
+        return (None, *ctx.ruled.rules.pull(saved, cotangents))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        primals = [_torch.unpack_dual(tensor)[0] for tensor in ctx.saved_tensors]
+        with _torch.ForwardGrad():
+            pushed = ctx.ruled.rules.push(primals, tangents)
+            pairs = zip(pushed, ctx.ruled.shapes, strict=True)
+            return tuple(shape.full(0.0) if tangent is None else tangent for tangent, shape in pairs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], ruled: _Ruled, *saved: Tensor) -> Any:
+        rules = _Batched(ruled.rules, in_dims[1:], info.batch_size, info.randomness)
+        shapes = [one._replace(shape=(info.batch_size, *one.shape)) for one in ruled.shapes]
+        return _Node.apply(_Ruled(rules, shapes), *saved), (0,) * len(shapes)
+
+
+class _Batched(Rules):
+    """The same operation on a batch: its rules under vmap. Outputs have their batch first."""
+
+    def __init__(self, rules: Rules, dims: Sequence[int | None], size: int, randomness: Randomness) -> None:
+        self._rules, self._dims, self._size, self._randomness = rules, dims, size, randomness
+
+    def pull(self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        dims = [None if cotangent is None else 0 for cotangent in cotangents]
+        pulled = self._run(self._rules.pull, saved, cotangents, dims)
+        return [
+            None if one is None else one.sum(0) if dim is None else one.movedim(0, dim)
+            for one, dim in zip(pulled, self._dims, strict=True)
+        ]
+
+    def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        dims = [None if t is None else dim for t, dim in zip(tangents, self._dims, strict=True)]
+        return self._run(self._rules.push, saved, tangents, dims)
+
+    def _run(
+        self,
+        rule: Callable[..., Sequence[Tensor | None]],
+        saved: Sequence[Tensor],
+        vectors: Sequence[Tensor | None],
+        dims: Sequence[int | None],
+    ) -> list[Tensor | None]:
+        count = len(saved)
+
+        def of_sample(leaves: list[Any]) -> list[Any]:
+            return list(rule(leaves[:count], leaves[count:]))
+
+        def leading(outputs: list[Any], _: list[bool]) -> list[int | None]:
+            return [None if output is None else 0 for output in outputs]
+
+        return batch.run(
+            of_sample, [*saved, *vectors], [*self._dims, *dims], self._size, self._randomness, leading
+        )

@@ -1,0 +1,105 @@
+"""Floor 1: every check of a custom rule. `func` is the name of the function that has it.
+
+As in `checks`, the first parameter is the public name that the user called. Imports `trees` and `errors`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+from torch import Tensor
+
+from autodiff.core import trees
+from autodiff.errors import ArgnumsError, RuleError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from autodiff.core.trees import Spec
+
+
+def nondiff_argnums(name: str, value: object, parameters: Sequence[str]) -> frozenset[int]:
+    """The positions of the arguments that are not differentiated."""
+    picks = value if isinstance(value, tuple) else (value,)
+    positions = []
+    for pick in picks:
+        position = parameters.index(pick) if pick in parameters else pick
+        if isinstance(position, bool) or not isinstance(position, int) or position < 0:
+            listed = ", ".join(map(repr, parameters)) or "unknown"
+            raise ArgnumsError(
+                f"{name}: nondiff_argnums are positions from 0 on or names of parameters, got {pick!r}. The function's "
+                f"parameters are {listed}. Write nondiff_argnums=(0,)."
+            )
+        positions.append(position)
+    return frozenset(positions)
+
+
+def only_positional(name: str, func: str, names: Sequence[str]) -> NoReturn:
+    raise RuleError(
+        f"{name}: {func} is called with {names} by keyword, but rules get arguments by position. Expected parameters "
+        f"with a place of their own; write them before the * in {func}'s signature."
+    )
+
+
+def has_rule(name: str, func: str, how: str) -> NoReturn:
+    raise RuleError(
+        f"{name}: {func} is differentiated, but has no rule. Expected one, set by {func}.{how}, before the first "
+        f"derivative."
+    )
+
+
+def no_nondiff(name: str, func: str, nondiff: frozenset[int]) -> None:
+    if nondiff:
+        raise RuleError(
+            f"{name}: {func}.defjvps takes a rule for every argument, but {func} has nondiff_argnums "
+            f"{sorted(nondiff)}. Use defjvp."
+        )
+
+
+def rule_gives_pair(name: str, func: str, rule: str, pair: str, value: object) -> None:
+    if not isinstance(value, tuple) or len(value) != 2:
+        came = f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
+        raise RuleError(
+            f"{name}: the {rule} of {func} is to return {pair}, got {came}. Return a tuple of the two."
+        )
+
+
+def rule_gives_tuple(name: str, func: str, value: object, count: int) -> NoReturn:
+    came = f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
+    raise RuleError(
+        f"{name}: bwd of {func} is to return a tuple of {count}, a cotangent for each differentiated argument, got "
+        f"{came}. Write (c,) for one, and None for zero."
+    )
+
+
+def rule_gives_structure(name: str, func: str, kind: str, came: Spec, wanted: Spec, root: str) -> NoReturn:
+    raise RuleError(
+        f"{name}: the {kind} that the rule of {func} gives is to have the structure of {root}: "
+        f"{trees.difference(came, kind, wanted, root)} Give a tensor for each floating leaf, and None for zero."
+    )
+
+
+def rule_gives_like(name: str, func: str, kind: str, path: str, value: object, like: Tensor) -> NoReturn:
+    came = (
+        f"shape {tuple(value.shape)} and dtype {value.dtype}"
+        if isinstance(value, Tensor)
+        else f"type {type(value).__name__}"
+    )
+    raise RuleError(
+        f"{name}: the {kind} that the rule of {func} gives for {path} has {came}, but {path} has shape "
+        f"{tuple(like.shape)} and dtype {like.dtype}. Sum over what was broadcast, or give None for zero."
+    )
+
+
+def captures_nothing(name: str, func: str) -> NoReturn:
+    raise RuleError(
+        f"{name}: {func} reaches a tensor that is differentiated and is no argument of it, so that no rule gives the "
+        f"derivative by it. Make it an argument, or detach it."
+    )
+
+
+def nondiff_is_constant(name: str, func: str, path: str) -> NoReturn:
+    raise RuleError(
+        f"{name}: {path} of {func} is differentiated, but stands in nondiff_argnums. Expected a constant there; detach "
+        f"it, or leave it out of nondiff_argnums."
+    )

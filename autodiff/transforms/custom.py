@@ -1,0 +1,398 @@
+"""Floor 2: functions with derivatives of one's own, at every order and under every transform.
+
+`Custom` lifts one use of a function over trees; the two decorators say which rule there is, and how the
+other mode follows from it. Builds on `core` alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from functools import partial
+from types import MethodType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from autodiff.core import batch, rule_checks, trees
+from autodiff.core.arguments import is_differentiable, wraps
+from autodiff.core.operation import Rules, is_watched, operate
+from autodiff.core.tape import transposed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from autodiff.core.trees import Spec
+
+    Vectors: TypeAlias = Sequence[Tensor | None]
+
+NondiffArgnums: TypeAlias = int | str | tuple[int | str, ...]
+
+
+def custom_vjp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffArgnums = ()) -> Any:
+    r"""A function whose pullback is given by a rule, as in JAX.
+
+    .. math:: \mathrm{bwd}(r, c) = c^\top \partial f(x), \quad (f(x), r) = \mathrm{fwd}(x)
+
+    The decorated function gets its rules from ``defvjp(fwd, bwd)``. ``fwd(*args)`` returns the output and
+    what the pullback needs of it, any tree. ``bwd(*nondiff, residuals, cotangent)`` returns a tuple with one
+    tree for each differentiated argument, like that argument, with None for zero in place of a leaf or of a
+    whole tree. Where no derivative is asked for, ``func`` itself runs.
+
+    Forward mode transposes ``bwd``, which has to be linear in the cotangent then. A second derivative
+    differentiates ``bwd``, and runs ``fwd`` once more in order to differentiate the residuals.
+
+    >>> import torch
+    >>> import autodiff as ad
+    >>> @custom_vjp
+    ... def clipped(x, limit):
+    ...     return x
+    >>> clipped.defvjp(lambda x, limit: (x, limit), lambda limit, c: (c.clamp(-limit, limit), None))
+    >>> ad.grad(lambda x: (3 * clipped(x, 1.0)).sum())(torch.zeros(2))
+    tensor([1., 1.])
+
+    Args:
+        func: a function of trees that returns a tree. Arguments may be passed by keyword; rules get them
+            by position, with the defaults filled in. Leaves that are no floating or complex tensors are static.
+        nondiff_argnums: the arguments that are not differentiated, by position or name. They come first in
+            ``bwd``, and ``fwd`` gets all arguments in their order.
+
+    Returns:
+        The function, with a method ``defvjp(fwd, bwd)``. Without ``func``, a decorator.
+
+    Raises:
+        RuleError: when it is called or differentiated: there is no rule yet; a rule returns another structure,
+            shape or dtype; ``func`` reaches a differentiated tensor that is no argument, or one in
+            ``nondiff_argnums``.
+        ArgnumsError: ``nondiff_argnums`` names no parameter.
+
+    The interface is that of ``jax.custom_vjp``.
+    """
+    return (
+        partial(CustomVjp, nondiff_argnums=nondiff_argnums)
+        if func is None
+        else CustomVjp(func, nondiff_argnums)
+    )
+
+
+def custom_jvp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffArgnums = ()) -> Any:
+    r"""A function whose pushforward is given by a rule, as in JAX.
+
+    .. math:: \mathrm{rule}(x, t) = (f(x),\; \partial f(x)\, t)
+
+    The decorated function gets its rule from ``defjvp(rule)``, also usable as a decorator.
+    ``rule(*nondiff, primals, tangents)`` takes two tuples with a tree for each differentiated argument, and
+    returns the output and its tangent, a tree like the output with None for zero. The rule has to be linear in
+    the tangents: reverse mode transposes it.
+
+    >>> import torch
+    >>> import autodiff as ad
+    >>> @custom_jvp
+    ... def log1pexp(x):
+    ...     return torch.log(1 + torch.exp(x))
+    >>> @log1pexp.defjvp
+    ... def rule(primals, tangents):
+    ...     (x,), (t,) = primals, tangents
+    ...     return log1pexp(x), (1 - 1 / (1 + torch.exp(x))) * t
+    >>> ad.grad(log1pexp)(torch.tensor(100.0))
+    tensor(1.)
+
+    Args:
+        func: as for :func:`custom_vjp`.
+        nondiff_argnums: the arguments that are not differentiated, by position or name. They come first in
+            the rule.
+
+    Returns:
+        The function, with the methods ``defjvp(rule)`` and ``defjvps(*rules)``: one rule for each argument,
+        ``rule(tangent, output, *args)``, or None for one that the output does not depend on. Without
+        ``func``, a decorator.
+
+    Raises:
+        RuleError: as for :func:`custom_vjp`.
+        ArgnumsError: ``nondiff_argnums`` names no parameter.
+
+    The interface is that of ``jax.custom_jvp``.
+    """
+    return (
+        partial(CustomJvp, nondiff_argnums=nondiff_argnums)
+        if func is None
+        else CustomJvp(func, nondiff_argnums)
+    )
+
+
+class Custom:
+    """What the two have in common: one use, its arguments as tensors, and the check of what a rule gives."""
+
+    name: str
+
+    def __init__(self, func: Callable[..., Any], nondiff_argnums: NondiffArgnums = ()) -> None:
+        wraps(func)(self)
+        self.func, self.shown = func, getattr(func, "__name__", type(func).__name__)
+        try:
+            self._signature: inspect.Signature | None = inspect.signature(func)
+        except (TypeError, ValueError):
+            self._signature = None
+        self.nondiff = rule_checks.nondiff_argnums(self.name, nondiff_argnums, list(self._parameters()))
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """As a method: the instance is the first argument, a static one."""
+        return self if instance is None else MethodType(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's value, which knows its derivatives."""
+        use = Use(self, self._positional(args, kwargs))
+        if not any(map(is_watched, use.saved)):
+            return self.func(*use.args)
+        use.refuse_watched_nondiff()
+        return self._differentiated(use)
+
+    @abstractmethod
+    def _differentiated(self, use: Use) -> Any:
+        """The output, tied to the arguments by the rule."""
+
+    def _parameters(self) -> Sequence[str]:
+        return [] if self._signature is None else list(self._signature.parameters)
+
+    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        if self._signature is None:
+            if kwargs:
+                rule_checks.only_positional(self.name, self.shown, list(kwargs))
+            return args
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        if bound.kwargs:
+            rule_checks.only_positional(self.name, self.shown, list(bound.kwargs))
+        return bound.args
+
+
+class Use:
+    """One use of a custom function. ``saved``: all tensors among its arguments, the differentiated ones first."""
+
+    def __init__(self, custom: Custom, args: tuple[Any, ...]) -> None:
+        self.custom, self.args = custom, args
+        picked = [i for i in range(len(args)) if i not in custom.nondiff]
+        self._order = [*picked, *sorted(set(range(len(args))) - set(picked))]
+        self.count = len(picked)
+        leaves, self._spec = trees.flatten(tuple(args[i] for i in picked))
+        others, self._nondiff_spec = trees.flatten(tuple(args[i] for i in self._order[self.count :]))
+        self._leaves, self._border = [*leaves, *others], len(leaves)
+        is_saved = [is_differentiable(leaf) for leaf in leaves] + [False] * len(others)
+        self.where = [i for i, one in enumerate(is_saved) if one]
+        self._constant = [
+            i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and not is_saved[i]
+        ]
+        self.saved: list[Tensor] = [self._leaves[i] for i in (*self.where, *self._constant)]
+
+    def parts(self, saved: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The arguments that are not differentiated, and those that are, with these tensors."""
+        leaves = list(self._leaves)
+        for position, tensor in zip((*self.where, *self._constant), saved, strict=True):
+            leaves[position] = tensor
+        differentiated = trees.unflatten(self._spec, leaves[: self._border])
+        return trees.unflatten(self._nondiff_spec, leaves[self._border :]), differentiated
+
+    def all_args(self, saved: Sequence[Tensor]) -> tuple[Any, ...]:
+        """All arguments in their order, with these tensors."""
+        nondiff, differentiated = self.parts(saved)
+        args: list[Any] = [None] * len(self.args)
+        for position, value in zip(self._order, (*differentiated, *nondiff), strict=True):
+            args[position] = value
+        return tuple(args)
+
+    def evaluate(self, func: Callable[..., Any]) -> Any:
+        """``func`` of the arguments as constants."""
+        return func(*self.all_args([tensor.detach() for tensor in self.saved]))
+
+    def tangents(self, vectors: Vectors) -> tuple[Any, ...]:
+        """A tree of tangents for each differentiated argument: zeros for None, None where nothing is to be."""
+        leaves: list[Any] = [None] * self._border
+        for position, tensor, vector in zip(self.where, self.saved, vectors, strict=False):
+            leaves[position] = torch.zeros_like(tensor) if vector is None else vector
+        tangents: tuple[Any, ...] = trees.unflatten(self._spec, leaves)
+        return tangents
+
+    def cotangents(self, tree: Any) -> list[Tensor | None]:
+        """What a rule gave for the differentiated arguments, as one cotangent for each of ``saved``."""
+        if not isinstance(tree, tuple) or len(tree) != self.count:
+            rule_checks.rule_gives_tuple(self.custom.name, self.custom.shown, tree, self.count)
+        leaves = _like(self.custom, "cotangent", tree, self._spec, "args")
+        pairs = [(leaves[i], self._leaves[i], i) for i in self.where]
+        return [
+            _vector(self.custom, "cotangent", value, tensor, self._spec, i) for value, tensor, i in pairs
+        ] + [None] * len(self._constant)
+
+    def refuse_watched_nondiff(self) -> None:
+        """An argument that is not differentiated must not carry a derivative."""
+        for position in self._constant:
+            if is_watched(self._leaves[position]):
+                path = trees.paths(self._nondiff_spec, "nondiff")[position - self._border]
+                rule_checks.nondiff_is_constant(self.custom.name, self.custom.shown, path)
+
+
+class Output:
+    """An output as leaves, those that are differentiated apart."""
+
+    def __init__(self, custom: Custom, tree: Any) -> None:
+        self._custom = custom
+        self.leaves, self.spec = trees.flatten(tree)
+        self.where = [i for i, leaf in enumerate(self.leaves) if is_differentiable(leaf)]
+        if any(is_watched(leaf) for leaf in self.leaves if isinstance(leaf, Tensor)):
+            rule_checks.captures_nothing(custom.name, custom.shown)
+        likes = [self.leaves[i] for i in self.where]
+        self._looks = [(like.shape, like.dtype, like.device) for like in likes]
+
+    def zeros(self) -> list[Tensor]:
+        """A zero vector for each differentiated leaf. Made anew: a rule may run where the leaves' levels are gone."""
+        return [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in self._looks]
+
+    def cotangent(self, vectors: Vectors) -> Any:
+        """A tree like the output: zeros for None, None where the output is not differentiated."""
+        leaves: list[Any] = [None] * len(self.leaves)
+        for position, vector, zero in zip(self.where, vectors, self.zeros(), strict=True):
+            leaves[position] = zero if vector is None else vector
+        return trees.unflatten(self.spec, leaves)
+
+    def tangents(self, tree: Any) -> list[Tensor | None]:
+        """What a rule gave for the output, as one tangent for each differentiated leaf."""
+        leaves = _like(self._custom, "tangent", tree, self.spec, "output")
+        return [_vector(self._custom, "tangent", leaves[i], self.leaves[i], self.spec, i) for i in self.where]
+
+    def tied(self, rules: Rules, saved: Sequence[Tensor]) -> Any:
+        """The output, differentiated by the rules."""
+        return trees.unflatten(self.spec, operate(rules, self.leaves, saved))
+
+
+def _like(custom: Custom, kind: str, tree: Any, spec: Spec, root: str) -> list[Any]:
+    values = trees.broadcast(tree, spec)
+    if values is None or any(value is not None and not exact for value, exact in values):
+        rule_checks.rule_gives_structure(custom.name, custom.shown, kind, trees.structure(tree), spec, root)
+    return [value for value, _ in values]
+
+
+def _vector(custom: Custom, kind: str, value: Any, like: Tensor, spec: Spec, position: int) -> Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
+        path = trees.paths(spec, "args" if kind == "cotangent" else "output")[position]
+        rule_checks.rule_gives_like(custom.name, custom.shown, kind, path, value, like)
+    return value
+
+
+class CustomVjp(Custom):
+    """A function with a pullback of its own; see :func:`custom_vjp`."""
+
+    name = "custom_vjp"
+
+    def __init__(self, func: Callable[..., Any], nondiff_argnums: NondiffArgnums = ()) -> None:
+        super().__init__(func, nondiff_argnums)
+        self.fwd: Callable[..., Any] | None = None
+        self.bwd: Callable[..., Any] | None = None
+
+    def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
+        """Set the rules: ``fwd(*args) -> (output, residuals)``, ``bwd(*nondiff, residuals, cotangent)``."""
+        self.fwd, self.bwd = fwd, bwd
+
+    def _differentiated(self, use: Use) -> Any:
+        if self.fwd is None or self.bwd is None:
+            rule_checks.has_rule(self.name, self.shown, "defvjp(fwd, bwd)")
+        state = batch.random_state()
+        pair = use.evaluate(self.fwd)
+        rule_checks.rule_gives_pair(self.name, self.shown, "fwd", "(output, residuals)", pair)
+        output, residuals = Output(self, pair[0]), trees.flatten(pair[1])
+        rules = _ByPullback(self, use, output, residuals, state)
+        return output.tied(rules, [*use.saved, *rules.residuals])
+
+
+class _ByPullback(Rules):
+    def __init__(
+        self,
+        custom: CustomVjp,
+        use: Use,
+        output: Output,
+        residuals: tuple[list[Any], Spec],
+        state: dict[str, Tensor],
+    ) -> None:
+        self._custom, self._use, self._output, self._state = custom, use, output, state
+        self._leaves, self._spec = residuals
+        self._where = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        self.residuals: list[Tensor] = [self._leaves[i].detach() for i in self._where]
+
+    def pull(self, saved: Sequence[Tensor], cotangents: Vectors) -> Vectors:
+        assert self._custom.bwd is not None
+        count = len(self._use.saved)
+        primals, tensors = saved[:count], saved[count:]
+        nondiff, _ = self._use.parts(primals)
+        leaves = list(self._leaves)
+        for position, tensor in zip(self._where, tensors, strict=True):
+            leaves[position] = tensor
+        residuals = trees.unflatten(self._spec, leaves)
+        if any(map(is_watched, primals)):
+            # The residuals of the first run are constants. Somebody differentiates the pullback.
+            with batch.random_numbers_from(self._state):
+                _, residuals = self._custom.fwd(*self._use.all_args(primals))  # type: ignore[misc]
+        pulled = self._custom.bwd(*nondiff, residuals, self._output.cotangent(cotangents))
+        return [*self._use.cotangents(pulled), *[None] * len(tensors)]
+
+    def push(self, saved: Sequence[Tensor], tangents: Vectors) -> Vectors:
+        return transposed(partial(self.pull, saved), self._output.zeros())(tangents)
+
+
+class CustomJvp(Custom):
+    """A function with a pushforward of its own; see :func:`custom_jvp`."""
+
+    name = "custom_jvp"
+
+    def __init__(self, func: Callable[..., Any], nondiff_argnums: NondiffArgnums = ()) -> None:
+        super().__init__(func, nondiff_argnums)
+        self.rule: Callable[..., Any] | None = None
+
+    def defjvp(self, rule: Callable[..., Any]) -> Callable[..., Any]:
+        """Set the rule: ``rule(*nondiff, primals, tangents) -> (output, tangent)``; returns it."""
+        self.rule = rule
+        return rule
+
+    def defjvps(self, *rules: Callable[..., Any] | None) -> None:
+        """Set a rule for each argument, ``rule(tangent, output, *args)``; the tangents are added."""
+        rule_checks.no_nondiff(self.name, self.shown, self.nondiff)
+
+        def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+            output = self(*primals)
+            of_output, spec = trees.flatten(output)
+            total: list[Any] = [None] * len(of_output)
+            for one, tangent in zip(rules, tangents, strict=True):
+                if one is not None:
+                    moved = _like(self, "tangent", one(tangent, output, *primals), spec, "output")
+                    total = [_sum(a, b) for a, b in zip(total, moved, strict=True)]
+            return output, trees.unflatten(spec, total)
+
+        self.rule = rule
+
+    def _differentiated(self, use: Use) -> Any:
+        if self.rule is None:
+            rule_checks.has_rule(self.name, self.shown, "defjvp(rule)")
+        output = Output(self, use.evaluate(self.func))
+        return output.tied(_ByPushforward(self, use, output), use.saved)
+
+
+class _ByPushforward(Rules):
+    def __init__(self, custom: CustomJvp, use: Use, output: Output) -> None:
+        self._custom, self._use, self._output = custom, use, output
+
+    def push(self, saved: Sequence[Tensor], tangents: Vectors) -> Vectors:
+        assert self._custom.rule is not None
+        nondiff, primals = self._use.parts(saved)
+        pair = self._custom.rule(*nondiff, primals, self._use.tangents(tangents))
+        name = self._custom.name, self._custom.shown
+        rule_checks.rule_gives_pair(*name, "jvp rule", "(output, tangent)", pair)
+        return self._output.tangents(pair[1])
+
+    def pull(self, saved: Sequence[Tensor], cotangents: Vectors) -> Vectors:
+        count = len(self._use.where)
+        origin = [torch.zeros_like(tensor) for tensor in saved[:count]]
+        pulled = transposed(partial(self.push, saved), origin)(cotangents)
+        return [*pulled, *[None] * (len(saved) - count)]
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one + other
