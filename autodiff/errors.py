@@ -90,6 +90,29 @@ class OptionError(AutodiffError, ValueError, RuntimeError):
     """A keyword has a value outside its documented set, such as ``chunk_size=0``."""
 
 
+class DerivativeError(AutodiffError, AssertionError):
+    """A derivative is not that of the function's values, found by :mod:`autodiff.testing`.
+
+    ``derivative`` and ``quotient`` are the two numbers, ``input`` and ``output`` name the leaves, and ``mode`` and
+    ``order`` say which derivative it is. What does not apply is None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        derivative: complex | None = None,
+        quotient: complex | None = None,
+        mode: str | None = None,
+        order: int | None = None,
+        output: str | None = None,
+        input: str | None = None,  # noqa: A002
+    ) -> None:
+        super().__init__(message)
+        self.derivative, self.quotient, self.mode, self.order = derivative, quotient, mode, order
+        self.output, self.input = output, input
+
+
 class SampleError(AutodiffError, RuntimeError):
     """``per_sample``'s function failed on a sample, or gave something that is not finite.
 
