@@ -161,7 +161,8 @@ def double(tensor: Tensor) -> torch.dtype:
 def in_double(tree: Any) -> Any:
     """A copy of the tree, cut from any graph, with its floating and complex leaves in double precision."""
     return _with_tensors(
-        tree, lambda leaf: leaf.detach().to(double(leaf) if is_differentiable(leaf) else leaf.dtype, copy=True)
+        tree,
+        lambda leaf: leaf.detach().to(double(leaf) if is_differentiable(leaf) else leaf.dtype, copy=True),
     )
 
 
