@@ -51,6 +51,13 @@ def ops(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Check 20,000 random compositions of transforms, and what they leave behind: some ten minutes."""
+    install(session, "-e", ".[tests]")
+    session.run("python", "tests/soak", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, docstrings and the two seams."""
     install(session, "ruff")

@@ -1,0 +1,1 @@
+"""Random compositions of transforms, each checked against raw autograd, and what they leave behind."""
