@@ -200,7 +200,7 @@ def _batch(draw: Draw, args: tuple[Tree, ...], dims: list[int | None], size: int
 def batched(stage: Stage, name: str) -> Layer:
     """vmap, ours or torch.func's."""
     draw, ours = stage.draw, name == "vmap"
-    size, out_dims = draw.integer(1, 3), draw.pick([0, 0, -1]) if ours else 0
+    size, out_dims = draw.pick([1, 2, 2, 3, 3]), draw.pick([0, 0, -1]) if ours else 0
     in_dims, dims = _in_dims(draw, stage.args)
     options: dict[str, Any] = {"out_dims": out_dims, "randomness": stage.randomness()}
     if ours:

@@ -87,6 +87,10 @@ def _vector(shape: Shape) -> bool:
     return len(shape) == 1
 
 
+def _wide_vector(shape: Shape) -> bool:
+    return _vector(shape) and _wide(shape)
+
+
 # Makers, of a draw, the shape, and the list of captured parameters.
 
 
@@ -271,8 +275,8 @@ UNARY: dict[str, tuple[str, Callable[[Shape], bool], Callable[..., Operation]]] 
     "expand": ("", _any, _plain(lambda x: x.unsqueeze(0).expand(2, *x.shape))),
     "where": ("", _any, _where),
     "layer_norm": ("layer_norm", _wide, _normed),
-    "solve": ("linalg", _vector, _solved),
-    "slogdet": ("linalg", _vector, _logdet),
+    "solve": ("linalg", _wide_vector, _solved),
+    "slogdet": ("linalg", _wide_vector, _logdet),
     "in place": ("in place", _any, _in_place),
     "copy": ("in place", _any, _copied),
     "write": ("in place", _wide, _written),
