@@ -24,10 +24,10 @@ from autodiff.core.chunks import Chunks, Sizes
     ],
 )
 def test_chunks_cover_the_batch_once(total: int, size: int | None, pieces: list[tuple[int, int]]) -> None:
-    calls = []
-    chunks = Chunks(total, Sizes(size))
-    assert [(start, stop) for start, stop, _ in chunks.each(lambda *bounds: calls.append(bounds))] == pieces
+    calls, kept = [], []
+    Chunks(total, Sizes(size)).each(lambda *bounds: calls.append(bounds), lambda *chunk: kept.append(chunk))
     assert calls == pieces
+    assert kept == [(start, stop, None) for start, stop in pieces]
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
@@ -35,8 +35,10 @@ def test_chunks_cover_the_batch_once(total: int, size: int | None, pieces: list[
 def test_pieces_are_put_together_along_their_dim(dim: int, watched: bool) -> None:
     whole = torch.arange(2.0 * 3 * 4).reshape(2, 3, 4).movedim(1, dim).contiguous().requires_grad_(watched)
     chunks = Chunks(3, Sizes(2))
-    for start, stop, _ in chunks.each(lambda *_: None):
-        chunks.add(7, start, stop, whole.narrow(dim, start, stop - start), dim)
+    chunks.each(
+        lambda start, stop: whole.narrow(dim, start, stop - start),
+        lambda start, stop, piece: chunks.add(7, start, stop, piece, dim),
+    )
     result = chunks.whole(7, dim)
     assert torch.equal(result, whole)
     assert result.requires_grad is watched
@@ -50,9 +52,9 @@ def test_chunked_result_is_written_in_place_once() -> None:
     """The pieces of a plain result go into one tensor: peak is the result and one piece."""
     rows = torch.ones(6, 5)
     chunks = Chunks(6, Sizes(2))
-    for start, stop, _ in chunks.each(lambda *_: None):
-        chunks.add(0, start, stop, rows[start:stop])
-        assert chunks.whole(0).data_ptr() == chunks.whole(0).data_ptr()
+    chunks.each(
+        lambda start, stop: rows[start:stop], lambda start, stop, piece: chunks.add(0, start, stop, piece)
+    )
     assert chunks.whole(0).shape == (6, 5)
 
 
@@ -174,14 +176,14 @@ def test_auto_survives_memory_that_runs_out(name: str, monkeypatch: pytest.Monke
     func = lambda x: (x.sin() * x.prod()).sum()
     expected, each, tried = TRANSFORMS[name](func)(x), Chunks.each, []
 
-    def limited(self: Chunks, compute: Any) -> Any:
+    def limited(self: Chunks, compute: Any, keep: Any) -> Any:
         def compute_some(start: int, stop: int) -> Any:
             tried.append(stop - start)
             if stop - start > 4 and self._sizes.adapts:
                 raise torch.OutOfMemoryError("no more")
             return compute(start, stop)
 
-        return each(self, compute_some)
+        return each(self, compute_some, keep)
 
     monkeypatch.setattr(Chunks, "each", limited)
     torch.testing.assert_close(TRANSFORMS[name](func, chunk_size="auto")(x), expected)

@@ -127,3 +127,15 @@ def test_meters_nest() -> None:
         del kept
     assert inner.peak == 400
     assert outer.peak == 400 + 400
+
+
+def test_meter_survives_a_product_with_a_zero_without_memory() -> None:
+    """Inside a dispatch mode, as the meter is one, torch ends the process there."""
+    one = torch.ones(2)
+
+    def func(x: torch.Tensor) -> torch.Tensor:
+        slope = lambda y: ad.jvp(torch.tanh, (y,), (one,))[1].sum()
+        return ad.hvp(slope, (x,), (one,), mode="reverse-over-forward")[1]
+
+    x = torch.tensor([0.5, 0.2])
+    torch.testing.assert_close(ad.jacrev(func, chunk_size="auto")(x), ad.jacrev(func)(x))

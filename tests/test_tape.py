@@ -268,3 +268,19 @@ def test_tensor_subclass_goes_through_the_ground_tape() -> None:
     result = ad.grad(cubic)(parameter)
     assert type(result) is Tensor
     assert_close(result.detach(), gradient(X))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["grad", "jacrev", "hessian"])
+def test_linalg_on_a_level_leaves_no_graph_where_none_is_recorded(mode: Any, name: str) -> None:
+    """A pull through linalg's operations makes a graph for its own sake; nobody sees it without grad mode."""
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def func(x: Tensor) -> Tensor:
+        return scale * torch.linalg.slogdet(torch.diag(x)).logabsdet
+
+    x = torch.tensor([[1.0, 2.0], [4.0, 5.0]], dtype=torch.float64)
+    with mode():
+        result = ad.vmap(getattr(ad, name)(func))(x)
+    assert not result.requires_grad
+    assert_close(result.clone(), 2 / x if name != "hessian" else torch.diag_embed(-2 / x**2))

@@ -16,7 +16,7 @@ from typing import Any
 import optree
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, overrides
 from torch._C import _functorch
 from torch._functorch import autograd_function, eager_transforms, predispatch, pyfunctorch
 from torch.autograd import Variable, forward_ad
@@ -39,6 +39,7 @@ CONTRACTS = {
     "_functorch.unwrap_if_dead": "test_wrapper_of_a_level_that_was_left_can_be_taken_off",
     "pyfunctorch.temporarily_pop_interpreter_stack": "test_upper_levels_can_be_stepped_out_of",
     "autograd_function.custom_function_call": "test_function_mode_sees_autograd_functions_inside_levels",
+    "overrides._get_current_function_mode": "test_function_modes_can_be_left_out",
     "torch._C.DisableTorchFunction": "test_function_modes_can_be_left_out",
     "_functorch.is_functorch_wrapped_tensor": "test_wrappers_are_told_and_opened",
     "_functorch.get_unwrapped": "test_wrappers_are_told_and_opened",
@@ -76,6 +77,7 @@ CONTRACTS = {
     "autograd_graph.disable_saved_tensors_hooks": "test_saved_tensor_hooks_can_be_forbidden",
     "predispatch.lazy_load_decompositions": "test_decompositions_load_lazily",
     "tensor._version": "test_writes_are_counted",
+    "tensor._is_zerotensor": "test_zeros_without_memory_are_told",
     "node._input_metadata": "test_nodes_know_the_shapes_of_their_cotangents",
     "torch_pytree._private_register_pytree_node": "test_torchs_own_trees_learn_a_class",
     "torch_pytree.SUPPORTED_NODES": "test_torchs_registry_holds_its_dataclasses",
@@ -344,10 +346,13 @@ def test_function_mode_sees_autograd_functions_inside_levels() -> None:
 
 
 def test_function_modes_can_be_left_out() -> None:
-    """torch._C.DisableTorchFunction switches them off: an operation runs as it is."""
-    with Seeing() as mode, torch._C.DisableTorchFunction():
-        X.sin()
+    """torch._C.DisableTorchFunction switches them off; _get_current_function_mode() tells the innermost."""
+    with Seeing() as mode:
+        assert overrides._get_current_function_mode() is mode
+        with torch._C.DisableTorchFunction():
+            X.sin()
     assert mode.seen == []
+    assert overrides._get_current_function_mode() is None
 
 
 def test_saved_tensor_hooks_can_be_forbidden() -> None:
@@ -413,6 +418,13 @@ def test_writes_are_counted() -> None:
     assert tensor._version == before + 1
 
 
+def test_zeros_without_memory_are_told() -> None:
+    """_is_zerotensor() tells a zero that a dispatch mode must not hand on: torch ends the process there."""
+    zero = torch._efficientzerotensor(2)
+    assert zero._is_zerotensor()
+    assert not zero.clone()._is_zerotensor()
+
+
 def test_nodes_know_the_shapes_of_their_cotangents() -> None:
     """A node's _input_metadata has shape and dtype of what comes into it: the size of a batched pull."""
     (metadata,) = (X.clone().requires_grad_() * 2).grad_fn._input_metadata
@@ -465,6 +477,7 @@ def private_names(tree: ast.AST) -> set[str]:
         "autograd_function",
         "autograd_graph",
         "torch_pytree",
+        "overrides",
         "_python_dispatch",
     }
     names = set()

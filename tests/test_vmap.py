@@ -306,3 +306,13 @@ def test_second_derivatives_of_normalisations_per_sample(norm: Any) -> None:
     if norm is not NORMALISATIONS["group_norm"]:
         with pytest.raises(RuntimeError, match=r"inplace arithmetic|under vmap"):
             torch.func.vmap(lambda x: torch.func.vjp(torch.func.grad(func), x)[1](direction))(xs)
+
+
+@pytest.mark.parametrize("fallback", [None, "loop"])
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_stop_iteration_comes_out_as_it_is(fallback: Any, chunk_size: int | None) -> None:
+    def func(x: Tensor) -> Tensor:
+        raise StopIteration("inside")
+
+    with pytest.raises(StopIteration, match="inside"):
+        ad.vmap(func, fallback=fallback, chunk_size=chunk_size)(torch.ones(3))

@@ -15,7 +15,7 @@ from torch import Tensor
 from autodiff.core import _torch, memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
 R = TypeVar("R")
 
@@ -134,7 +134,9 @@ class Chunks:
     """A batch of ``total`` in pieces, and their results put together.
 
     >>> chunks = Chunks(5, Sizes(2))
-    >>> [(start, stop) for start, stop, _ in chunks.each(lambda start, stop: None)]
+    >>> seen = []
+    >>> chunks.each(lambda start, stop: None, lambda start, stop, _: seen.append((start, stop)))
+    >>> seen
     [(0, 2), (2, 4), (4, 5)]
     """
 
@@ -149,11 +151,12 @@ class Chunks:
         """Whether the next chunk is everything."""
         return self._sizes.size >= self.total
 
-    def each(self, compute: Callable[[int, int], R]) -> Iterator[tuple[int, int, R]]:
-        """``start``, ``stop`` and what ``compute`` makes of each chunk; of an empty batch, of one from 0 to 0.
+    def each(self, compute: Callable[[int, int], R], keep: Callable[[int, int, R], None]) -> None:
+        """Show ``keep`` the ``start`` and ``stop`` of each chunk, and what ``compute`` makes of it.
 
-        While sizes are learnt, chunks are measured. Where memory runs out, a learnt size is halved and
-        the chunk repeated.
+        Of an empty batch there is one chunk, from 0 to 0. While sizes are learnt, chunks are measured. Where
+        memory runs out, a learnt size is halved and the chunk repeated. No generator: it would turn a StopIteration
+        of the user's into another error.
         """
         sizes, start = self._sizes, 0
         while True:
@@ -169,7 +172,7 @@ class Chunks:
                 if not memory.is_out_of_memory(error) or not sizes.shrink(stop - start):
                     raise
                 continue
-            yield start, stop, result
+            keep(start, stop, result)
             del result
             start = stop
             if start >= self.total:

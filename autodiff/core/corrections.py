@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -58,6 +58,15 @@ _WAY_OUT = (
 
 class corrected(TorchFunctionMode):  # noqa: N801  used like a function
     """Sees every operation that a function calls: 0.8 us for each, next to 3 for the operation in forward mode."""
+
+    def __enter__(self) -> Self:
+        # Inside itself it would see every operation twice.
+        self._entered = not isinstance(_torch.function_mode(), corrected)
+        return super().__enter__() if self._entered else self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._entered:
+            super().__exit__(*exc)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from autodiff.core._torch import DispatchMode
+from autodiff.core._torch import DispatchMode, is_zero_tensor
 from autodiff.errors import OptionError
 
 if TYPE_CHECKING:
@@ -152,6 +152,9 @@ class _LiveBytes(DispatchMode):
         del types
         self.operations += 1
         self._see((args, kwargs), new=False)
+        if func is torch.ops.aten.mul.Scalar and is_zero_tensor(args[0]):
+            # A tangent without memory: inside a dispatch mode this product, and no other operation, ends the process.
+            return torch.zeros_like(args[0])
         result = func(*args, **(kwargs or {}))
         self._see(result, new=True)
         return result

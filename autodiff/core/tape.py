@@ -114,21 +114,27 @@ class Tape(ABC):
                 seeds.append(cotangent)
         if not ends:
             return [None] * len(inputs)
+        forced = False
         if create_graph is None:
-            create_graph = (
-                torch.is_grad_enabled()
-                and (self._watched() or any(map(_torch.requires_grad_at_any_depth, seeds)))
-            ) or self._needs_grad_mode()
+            create_graph = torch.is_grad_enabled() and (
+                self._watched() or any(map(_torch.requires_grad_at_any_depth, seeds))
+            )
+            if not create_graph and self._needs_grad_mode():
+                create_graph = True
+                # A push detaches what it gives when it is through.
+                forced = not torch.is_grad_enabled() and not _torch.forward_level_active()
         if create_graph:
-            seeds = [_torch.outside_inference(seed) for seed in seeds]
+            with _torch.NormalMode():
+                seeds = [_torch.outside_inference(seed) for seed in seeds]
         backward = _backward_unfused if self._unfused else _torch.backward
-        return backward(
+        pulled = backward(
             ends,
             seeds,
             inputs,
             retain_graph=retain_graph or create_graph,
             create_graph=create_graph,
         )
+        return [_torch.detached(one) for one in pulled] if forced else pulled
 
     def _unbatched(self, cotangents: Sequence[Tensor | None]) -> bool:
         """Whether the cotangents are a batch of which the inputs know nothing."""

@@ -335,10 +335,14 @@ def stacked(
         return [None if result is None else keep(result, first + start) for result in results]
 
     count = 0
-    for start, stop, pieces in chunks.each(of_rows):
+
+    def add(start: int, stop: int, pieces: list[Tensor | None]) -> None:
+        nonlocal count
         count = len(pieces)
         for key, piece in enumerate(pieces):
             chunks.add(key, start, stop, piece)
+
+    chunks.each(of_rows, add)
     return [chunks.whole(key) for key in range(count)]
 
 

@@ -177,12 +177,16 @@ class Mapped:
                 rewind()
             return self.of_samples(start, stop, randomness)
 
-        results: list[Any] = []
-        for start, stop, results in chunks.each(compute):
+        last: list[Any] = []
+
+        def keep(start: int, stop: int, results: list[Any]) -> None:
+            last[:] = results
             for key, (result, dim) in enumerate(zip(results, self.out_dims, strict=True)):
                 if dim is not None:
                     chunks.add(key, start, stop, result, dim)
-        return self._assembled(chunks, results)
+
+        chunks.each(compute, keep)
+        return self._assembled(chunks, last)
 
     def of_samples(self, start: int, stop: int, randomness: Randomness) -> list[Any]:
         """The leaves of the results of samples ``start`` to ``stop``, in one batch."""
@@ -206,11 +210,13 @@ class Mapped:
                 rewind()
             return self._call(self._each(Tensor.select, sample))
 
-        for sample, after, results in chunks.each(of_sample):
+        def keep(sample: int, after: int, results: list[Any]) -> None:
             for key, dim in enumerate(self._destinations(results, _differing(results, before))):
                 if dim is not None:
                     chunks.add(key, sample, after, results[key].unsqueeze(dim), dim)
-            before = results
+            before[:] = results
+
+        chunks.each(of_sample, keep)
         return self._assembled(chunks, before)
 
     def _call(self, leaves: Sequence[Any]) -> list[Any]:

@@ -163,7 +163,7 @@ def _draw(draw: Draw, depth: int) -> Composition | None:
         layer = MAKERS[name][0](Stage(draw, args, size, outermost, random), name)
         drawn.append(layer)
         args, size = layer.args or args, layer.size
-    if _is_large(drawn) or _crashes(drawn):
+    if _is_large(drawn):
         return None
     if mode == "inference_mode" and any(name.startswith("torch.func") for name in names):
         mode = "no_grad"  # torch's own transforms do not leave that mode
@@ -212,22 +212,11 @@ def _as_it_is(func: Func) -> Func:
     return func
 
 
-def _crashes(drawn: list[Layer]) -> bool:
-    """Whether memory is metered where forward mode may leave zero tensors.
-
-    Multiplying one by a number under a dispatch mode, which the meter of chunk_size="auto" is, ends the
-    process: torch 2.13.
-    """
-    modes = "".join(layer.modes for layer in drawn)
-    metered = any(layer.options.get("chunk_size") == "auto" for layer in drawn)
-    return metered and "f" in modes and len(modes) > 1
-
-
 def _without(drawn: list[Layer], *, random: bool, parameters: bool) -> set[str]:
     """Kinds of operations that cannot be in what is drawn, for what torch cannot do or does wrong."""
     names = [layer.name for layer in drawn]
     modes = "".join(layer.modes for layer in reversed(drawn))
-    forward, nested = "f" in modes, "f" in modes[1:]
+    forward = "f" in modes
     # These may take the pullback of a pullback for one derivative, and what is watched takes one more.
     order = (
         len(modes) + sum(name in ("linearize", "jacobian", "functional.jvp") for name in names) + parameters
@@ -237,10 +226,8 @@ def _without(drawn: list[Layer], *, random: bool, parameters: bool) -> set[str]:
         "parameter": parameters,
         # "Operations without a rule": a jvp on the ground, differentiated by a parameter in a closure.
         "softmax": not (forward and parameters),
-        # "Silently wrong in torch": forward in a batch of batches, or as the inner derivative.
-        "linalg": not forward or (len(drawn) == 1 and not nested and not parameters),
-        # "Silently wrong in torch": as the inner derivative. So is the third one in reverse mode.
-        "layer_norm": not nested and not (forward and parameters) and order < 3,
+        # "Silently wrong in torch": the third derivative in reverse mode.
+        "layer_norm": order < 3,
         # Attention differentiated twice unannounced: by a parameter in a closure, or by torch.func inside.
         "attention": not parameters and not any(name.startswith("torch.func") for name in names),
         # torch refuses to write to a dual tensor whose tangent is not batched while its primal is, or is zero.

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autodiff import nn
-from autodiff.core import _torch, attention, tape
+from autodiff.core import attention, tape
+from autodiff.core.seam import forward
 from conftest import state_of_torch
 from soak.compositions import Composition, compose
 from soak.containers import Draw, Tree, active_leaves, distance, leaves, ravel, weights
@@ -40,8 +41,7 @@ class Stop(BaseException):
     """Like KeyboardInterrupt: not an Exception."""
 
 
-# Without StopIteration: the generator of chunks (Chunks.each) makes a RuntimeError of it.
-ERRORS = [ValueError, RuntimeError, Stop, KeyboardInterrupt, GeneratorExit]
+ERRORS = [ValueError, RuntimeError, StopIteration, Stop, KeyboardInterrupt, GeneratorExit]
 
 
 @dataclass
@@ -57,10 +57,10 @@ class Outcome:
 def state() -> dict[str, Any]:
     """Everything that a transform switches, takes or counts while it runs."""
     return state_of_torch() | {
-        "pushes": _torch._thread.pushes,
-        "users of the forward-mode level": _torch._dual_level._users,
-        "forward-mode level owned": _torch._dual_level.owned,
-        "forward-mode lock": _torch._dual_level._lock.locked(),
+        "pushes": forward.thread.pushes,
+        "users of the forward-mode level": forward.dual_level._users,
+        "forward-mode level owned": forward.dual_level.owned,
+        "forward-mode lock": forward.dual_level._lock.locked(),
         "recordings": tape._here.recording,
         "users of attention's formula": attention.unfused._users,
         "attention's lock": attention.unfused._lock.locked(),

@@ -58,6 +58,11 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor._version for tensor in tensors]
 
 
+def is_zero_tensor(tensor: Tensor) -> bool:
+    """Whether the tensor is a zero without memory, such as the tangent of a constant."""
+    return tensor._is_zerotensor()
+
+
 def cotangent_sizes(node: Any) -> list[int]:
     """The bytes of the cotangents that come into a node of a graph."""
     return [prod(metadata.shape) * metadata.dtype.itemsize for metadata in node._input_metadata]

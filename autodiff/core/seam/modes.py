@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
 
 import torch
+from torch import overrides
 from torch._C import _functorch
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ compiling = torch.compiler.is_compiling
 SWITCH_OF_GRAD_MODE = torch._C._set_grad_enabled
 # Off with torch function modes: operations run as they are.
 WithoutModes = torch._C.DisableTorchFunction
+# The torch function mode that sees an operation first, None where there is none.
+function_mode = overrides._get_current_function_mode
 # Attention by a fused kernel and by a formula: whether it is on, and the switch.
 FLASH_ATTENTION = torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash
 MATH_ATTENTION = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math
