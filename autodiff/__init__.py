@@ -34,9 +34,10 @@ from autodiff.transforms.vmap import vmap as vmap
 # Many samples, in bounded memory.
 from autodiff.per_sample.api import per_sample as per_sample
 
-# Derivatives of one's own.
+# Derivatives of one's own, and memory for time.
 from autodiff.transforms.custom import custom_vjp as custom_vjp
 from autodiff.transforms.custom import custom_jvp as custom_jvp
+from autodiff.transforms.checkpoint import checkpoint as checkpoint
 
 # Modules as functions.
 from autodiff.nn import functional_call as functional_call

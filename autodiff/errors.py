@@ -82,6 +82,10 @@ class ForwardRuleError(AutodiffError, NotImplementedError, RuntimeError):
     """An operation has no rule for this use of forward mode, and another order of transforms has to serve."""
 
 
+class CaptureError(AutodiffError, RuntimeError):
+    """A checkpointed function captures a differentiated tensor in a way that cannot be followed."""
+
+
 class RuleError(AutodiffError, RuntimeError, TypeError):
     """A custom rule is missing, or gives something else than its function's derivative can be."""
 

@@ -23,6 +23,7 @@ from autodiff.core.seam.forward import (
     unpack_dual,
 )
 from autodiff.core.seam.levels import (
+    active_levels,
     add_batch,
     batch_level,
     batch_levels,
@@ -35,6 +36,7 @@ from autodiff.core.seam.levels import (
     is_batched_at,
     is_nested,
     is_wrapped,
+    level_of,
     on_ground,
     quiet_fallbacks,
     remove_batch,
@@ -69,6 +71,7 @@ __all__ = [
     "NormalMode",
     "Recording",
     "WithoutModes",
+    "active_levels",
     "add_batch",
     "backward",
     "batch_level",
@@ -89,6 +92,7 @@ __all__ = [
     "is_nested",
     "is_wrapped",
     "is_zero_tensor",
+    "level_of",
     "make_dual",
     "on_ground",
     "outside_inference",

@@ -55,9 +55,10 @@ def is_watched(tensor: Tensor) -> bool:
 
     Without grad mode a level inside others hides from itself alone.
     """
-    if (torch.is_grad_enabled() or _torch.is_nested()) and _torch.requires_grad_at_any_depth(tensor):
-        return True
-    return _torch.forward_level_active() and _torch.has_tangent_at_any_depth(tensor)
+    with _torch.WithoutModes():  # nobody shall see what is inside wrappers
+        if (torch.is_grad_enabled() or _torch.is_nested()) and _torch.requires_grad_at_any_depth(tensor):
+            return True
+        return _torch.forward_level_active() and _torch.has_tangent_at_any_depth(tensor)
 
 
 def is_inexact(leaf: object) -> bool:

@@ -78,6 +78,16 @@ def is_nested() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
+def active_levels() -> set[int]:
+    """The numbers of the levels on this thread's stack."""
+    return {layer.level() for layer in _functorch.get_interpreter_stack() or ()}
+
+
+def level_of(tensor: Tensor) -> int | None:
+    """The number of the level whose wrapper the tensor wears."""
+    return _functorch.maybe_get_level(tensor)
+
+
 def batch_levels(tensors: Iterable[Tensor]) -> set[int]:
     """The levels at which one of the tensors carries a batch."""
     levels = set()

@@ -1,0 +1,230 @@
+"""Floor 2: store the inputs of a function instead of what it computes on the way. Builds on `core` alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from autodiff.core import _torch, batch, trees
+from autodiff.core.arguments import is_differentiable, wraps
+from autodiff.core.dual import push
+from autodiff.core.operation import Rules, is_watched, operate
+from autodiff.core.tape import record
+from autodiff.errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from autodiff.core.arguments import Lift
+
+
+def checkpoint(func: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which is run again in the backward pass instead of remembering what it computed.
+
+    Reverse mode keeps every intermediate result. Through a checkpointed function it keeps the arguments and
+    the output, and needs the intermediate results of one such function at a time, for one more evaluation of
+    it. A chain of n layers in sqrt(n) segments takes the memory of 2 sqrt(n) layers.
+
+    Random numbers repeat in the second run. Tensors that the function captures, such as a module's parameters,
+    are found and differentiated as well. Forward mode stores nothing, and runs the function once more.
+
+    >>> import torch
+    >>> import autodiff as ad
+    >>> layer = checkpoint(lambda x: torch.sin(x).exp())
+    >>> ad.grad(lambda x: layer(x).sum())(torch.zeros(2))
+    tensor([1., 1.])
+
+    Args:
+        func: a function of trees, or a module, that returns a tree. It has to compute the same when it runs again.
+
+    Returns:
+        A function of the same arguments with the same output, for every transform and for plain autograd.
+
+    Raises:
+        CaptureError: inside other transforms, where ``func`` hands a captured tensor that is differentiated to
+            a transform of its own; pass it as an argument.
+
+    A. Griewank and A. Walther, "Algorithm 799: revolve", ACM Transactions on Mathematical Software 26 (2000);
+    T. Chen et al., "Training deep nets with sublinear memory cost", arXiv:1604.06174 (2016).
+    """
+
+    @wraps(func)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if _torch.compiling():
+            # A compiler decides itself what it keeps.
+            return func(*args, **kwargs)
+        if not _torch.is_nested():
+            if not torch.is_grad_enabled() or _torch.forward_level_active():
+                # Nothing is kept; and a second run would find the tangents gone.
+                return func(*args, **kwargs)
+            # torch's own: what it hooks on sees all tensors, also those that an autograd Function captures.
+            return torch.utils.checkpoint.checkpoint(_call, func, args, kwargs, use_reentrant=False)
+        return _on_level(func, args, kwargs)
+
+    return checkpointed
+
+
+def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
+def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run on constants, and tie the output to the arguments and to what is captured."""
+    leaves, spec = trees.flatten((args, kwargs))
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    state = batch.random_state()
+    constants = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    found = _Captured([constant for constant in constants if isinstance(constant, Tensor)])
+    with found:
+        inner_args, inner_kwargs = trees.unflatten(spec, constants)
+        outputs, out_spec = trees.flatten(func(*inner_args, **inner_kwargs))
+    if any(is_watched(output) for output in outputs if isinstance(output, Tensor)):
+        raise _captured_inside(func)
+
+    def rerun(tensors: Sequence[Tensor]) -> list[Any]:
+        filled = list(leaves)
+        for position, tensor in zip(where, tensors, strict=False):
+            filled[position] = tensor
+        again, again_kwargs = trees.unflatten(spec, filled)
+        replaced = _Replaced(found.tensors, tensors[len(where) :])
+        try:
+            with batch.random_numbers_from(state), replaced:
+                result = trees.leaves(func(*again, **again_kwargs))
+        except RuntimeError as error:
+            # A transform inside was handed the captured tensor itself, whose level is gone.
+            if "INTERNAL ASSERT" in str(error):
+                raise _captured_inside(func) from error
+            raise
+        if not replaced.waiting.isdisjoint(found.watched):
+            raise _captured_inside(func)
+        return [leaf for leaf in result if is_differentiable(leaf)]
+
+    saved = [*(leaves[i] for i in where), *found.tensors]
+    return trees.unflatten(out_spec, operate(_Rerun(rerun), outputs, saved))
+
+
+def _captured_inside(func: Callable[..., Any]) -> CaptureError:
+    return CaptureError(
+        f"checkpoint: {getattr(func, '__name__', type(func).__name__)} captures a tensor that is differentiated, and "
+        f"hands it to a transform of its own, where it cannot be replaced. Expected an argument: pass the tensor to "
+        f"the checkpointed function."
+    )
+
+
+class _Rerun(Rules):
+    """Both modes by running the function again."""
+
+    def __init__(self, rerun: Callable[[Sequence[Tensor]], list[Any]]) -> None:
+        self._rerun = rerun
+
+    def pull(self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        where = [i for i, tensor in enumerate(saved) if is_differentiable(tensor)]
+
+        def func(primals: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+            return self._rerun(_filled(saved, where, primals, lift)), []
+
+        result: list[Tensor | None] = [None] * len(saved)
+        tape = record(func, [saved[i] for i in where])
+        for i, pulled in zip(where, tape.pull(cotangents), strict=True):
+            result[i] = pulled
+        return result
+
+    def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        where = [i for i, tangent in enumerate(tangents) if tangent is not None]
+
+        def func(primals: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+            return self._rerun(_filled(saved, where, primals, lift)), []
+
+        moving = [tangent for tangent in tangents if tangent is not None]
+        return push(func, [saved[i] for i in where], moving).tangents
+
+
+def _filled(
+    tensors: Sequence[Tensor], where: Sequence[int], primals: Sequence[Tensor], lift: Lift | None
+) -> list[Tensor]:
+    filled = [tensor if lift is None else lift(tensor) for tensor in tensors]
+    for position, primal in zip(where, primals, strict=True):
+        filled[position] = primal
+    return filled
+
+
+# Captured tensors: an operation that is handed one gets another in its place.
+
+
+# They compute nothing, and are put to what is inside wrappers too.
+_QUESTIONS = frozenset({Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.grad_fn.__get__})  # type: ignore[attr-defined,union-attr]
+
+
+class _Replaced(TorchFunctionMode):
+    """Operations see ``others`` in place of ``tensors``; ``waiting`` are those that none has asked for."""
+
+    def __init__(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._others = {id(tensor): other for tensor, other in zip(tensors, others, strict=True)}
+        self.waiting = set(self._others)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = (
+            self._replaced(args),
+            {key: self._replaced(value) for key, value in (kwargs or {}).items()},
+        )
+        return self._seen(func(*args, **kwargs))
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._other(value)
+        if type(value) in (tuple, list):
+            return type(value)(map(self._replaced, value))
+        return value
+
+    def _other(self, tensor: Tensor) -> Tensor:
+        self.waiting.discard(id(tensor))
+        return self._others.get(id(tensor), tensor)
+
+    def _seen(self, result: Any) -> Any:
+        return result
+
+
+class _Captured(_Replaced):
+    """Finds tensors that belong to a level or require grad and were not made here; hides their derivatives."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__((), ())
+        self.tensors: list[Tensor] = []
+        self.watched: set[int] = set()
+        self._levels = _torch.active_levels()
+        self._token = object()
+        for tensor in inputs:
+            self._seen(tensor)
+
+    def _other(self, tensor: Tensor) -> Tensor:
+        other = self._others.get(id(tensor))
+        if other is not None:
+            return other
+        if self._token in getattr(tensor, "autodiff_made_in", ()) or not self._is_live(tensor):
+            return tensor
+        # Kept, so that nothing else gets its id. What a transform inside gives has no mark, and may be among them.
+        self.tensors.append(tensor)
+        if is_watched(tensor):
+            self.watched.add(id(tensor))
+        self._others[id(tensor)] = constant = tensor.detach()
+        self._seen(constant)
+        return constant
+
+    def _is_live(self, tensor: Tensor) -> bool:
+        if _torch.is_wrapped(tensor):
+            return _torch.level_of(tensor) in self._levels
+        return is_watched(tensor)
+
+    def _seen(self, result: Any) -> Any:
+        for leaf in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(leaf, Tensor):
+                # In each of the checkpointed functions that are inside one another.
+                leaf.autodiff_made_in = (self._token, *getattr(leaf, "autodiff_made_in", ()))  # type: ignore[attr-defined]
+        return result
