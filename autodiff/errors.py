@@ -86,6 +86,10 @@ class CaptureError(AutodiffError, RuntimeError):
     """A checkpointed function captures a differentiated tensor in a way that cannot be followed."""
 
 
+class MissingRuleError(AutodiffError, NotImplementedError):
+    """torch has no second derivative of an operation, in whatever order of modes."""
+
+
 class RuleError(AutodiffError, RuntimeError, TypeError):
     """A custom rule is missing, or gives something else than its function's derivative can be."""
 

@@ -18,6 +18,7 @@ from autodiff.core.batch import over_rows, remember_randomness
 from autodiff.core.chunks import Chunks, Sizes, sizes_for
 from autodiff.core.dual import push
 from autodiff.core.tape import record, transpose
+from autodiff.transforms.orders import first_that_has_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,19 +56,32 @@ def by_mode(
     frugal: Callable[[], bool] | None = None,
     wrt: Wrt = None,
     inner: bool = False,
+    others: Callable[[], Sequence[Callable[..., Any]]] = tuple,
 ) -> Callable[..., Any]:
     """A Jacobian under the public name that the user called.
 
     ``frugal`` pulls rows in batches that take about the memory of single rows, and row by row where
     they cannot be batched, or where, asked after the function ran, it says no. ``holomorphic=None``
     takes any dtypes, with torch's own convention. ``inner`` says that it is only called by another Jacobian
-    of the same transform.
+    of the same transform. ``others`` are the same Jacobian by other orders, for where a rule is missing in this one.
     """
     checks.chunk_size(name, chunk_size)
     checks.allowed(name, "mode", mode, ("auto", "reverse", "forward"))
     checks.randomness(name, randomness)
     recipe = Recipe(
-        name, func, argnums, mode, has_aux, chunk_size, holomorphic, strict, randomness, frugal, wrt, inner
+        name,
+        func,
+        argnums,
+        mode,
+        has_aux,
+        chunk_size,
+        holomorphic,
+        strict,
+        randomness,
+        frugal,
+        wrt,
+        inner,
+        others,
     )
 
     @wraps(func)
@@ -106,6 +120,7 @@ class Recipe:
     frugal: Callable[[], bool] | None
     wrt: Wrt
     inner: bool
+    others: Callable[[], Sequence[Callable[..., Any]]]
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """One call, checked at the door."""
@@ -115,6 +130,16 @@ class Recipe:
 
     def blocks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Blocks, list[Any]]:
         """The call, a block for each output and primal, and the leaves of aux."""
+        if self.others is tuple or compiling():
+            return self._blocks(args, kwargs)
+
+        def others() -> list[Callable[[], tuple[Call, Blocks, list[Any]]]]:
+            recipes: list[Recipe] = [other.recipe for other in self.others()]  # type: ignore[attr-defined]
+            return [partial(recipe.blocks, args, kwargs) for recipe in recipes]
+
+        return first_that_has_rules(self.name, lambda: self._blocks(args, kwargs), others)
+
+    def _blocks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Blocks, list[Any]]:
         call = self.call(args, kwargs)
         match self.mode:
             case "forward":

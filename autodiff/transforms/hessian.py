@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
 
 import torch
 
 from autodiff.core import checks
+from autodiff.core._torch import compiling
 from autodiff.core.arguments import Call
 from autodiff.core.dual import push
 from autodiff.core.tape import record
 from autodiff.transforms.blocks import by_mode
 from autodiff.transforms.grad import dense
+from autodiff.transforms.orders import ORDERS, first_that_has_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,8 +63,9 @@ def hessian(
         func: a function of trees that returns a tree of floating or complex tensors (for the usual
             Hessian one tensor of shape ``()``), or a pair ``(output, aux)`` if ``has_aux``.
         argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
-        mode: ``"auto"``, ``"reverse-over-reverse"``, ``"forward-over-reverse"``,
-            ``"reverse-over-forward"`` or ``"forward-over-forward"``: the outer mode over the inner one.
+        mode: ``"reverse-over-reverse"``, ``"forward-over-reverse"``, ``"reverse-over-forward"`` or
+            ``"forward-over-forward"``: the outer mode over the inner one; or ``"auto"``, the first of these
+            for which no operation lacks a rule. The function runs again for another one.
         has_aux: whether ``func`` returns ``(output, aux)``.
         chunk_size: how many rows to compute in one batch; None computes all, ``"auto"`` learns from the
             first rows how many fit in half of the free memory. Less takes less memory.
@@ -82,6 +86,7 @@ def hessian(
         OutputError: the output is empty, or holds something else than floating or complex tensors.
         ArgnumsError, LeafError: ``argnums`` or ``wrt`` does not fit the call, or selects nothing to differentiate.
         IndependenceError: ``strict`` and an output or its derivative is independent of a leaf.
+        MissingRuleError: ``mode="auto"``, and torch lacks a rule for every order.
     """
     checks.allowed("hessian", "mode", mode, _HESSIAN_MODES)
     checks.chunk_size("hessian", chunk_size)
@@ -98,8 +103,20 @@ def hessian(
             outer, inner = "forward", "forward"
         case _:
             assert_never(mode)
-    first = by_mode("hessian", func, argnums, inner, has_aux, None, holomorphic, strict, wrt=wrt, inner=True)
-    return by_mode("hessian", first, argnums, outer, has_aux, chunk_size, holomorphic, strict, wrt=wrt)
+
+    def over(
+        outer: JacobianMode, inner: JacobianMode, others: Callable[[], Any] = tuple
+    ) -> Callable[..., Any]:
+        first = by_mode(
+            "hessian", func, argnums, inner, has_aux, None, holomorphic, strict, wrt=wrt, inner=True
+        )
+        return by_mode(
+            "hessian", first, argnums, outer, has_aux, chunk_size, holomorphic, strict, wrt=wrt, others=others
+        )
+
+    if mode == "auto":
+        return over(outer, inner, lambda: [over(*order) for order in ORDERS[1:]])
+    return over(outer, inner)
 
 
 def hvp(
@@ -126,8 +143,8 @@ def hvp(
         primals: a tuple of ``func``'s positional arguments, each any tree.
         tangents: a tuple of the same structure, with a tensor of the leaf's shape and dtype at every
             floating and complex leaf.
-        mode: ``"auto"``, ``"reverse-over-reverse"``, ``"forward-over-reverse"`` or
-            ``"reverse-over-forward"``.
+        mode: ``"reverse-over-reverse"``, ``"forward-over-reverse"`` or ``"reverse-over-forward"``, or
+            ``"auto"``, the first of these for which no operation lacks a rule.
         has_aux: whether ``func`` returns ``(value, aux)``.
 
     Returns:
@@ -139,13 +156,16 @@ def hvp(
         OutputError: the output is not one real scalar tensor.
         OptionError: ``mode`` is unknown.
         LeafError: no primal holds a floating or complex tensor.
+        MissingRuleError: ``mode="auto"``, and torch lacks a rule for every order.
     """
     checks.allowed("hvp", "mode", mode, _HVP_MODES)
     checks.tuple_of_primals("hvp", primals)
     call = Call("hvp", func, primals, {}, None, has_aux)
     directions = call.tangents("tangents", tangents)
     match mode:
-        case "auto" | "reverse-over-reverse":
+        case "auto":
+            value, product, aux = _in_the_first_order(call, directions)
+        case "reverse-over-reverse":
             value, product, aux = _reverse_over_reverse(call, directions)
         case "forward-over-reverse":
             value, product, aux = _forward_over_reverse(call, directions)
@@ -160,6 +180,18 @@ def hvp(
 
 # Each gives the value, the product for each primal (None for zero), and the leaves of aux.
 _Product: TypeAlias = "tuple[Tensor, list[Tensor | None], list[Any]]"
+
+
+def _in_the_first_order(call: Call, directions: list[Tensor]) -> _Product:
+    """Of the orders, the first for which no operation lacks a rule."""
+    if compiling():
+        return _reverse_over_reverse(call, directions)
+    others = (_forward_over_reverse, _reverse_over_forward)
+    return first_that_has_rules(
+        call.name,
+        lambda: _reverse_over_reverse(call, directions),
+        lambda: [partial(other, call, directions) for other in others],
+    )
 
 
 def _reverse_over_reverse(call: Call, directions: list[Tensor]) -> _Product:
