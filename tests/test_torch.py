@@ -41,6 +41,7 @@ CONTRACTS = {
     "autograd_function.custom_function_call": "test_function_mode_sees_autograd_functions_inside_levels",
     "overrides._get_current_function_mode": "test_function_modes_can_be_left_out",
     "torch._C.DisableTorchFunction": "test_function_modes_can_be_left_out",
+    "_functorch.CVmapInterpreterPtr": "test_stack_tells_the_sizes_of_its_batches",
     "_functorch.is_functorch_wrapped_tensor": "test_wrappers_are_told_and_opened",
     "_functorch.get_unwrapped": "test_wrappers_are_told_and_opened",
     "_functorch._grad_increment_nesting": "test_grad_level_differentiates_by_wrapping",
@@ -107,6 +108,25 @@ def test_stack_tells_the_kinds_of_its_levels() -> None:
     kinds = _functorch.TransformType
     assert seen == [[kinds.Vmap, kinds.Grad], 2]
     assert pyfunctorch.retrieve_all_functorch_interpreters() == []
+
+
+def test_stack_tells_the_sizes_of_its_batches() -> None:
+    """CVmapInterpreterPtr(layer).batchSize() and layer.level() say what a copy for every sample is batched by."""
+    seen: list[Any] = []
+
+    def look(x: Tensor) -> Tensor:
+        vmaps = [
+            layer
+            for layer in _functorch.get_interpreter_stack()
+            if layer.key() == _functorch.TransformType.Vmap
+        ]
+        seen.extend((layer.level(), _functorch.CVmapInterpreterPtr(layer).batchSize()) for layer in vmaps)
+        seen.append(_torch.vmap_levels())
+        return x.sum()
+
+    torch.func.vmap(torch.func.grad(lambda x: torch.func.vmap(look)(x).sum()))(torch.ones(4, 5, 1))
+    assert seen == [(1, 4), (3, 5), [(1, 4), (3, 5)]]
+    assert _torch.vmap_levels() == []
 
 
 def test_wrappers_are_told_and_opened() -> None:
@@ -266,6 +286,21 @@ def test_dual_tensors_are_made_and_opened() -> None:
         primal, tangent = torch._VF._unpack_dual(torch._VF._make_dual(X, 2 * X, level=0) * 3, level=0)
         torch.testing.assert_close((primal, tangent), (3 * X, 6 * X))
         assert torch._VF._unpack_dual(X, level=0)[1] is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(1, 3))])
+def test_scripted_modules_are_copied_by_their_slots(make: Any) -> None:
+    """RecursiveScriptModule.__copy__ gives slots of its own, which _c.setattr and _modules fill."""
+    whole = make(torch.nn.Sequential(torch.nn.Linear(3, 2)))
+    inner = next(iter(whole._modules.items()))[1]
+    twin, layer = _torch.copy_of_scripted(whole), _torch.copy_of_scripted(inner)
+    weight = inner.weight.clone()
+    layer._c.setattr("weight", torch.zeros(2, 3))
+    twin._modules["0"] = layer
+    assert torch.equal(twin(torch.ones(1, 3))[0], inner.bias)
+    assert torch.equal(inner.weight, weight)
+    assert torch.equal(whole(torch.ones(1, 3))[0], weight.sum(1) + inner.bias)
 
 
 @pytest.mark.parametrize(

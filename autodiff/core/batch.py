@@ -89,6 +89,45 @@ def over_rows(
     return run(func, rows, [0] * len(rows), size, randomness, leading)
 
 
+def the_same_for_all(leaves: Sequence[Any], rows: Sequence[Tensor]) -> list[Any]:
+    """Leaves whose values do not depend on the row, as seen from outside the batch that ``rows`` are of.
+
+    Such a leaf may be batched nonetheless: a buffer that was copied for every sample.
+    """
+    level, size = (_torch.vmap_levels() or [(0, 0)])[-1]
+    if not rows or not _torch.is_batched_at(rows[0], level):
+        return list(leaves)
+    return [
+        _torch.remove_batch(leaf, 0, size, level)[0]
+        if isinstance(leaf, Tensor) and _torch.is_batched_at(leaf, level)
+        else leaf
+        for leaf in leaves
+    ]
+
+
+def copy_for_every_sample() -> Callable[[Tensor], Tensor]:
+    """A function that copies a tensor, batched at every vmap level that is active here.
+
+    Whatever is batched can then be written into the copy, and each sample's copy is its own.
+    """
+    levels = _torch.vmap_levels()
+    masks: dict[torch.device, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        if not levels:
+            return tensor.clone()
+        if tensor.device not in masks:
+            sizes = [size for _, size in levels]
+            mask = _torch.bottom(torch.zeros(sizes, dtype=torch.bool, device=tensor.device))
+            for level, _ in levels:
+                mask = _torch.add_batch(mask, 0, level)
+            masks[tensor.device] = mask
+        # A choice between equals keeps every bit, and takes the batches of all three.
+        return torch.where(masks[tensor.device], tensor, tensor)
+
+    return copied
+
+
 def random_state() -> dict[str, Tensor]:
     """The state of the default generators: that of the CPU, and those of CUDA once it is in use."""
     states = {"cpu": torch.get_rng_state()}

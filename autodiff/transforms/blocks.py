@@ -14,7 +14,7 @@ import torch
 from autodiff.core import basis, checks, graph
 from autodiff.core._torch import bottom, compiling, quiet_fallbacks
 from autodiff.core.arguments import Call, wraps
-from autodiff.core.batch import over_rows, remember_randomness
+from autodiff.core.batch import over_rows, remember_randomness, the_same_for_all
 from autodiff.core.chunks import Chunks, Sizes, sizes_for
 from autodiff.core.dual import push
 from autodiff.core.tape import record, transpose
@@ -320,7 +320,8 @@ def _columns(recipe: Recipe, call: Call) -> tuple[Blocks, list[Any]]:
             for position, tangent in enumerate(result.tangents):
                 if tangent is None:
                     checks.depends(call.name, call.path_of_output(position), call.root, output=position)
-        seen[:], aux[:] = result.outputs, result.aux
+        seen[:] = result.outputs
+        aux[:] = result.aux if compiling() else the_same_for_all(result.aux, tangents)
         return result.tangents
 
     draws: Randomness = "error" if recipe.randomness == "error" else "same"

@@ -79,3 +79,9 @@ def register_with_torch(
 ) -> None:
     """Register a class with torch's own pytree, so that it crosses torch.func's transforms too."""
     torch_pytree._private_register_pytree_node(cls, flatten, unflatten)
+
+
+def copy_of_scripted(module: Any) -> Any:
+    """A scripted or traced module with slots of its own, which hold the same tensors and submodules."""
+    # Both kinds have what this takes; a traced module's own copy would share the slots.
+    return torch.jit.RecursiveScriptModule.__copy__(module)  # type: ignore[attr-defined]

@@ -176,6 +176,13 @@ def batch_level(size: int, randomness: str) -> Iterator[int]:
         _functorch._vmap_decrement_nesting()
 
 
+def vmap_levels() -> list[tuple[int, int]]:
+    """Number and size of every vmap level on this thread's stack, torch.func's included; the outermost first."""
+    stack = _functorch.get_interpreter_stack() or []
+    vmaps = [layer for layer in stack if layer.key() == _functorch.TransformType.Vmap]
+    return [(layer.level(), _functorch.CVmapInterpreterPtr(layer).batchSize()) for layer in vmaps]
+
+
 def add_batch(tensor: Tensor, dim: int, level: int) -> Tensor:
     """The tensor with one dimension hidden as the level's batch."""
     return _functorch._add_batch_dim(tensor, dim, level)
