@@ -94,6 +94,14 @@ class RuleError(AutodiffError, RuntimeError, TypeError):
     """A custom rule is missing, or gives something else than its function's derivative can be."""
 
 
+class TwinError(AutodiffError, RuntimeError):
+    """A module holds something that leads back to it and cannot be copied with it."""
+
+
+class BufferWarning(UserWarning):
+    """``functional_call`` lost what a module wrote to a buffer of its own."""
+
+
 class OptionError(AutodiffError, ValueError, RuntimeError):
     """A keyword has a value outside its documented set, such as ``chunk_size=0``."""
 

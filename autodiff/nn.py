@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-from types import BuiltinFunctionType, FunctionType
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+import warnings
+from collections import Counter
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from autodiff.core import trees
-from autodiff.core._torch import on_ground
-from autodiff.errors import OptionError, StructureError
+from autodiff.core import held, trees
+from autodiff.core._torch import compiling, on_ground
+from autodiff.core.batch import copy_for_every_sample
+from autodiff.core.twins import Twins
+from autodiff.errors import BufferWarning, OptionError, StructureError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     State: TypeAlias = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 
-# What every module has: the tables that a copy replaces, flags, and hooks, which may be bound to it.
-_STANDARD = frozenset(vars(nn.Module()))
-_HOOKS = tuple(name for name in _STANDARD if name.endswith("_hooks"))
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_swapping = threading.RLock()
+# The result, the buffers after the call if they are asked for, and the names of own buffers whose new values are lost.
+Called: TypeAlias = "tuple[Any, dict[str, Tensor], list[str]]"
 
 __all__ = ["functional_call", "sample_loss", "stack_module_state"]
 
@@ -37,78 +34,79 @@ def functional_call(
     *,
     tie_weights: bool = True,
     strict: bool = False,
+    return_buffers: bool = False,
 ) -> Any:
     """Call a module with other parameters and buffers than its own.
 
-    The call runs on a shallow copy of the module tree, so that the module is not touched: not by
-    another thread's call, not by an exception, not by an assignment inside ``forward``. A module that
-    keeps its own way to itself or to a submodule, which a copy would not change (a list of modules in an
-    attribute, a bound method, a hook, torch.compile), is called by torch's function instead, which swaps
-    the tensors in place and back; a lock keeps other threads' calls of such modules out meanwhile.
+    The call runs on a twin of the module, so that the module is not touched: not by another thread's call, not by
+    an exception, not by what ``forward`` assigns, or writes to buffers. Lists of modules, bound methods, closures
+    and hooks lead to the twin as well. No lock is held.
 
     Args:
         module: the module.
         parameter_and_buffer_dicts: tensors by their names in ``module.named_parameters()`` and
             ``named_buffers()``, or several such dicts with no name in common. Names that are left out
-            keep the module's own tensors. A buffer that ``forward`` assigns anew is updated in the dict
-            that held it, and one written in place is updated where it is.
+            keep the module's own tensors. Without ``return_buffers``, a buffer that ``forward`` assigns anew is
+            updated in the dict that held it, and one written in place is updated where it is.
         args: the positional arguments, as a tuple, or one argument that is no tuple.
         kwargs: the keyword arguments.
         tie_weights: a tensor given for one name serves for all names that share a tensor in the module.
         strict: names must be exactly the module's.
+        return_buffers: return the buffers as they are after the call, too, and leave those that were given as
+            they are. Inside ``vmap`` each sample has buffers of its own.
 
     Returns:
-        What the module returns.
+        What the module returns; with ``return_buffers`` a pair of that and a dict of all buffers of the module
+        by name, the given ones and its own. They are what ``forward`` made them: constants, or part of a graph.
 
     Raises:
         ValueError: a name is in two dicts, or tied names are given different tensors.
-        RuntimeError: ``strict`` and names are missing or unknown; a scripted module.
+        RuntimeError: ``strict`` and names are missing or unknown; a scripted module; a module that holds something
+            which leads back to it and cannot be copied.
+
+    Warns:
+        BufferWarning: ``forward`` wrote to a buffer that was not given, without ``return_buffers``.
 
     >>> import torch
     >>> module = torch.nn.Linear(2, 1, bias=False)
     >>> functional_call(module, {"weight": torch.tensor([[3.0, 4.0]])}, torch.ones(2))
     tensor([7.])
+
+    Running statistics, with momentum 0.1:
+
+    >>> norm = torch.nn.BatchNorm1d(1)
+    >>> _, buffers = functional_call(norm, {}, torch.tensor([[1.0], [5.0]]), return_buffers=True)
+    >>> buffers["running_mean"], norm.running_mean
+    (tensor([0.3000]), tensor([0.]))
+
+    As a training step, with the gradient:
+
+    >>> def loss(params, buffers, x):
+    ...     output, buffers = functional_call(norm, (params, buffers), (x,), return_buffers=True)
+    ...     return output.square().sum(), buffers
+    >>> x, params = torch.tensor([[1.0], [5.0]]), dict(norm.named_parameters())
+    >>> _, buffers = torch.func.grad(loss, has_aux=True)(params, buffers, x)
+    >>> buffers["running_mean"], buffers["num_batches_tracked"]
+    (tensor([0.5700]), tensor(2))
     """
-    if isinstance(module, torch.jit.ScriptModule):
-        raise RuntimeError(
-            "functional_call: The stateless API can't be used with Jitted modules, got "
-            f"{type(module).__name__}. Pass the module that was scripted."
-        )
-    if isinstance(module, nn.DataParallel):
-        raise RuntimeError(
-            "functional_call: The stateless API can't be used with nn.DataParallel module. Pass its .module."
-        )
-    dicts = (
-        [parameter_and_buffer_dicts]
-        if isinstance(parameter_and_buffer_dicts, dict)
-        else parameter_and_buffer_dicts
-    )
-    if not isinstance(dicts, list | tuple) or not all(isinstance(one, dict) for one in dicts):
-        raise OptionError(
-            "functional_call: Expected parameter_and_buffer_dicts to be a dict, or a list/tuple of dicts, "
-            f"but got {type(parameter_and_buffer_dicts)}. Write dict(module.named_parameters())."
-        )
-    given = _merged(dicts)
-    if not all(map(_is_self_contained, module.modules())):
-        with _swapping:
-            return torch.func.functional_call(
-                module,
-                cast("Any", parameter_and_buffer_dicts),
-                args,
-                kwargs,
-                tie_weights=tie_weights,
-                strict=strict,
-            )
+    dicts = _dicts(module, parameter_and_buffer_dicts)
+    given = held.merged(dicts)
     if strict:
-        _check_names(module, given)
-    tied = _names_of_shared_tensors(module) if tie_weights else {}
-    replaced = _with_tied_names(given, tied) if tied else given
-    twin = _twin(module, replaced)
+        held.check_names(module, given)
     arguments = () if args is None else args if isinstance(args, tuple) else (args,)
-    result = twin(*arguments, **(kwargs or {}))
+    call = _traced_call if compiling() else _twin_call
+    result, buffers, lost = call(module, given, arguments, kwargs or {}, tie_weights, return_buffers)
+    if return_buffers:
+        return result, buffers
     for one in dicts:
-        for name, tensor in _state(twin, one):
-            one[name] = tensor
+        one.update((name, given[name]) for name in one)
+    if lost:
+        warnings.warn(
+            f"functional_call: the module wrote to its buffers {', '.join(lost)}, which were not given. It is left as "
+            f"it was, and what was written is lost. Use return_buffers=True, or give the buffers.",
+            BufferWarning,
+            stacklevel=2,
+        )
     return result
 
 
@@ -155,7 +153,7 @@ def _batch_of_one(tree: Any) -> Any:
 
 def _refuse_batch_statistics(module: nn.Module) -> None:
     for name, layer in module.named_modules():
-        if isinstance(layer, _BATCH_NORMS) and (layer.training or layer.running_mean is None):
+        if isinstance(layer, held.BATCH_NORMS) and (layer.training or layer.running_mean is None):
             raise OptionError(
                 f"sample_loss: {name or 'the module'} is a {type(layer).__name__} that normalises by the statistics of "
                 f"the batch, so that no sample has a loss of its own. Expected running statistics: call module.eval(), "
@@ -217,85 +215,76 @@ def _stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return stacked
 
 
-def _merged(dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    merged: dict[str, Tensor] = {}
-    for one in dicts:
-        repeated = [name for name in one if name in merged]
-        if repeated:
-            raise OptionError(
-                f"functional_call: {repeated} appeared in multiple dictionaries; behavior of functional call "
-                f"is ambiguous. Give each name once."
-            )
-        merged.update(one)
-    return merged
-
-
-def _check_names(module: nn.Module, given: dict[str, Tensor]) -> None:
-    own = {name for name, _ in _named_tensors(module)}
-    unknown, missing = [n for n in given if n not in own], [n for n in own if n not in given]
-    if unknown or missing:
-        parts = [f"Unexpected key(s): {', '.join(map(repr, unknown))}."] if unknown else []
-        parts += [f"Missing key(s): {', '.join(map(repr, sorted(missing)))}."] if missing else []
-        raise StructureError(
-            f"functional_call: Error(s) in reparametrizing for {type(module).__name__}:\n\t"
-            + "\n\t".join(parts)
+def _dicts(module: nn.Module, given: Any) -> Sequence[dict[str, Tensor]]:
+    """The dicts as a sequence, after a look at what cannot be called so."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise RuntimeError(
+            "functional_call: The stateless API can't be used with Jitted modules, got "
+            f"{type(module).__name__}. Pass the module that was scripted."
         )
+    if isinstance(module, nn.DataParallel):
+        raise RuntimeError(
+            "functional_call: The stateless API can't be used with nn.DataParallel module. Pass its .module."
+        )
+    dicts = [given] if isinstance(given, dict) else given
+    if not isinstance(dicts, list | tuple) or not all(isinstance(one, dict) for one in dicts):
+        raise OptionError(
+            "functional_call: Expected parameter_and_buffer_dicts to be a dict, or a list/tuple of dicts, "
+            f"but got {type(given)}. Write dict(module.named_parameters())."
+        )
+    return dicts
 
 
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+def _twin_call(
+    module: nn.Module,
+    given: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tie_weights: bool,
+    return_buffers: bool,
+) -> Called:
+    """A call of the module's twin."""
+    own = list(held.held(module))
+    held.check_initialized(own, given)
+    tensors = held.by_identity(own, given, tie_weights)
+    watched: list[tuple[held.Held, Tensor, int]] = []
+    if return_buffers:
+        held.copy_buffers(own, tensors)
+    else:
+        watched = list(held.cloned_buffers(own, tensors))
+    twins = Twins(module, tensors, Tensor.clone)
+    names = {one.name for one in own}
+    for name in given.keys() - names:
+        _set(twins.root, name, given[name])
+    if not tie_weights:
+        _untie(twins.root, own, given, return_buffers)
+    try:
+        result = twins.root(*args, **kwargs)
+    finally:
+        twins.carry_back()
+    if return_buffers:
+        return result, dict(twins.root.named_buffers(remove_duplicate=tie_weights)), []
+    given.update(_assigned_anew(twins, own, given))
+    lost = [
+        one.name
+        for one, clone, before in watched
+        if held.writes(clone) != before or getattr(twins.of(one.owner), one.key, None) is not clone
+    ]
+    return result, {}, lost
 
 
-def _names_of_shared_tensors(module: nn.Module) -> dict[str, list[str]]:
-    """Each name that shares its tensor with others, with all the names of that tensor."""
-    names: dict[int, list[str]] = {}
-    for path, owner in module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for table in (owner._parameters, owner._buffers):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    names.setdefault(id(tensor), []).append(prefix + name)
-    return {name: group for group in names.values() if len(group) > 1 for name in group}
-
-
-def _with_tied_names(given: dict[str, Tensor], tied: dict[str, list[str]]) -> dict[str, Tensor]:
-    replaced = dict(given)
-    for name, tensor in given.items():
-        for twin in tied.get(name, ()):
-            if given.get(twin, tensor) is not tensor:
-                raise OptionError(
-                    f"functional_call got multiple values for keys {sorted(tied[name])}, which are tied. "
-                    f"Give one of them. Consider using tie_weights=False"
-                )
-            replaced[twin] = tensor
-    return replaced
-
-
-def _twin(module: nn.Module, replaced: dict[str, Tensor]) -> nn.Module:
-    """A shallow copy of the module tree with other tensors."""
-    twins: dict[int, nn.Module] = {}
-    root = _copied(module, twins)
-    for name, tensor in replaced.items():
-        _set(root, name, tensor)
-    return root
-
-
-def _copied(original: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
-    """A shallow copy of a module and of what it holds; a module in two places stays one."""
-    # A function of its own: one nested in _twin would refer to itself, and such a cycle keeps the
-    # tensors alive until the collector comes by.
-    if id(original) not in twins:
-        twin = original.__new__(type(original))
-        twins[id(original)] = twin
-        vars(twin).update(vars(original))
-        vars(twin)["_parameters"] = dict(original._parameters)
-        vars(twin)["_buffers"] = dict(original._buffers)
-        vars(twin)["_modules"] = {
-            name: child if child is None else _copied(child, twins)
-            for name, child in original._modules.items()
-        }
-    return twins[id(original)]
+def _untie(
+    root: nn.Module, own: Iterable[held.Held], given: Mapping[str, Tensor], return_buffers: bool
+) -> None:
+    """Set by name the tensors that have several: they need not stay the same."""
+    count = Counter(id(one.tensor) for one in own)
+    copied = copy_for_every_sample() if return_buffers else Tensor.clone
+    # Those that are given come last: two names may be of one place.
+    for one in sorted(own, key=lambda one: one.name in given):
+        if count[id(one.tensor)] > 1:
+            tensor = given.get(one.name, one.tensor)
+            kept = one.name in given and not return_buffers
+            _set(root, one.name, copied(tensor) if one.is_buffer and not kept else tensor)
 
 
 def _set(root: nn.Module, name: str, tensor: Tensor) -> None:
@@ -317,39 +306,38 @@ def _set(root: nn.Module, name: str, tensor: Tensor) -> None:
     owner._parameters.pop(attribute, None)
 
 
-def _is_self_contained(module: nn.Module) -> bool:
-    """Whether a module reaches itself and its submodules through nothing that a shallow copy leaves."""
-    attributes = vars(module)
-    if not _can_be_copied(cast("Any", type(module))) or any(attributes.get(table) for table in _HOOKS):
-        return False
-    return not any(name not in _STANDARD and _holds_a_module(value) for name, value in attributes.items())
+def _assigned_anew(
+    twins: Twins, own: Iterable[held.Held], given: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The given tensors for which ``forward`` assigned others, by name."""
+    for one in own:
+        if one.name not in given:
+            continue
+        twin, tensor = twins.of(one.owner), given[one.name]
+        table: Mapping[str, Tensor | None] = twin._buffers if one.is_buffer else twin._parameters
+        if one.key not in table or table[one.key] is not tensor:
+            current = getattr(twin, one.key, None)
+            if current is not tensor and isinstance(current, Tensor):
+                yield one.name, current
 
 
-@functools.cache
-def _can_be_copied(cls: type[nn.Module]) -> bool:
-    """Whether ``__new__`` and ``__dict__`` make all of an object of the class."""
-    slots = any(vars(base).get("__slots__") for base in cls.__mro__)
-    return not slots and cls.__new__ is object.__new__ and not issubclass(cls, torch.fx.GraphModule)
-
-
-def _holds_a_module(value: object) -> bool:
-    """Whether a module may be reached through the value: it is one, or is bound to or holds one."""
-    if isinstance(value, _PLAIN):
-        return False
-    if isinstance(value, FunctionType):
-        return value.__closure__ is not None
-    if isinstance(value, dict):
-        return any(map(_holds_a_module, value.values()))
-    if isinstance(value, list | tuple | set | frozenset):
-        return any(map(_holds_a_module, value))
-    # An object of any other class that cannot be called is taken for data.
-    return callable(value) and not isinstance(value, type | BuiltinFunctionType)
-
-
-def _state(twin: nn.Module, given: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that ``forward`` assigned anew, by name."""
-    for name, tensor in given.items():
-        path, _, attribute = name.rpartition(".")
-        current = getattr(twin.get_submodule(path), attribute, tensor)
-        if current is not tensor and isinstance(current, Tensor):
-            yield name, current
+def _traced_call(
+    module: nn.Module,
+    given: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tie_weights: bool,
+    return_buffers: bool,
+) -> Called:
+    """What torch.compile's tracer knows, torch's own function: the swaps it traces are undone in the trace."""
+    coming = [leaf for leaf in trees.leaves([args, kwargs, list(given.values())]) if isinstance(leaf, Tensor)]
+    for name, buffer in module.named_buffers():
+        own = given.get(name, buffer)
+        if return_buffers and coming and not name.endswith("num_batches_tracked"):
+            # The tracer cannot be asked for its levels: the copy is batched as what comes in is.
+            batched = [leaf.new_zeros((), dtype=torch.bool, device=own.device) for leaf in coming]
+            given[name] = torch.where(torch.stack(batched).any(), own, own)
+        elif return_buffers or name not in given:
+            given[name] = own.clone()
+    result = torch.func.functional_call(module, given, args, kwargs, tie_weights=tie_weights)
+    return result, {name: given[name] for name, _ in module.named_buffers()} if return_buffers else {}, []

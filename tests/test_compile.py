@@ -21,6 +21,8 @@ pytestmark = pytest.mark.skipif(
 X = torch.tensor([0.5, -0.75, 1.25])
 BATCH = torch.stack([X, X.sin(), 2 * X, X.cos()])
 PARAMS = {"w": torch.tensor([0.3, -0.2, 0.9]), "b": torch.tensor(0.1), "power": 2}
+NORM, LINEAR = torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)
+WEIGHTS = {"weight": torch.stack([X, X.cos()])}
 
 
 def scalar(x: torch.Tensor) -> torch.Tensor:
@@ -33,6 +35,15 @@ def loss(params: dict[str, Any], x: torch.Tensor, y: torch.Tensor) -> torch.Tens
 
 def vector(x: torch.Tensor) -> torch.Tensor:
     return x.exp() * x.roll(1)
+
+
+def of_norm(params: dict[str, Any], x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    output, buffers = ad.functional_call(NORM, params, (x,), return_buffers=True)
+    return output.square().sum(), buffers
+
+
+def of_linear(params: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
+    return ad.functional_call(LINEAR, params, (x,)).exp().sum()
 
 
 CASES: dict[str, Callable[[], Any]] = {
@@ -60,6 +71,12 @@ CASES: dict[str, Callable[[], Any]] = {
     "vmap of jvp": lambda: (ad.vmap(lambda x: ad.jvp(vector, (x,), (x,))[1]), (BATCH,)),
     "per-sample gradients": lambda: (ad.vmap(ad.grad(loss), (None, 0, 0)), (PARAMS, BATCH, BATCH[:, 0])),
     "per-sample Hessians": lambda: (ad.vmap(ad.hessian(loss), (None, 0, 0)), (PARAMS, BATCH, BATCH[:, 0])),
+    "functional_call": lambda: (ad.vmap(ad.hessian(of_linear), (None, 0)), (WEIGHTS, BATCH)),
+    "buffers": lambda: (ad.grad(of_norm, has_aux=True), ({"weight": X}, BATCH)),
+    "buffers of samples": lambda: (
+        ad.vmap(ad.grad(of_norm, has_aux=True), (None, 0)),
+        ({"weight": X}, torch.stack([BATCH, BATCH.exp()])),
+    ),
     "functional.hessian": lambda: (lambda x: functional.hessian(scalar, x), (X,)),
     "functional.vhp": lambda: (lambda x: functional.vhp(scalar, x, x), (X,)),
 }

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import autodiff as ad
+from autodiff.errors import BufferWarning, StructureError, TwinError
 from scenarios import assert_close
 
 if TYPE_CHECKING:
@@ -18,38 +26,67 @@ if TYPE_CHECKING:
 X = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -0.75]])
 
 
-class InAList(nn.Module):
-    def __init__(self) -> None:
+class Linear(nn.Module):
+    """A layer in an attribute, which ``forward`` reaches in the way that ``arrange`` gives it."""
+
+    def __init__(self, arrange: Callable[[Linear], Callable[[Tensor], Tensor]]) -> None:
         super().__init__()
         self.inner = nn.Linear(3, 3)
-        self.steps = [self.inner]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.steps[0](x)
-
-
-class Bound(nn.Module):
-    def __init__(self, bind: Callable[[Bound], Any]) -> None:
-        super().__init__()
-        self.inner = nn.Linear(3, 3)
-        self.apply_it = bind(self)
+        self.way = arrange(self)
 
     def through(self, x: Tensor) -> Tensor:
         return self.inner(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.apply_it(x)
+        return self.way(x)
+
+
+class Holding(nn.Module):
+    """The layer in a container or object, and ``take``, which finds it there."""
+
+    def __init__(self, hold: Callable[[nn.Module], Any], take: Callable[[Any], nn.Module]) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+        self.held, self.take = hold(self.inner), take
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.take(self.held)(x)
+
+
+@dataclass(frozen=True)
+class Pair:
+    layer: nn.Module
+    scale: float
+
+
+class InSlots:
+    __slots__ = ("__layer",)
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.__layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.__layer(x)
+
+
+class Callee:
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module.inner(x)
 
 
 class Slotted(nn.Module):
-    __slots__ = ("scale",)
+    __slots__ = ("layers", "scale")
 
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.scale = nn.Linear(3, 3), 2.0
+        self.layers = [self.inner]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * self.inner(x)
+        return self.scale * self.layers[0](x)
 
 
 class Hooked(nn.Module):
@@ -66,33 +103,444 @@ class Hooked(nn.Module):
         return self.kept
 
 
+class Child(nn.Module):
+    """A layer that knows its parent without being its parent's parent."""
+
+    def __init__(self, parent: nn.Module, refer: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.parent = refer(parent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parent = self.parent() if isinstance(self.parent, weakref.ref) else self.parent
+        return parent.inner(x)
+
+
+class Family(nn.Module):
+    def __init__(self, refer: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.inner, self.child = nn.Linear(3, 3), Child(self, refer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(x)
+
+
+class Outer(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+def countdown(module: Linear) -> Callable[[Tensor], Tensor]:
+    """A closure that leads to itself and to the module."""
+
+    def step(x: Tensor, rest: int = 2) -> Tensor:
+        return step(module.inner(x), rest - 1) if rest else x
+
+    return step
+
+
+def by_a_cache(module: Linear) -> Callable[[Tensor], Tensor]:
+    weight = functools.lru_cache(lambda: module.inner.weight)
+    weight()  # remembers the module's own
+    return lambda x: x @ weight()
+
+
+def by_its_weight(module: Linear) -> Callable[[Tensor], Tensor]:
+    weight, bias = module.inner.weight, module.inner.bias
+    return lambda x: nn.functional.linear(x, weight, bias)
+
+
+def by_its_layer(module: Linear) -> Callable[[Tensor], Tensor]:
+    inner = module.inner
+    return lambda x: inner(x)  # noqa: PLW0108  a closure is the case
+
+
+def by_a_weak_method(module: Linear) -> Callable[[Tensor], Tensor]:
+    through = weakref.WeakMethod(module.through)
+    return lambda x: through()(x)  # noqa: PLW0108  the closure is to hold the reference
+
+
+def layer_of(held: Any) -> nn.Module:
+    return held.layer
+
+
+def first_of(held: Any) -> nn.Module:
+    return held[0]
+
+
 MODULES = {
-    "in a list": InAList,
-    "bound method": lambda: Bound(lambda m: m.through),
-    "closure": lambda: Bound(lambda m: lambda x: m.inner(x)),  # noqa: PLW0108  a closure is the case
-    "partial": lambda: Bound(lambda m: functools.partial(m.through)),
+    "in a list": lambda: Holding(lambda m: [m], first_of),
+    "in a tuple of lists": lambda: Holding(lambda m: ([m], 3), lambda held: held[0][0]),
+    "in a dict": lambda: Holding(lambda m: {"a": m}, lambda held: held["a"]),
+    "as a key": lambda: Holding(lambda m: {m: 1}, lambda held: next(iter(held))),
+    "in a set": lambda: Holding(lambda m: {m}, lambda held: next(iter(held))),
+    "in a dataclass": lambda: Holding(lambda m: Pair(m, 1.0), layer_of),
+    "in a namespace": lambda: Holding(lambda m: SimpleNamespace(layer=m), layer_of),
+    "in slots": lambda: Holding(InSlots, lambda held: held),
+    "bound method": lambda: Linear(lambda m: m.through),
+    "closure": lambda: Linear(lambda m: lambda x: m.inner(x)),  # noqa: PLW0108  a closure is the case
+    "closure over a layer": lambda: Linear(by_its_layer),
+    "closure over tensors": lambda: Linear(by_its_weight),
+    "closure over itself": lambda: Linear(countdown),
+    "default": lambda: Linear(lambda m: lambda x, inner=m.inner: inner(x)),
+    "keyword default": lambda: Linear(lambda m: lambda x, *, inner=m.inner: inner(x)),
+    "partial": lambda: Linear(lambda m: functools.partial(m.through)),
+    "partial of a function": lambda: Linear(lambda m: functools.partial(nn.Linear.forward, m.inner)),
+    "cache": lambda: Linear(by_a_cache),
+    "method of a slot": lambda: Linear(lambda m: m.inner.__call__),
+    "callable object": lambda: Linear(Callee),
+    "weak reference": lambda: Family(weakref.ref),
+    "weak proxy": lambda: Family(weakref.proxy),
+    "weak method": lambda: Linear(by_a_weak_method),
     "slots": Slotted,
     "hook": Hooked,
     "traced by fx": lambda: torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 3))),
     "plain": lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh()),
     "recurrent": lambda: nn.GRU(3, 2),
+    "scripted layer": lambda: Outer(torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))),
+    "traced layer": lambda: Outer(torch.jit.trace(nn.Linear(3, 3), X)),
+    "compiled": lambda: torch.compile(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), backend="eager"),
+    "compiled layer": lambda: Outer(torch.compile(nn.Linear(3, 3), backend="eager")),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
 }
+each_kind = pytest.mark.parametrize("name", MODULES)
 
 
-@pytest.mark.parametrize("name", MODULES)
+def energy(output: Any) -> Tensor:
+    return (output[0] if isinstance(output, tuple) else output).square().sum()
+
+
+def other_params(module: nn.Module, factor: float = 1.5) -> dict[str, Tensor]:
+    return {key: factor * value.detach() for key, value in module.named_parameters()}
+
+
+def expected(name: str, params: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The energy and its gradients, by a module of the kind that holds the parameters itself."""
+    module = MODULES[name]()
+    if name == "cache":
+        module = Linear(lambda m: lambda x: x @ m.inner.weight)
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            parameter.copy_(params[key])
+    value = energy(module(X))
+    keys, parameters = zip(*module.named_parameters(), strict=True)
+    grads = torch.autograd.grad(value, parameters, materialize_grads=True)
+    return value.detach(), dict(zip(keys, grads, strict=True))
+
+
+def everything(module: nn.Module) -> dict[str, Any]:
+    """Every attribute of every submodule: who it is, what it holds, and the numbers of tensors."""
+
+    def look(value: Any, deep: int = 4) -> Any:
+        if isinstance(value, Tensor):
+            return id(value), value.detach().clone().tolist()
+        if isinstance(value, dict) and deep:
+            return id(value), [(look(k, deep - 1), look(v, deep - 1)) for k, v in value.items()]
+        if isinstance(value, list | tuple | set) and deep:
+            return id(value), [look(item, deep - 1) for item in value]
+        return id(value)
+
+    seen = {}
+    for path, sub in module.named_modules():
+        slots = {name: getattr(sub, name) for name in getattr(type(sub), "__slots__", ())}
+        held = {} if isinstance(sub, torch.jit.ScriptModule) else {**vars(sub), **slots}
+        seen[path] = type(sub), {name: look(value) for name, value in held.items()}
+    return seen
+
+
+@each_kind
 def test_gradients_are_those_of_the_parameters_given(name: str) -> None:
     module = MODULES[name]()
-    params = {key: 1.5 * value.detach() for key, value in module.named_parameters()}
-    before = {key: value.clone() for key, value in module.state_dict().items()}
+    params, before = other_params(module), everything(module)
+    value, grads = expected(name, params)
 
-    def energy(library: Any) -> Callable[[Any], Tensor]:
-        def of_params(params: dict[str, Tensor]) -> Tensor:
-            output = library.functional_call(module, params, (X,))
-            return (output[0] if isinstance(output, tuple) else output).square().sum()
+    def of_params(params: dict[str, Tensor]) -> Tensor:
+        return energy(ad.functional_call(module, params, (X,)))
 
-        return of_params
+    assert_close(of_params(params), value, loose=True)
+    assert_close(ad.grad(of_params)(params), grads, loose=True)
+    assert_close(torch.func.grad(of_params)(params), grads, loose=True)
+    assert any(grad.abs().sum() > 0 for grad in grads.values())
+    assert everything(module) == before
 
-    expected = torch.func.grad(energy(torch.func))(params)
-    assert_close(ad.grad(energy(ad))(params), expected, loose=True)
-    assert all(value.abs().sum() > 0 for value in expected.values())
-    assert_close(dict(module.state_dict()), before)
+
+@pytest.mark.parametrize("name", ["closure over tensors", "cache"])
+def test_torchs_functional_call_does_not_find_tensors_in_closures(name: str) -> None:
+    """Silently: the gradient is zero."""
+    module = MODULES[name]()
+    grads = torch.func.grad(lambda p: energy(torch.func.functional_call(module, p, (X,))))(
+        other_params(module)
+    )
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads.values())
+
+
+@each_kind
+def test_every_kind_in_threads(name: str) -> None:
+    module, before = MODULES[name](), None
+    factors = [0.5 + k / 4 for k in range(8)]
+    before = everything(module)
+    own = other_params(module, 1.0)
+
+    def work(factor: float) -> Tensor:
+        params = {key: factor * value for key, value in own.items()}
+        return energy(ad.functional_call(module, params, (X,))).detach()
+
+    work(1.0)  # what is compiled is compiled here
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(work, factors))
+    for factor, result in zip(factors, results, strict=True):
+        params = {key: factor * value for key, value in own.items()}
+        assert_close(result, expected(name, params)[0], loose=True)
+    assert everything(module) == before
+
+
+@pytest.mark.parametrize("name", ["plain", "hooked"])
+def test_threads_run_one_module_at_the_same_time(name: str) -> None:
+    """Each waits inside ``forward`` for the other."""
+    both = threading.Barrier(2)
+
+    class Waiting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            both.wait(10)
+            return super().forward(x)
+
+    module = Waiting(3, 1, bias=False)
+    if name == "hooked":
+        module.register_forward_hook(lambda *_: module.training)
+        module.register_forward_pre_hook(lambda m, _: setattr(m, "seen", True))
+    weights = [torch.ones(1, 3), 2 * torch.ones(1, 3)]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda w: ad.functional_call(module, {"weight": w}, (X,)), weights)
+    if name == "plain":
+        assert_close(first.detach(), X.sum(1, keepdim=True))
+        assert_close(second.detach(), 2 * X.sum(1, keepdim=True))
+    assert not hasattr(module, "seen")
+
+
+class Meddler(nn.Module):
+    """Changes whatever it has."""
+
+    def __init__(self, *, fails: bool) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3))
+        self.register_buffer("written", torch.zeros(3))
+        self.register_buffer("assigned", torch.zeros(3))
+        self.register_buffer("missing", None)
+        self.inner = nn.BatchNorm1d(3)
+        table = {"a": [1, {2}]}
+        self.first = lambda: (self, table)  # leads to the table before the attribute does
+        self.layers, self.table, self.names = [self.inner], table, {"x"}
+        self.calls, self.gone, self.plain, self.fails = 0, 1, torch.zeros(3), fails
+        self.push = self.layers.append
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.written.add_(x.detach()[0])
+        self.assigned, self.missing = self.assigned + 1, x
+        self.w, self.plain = nn.Parameter(torch.zeros(3)), self.plain + 1
+        self.calls += 1
+        del self.gone
+        self.push(nn.ReLU())
+        itself, table = self.first()
+        assert itself is self
+        assert table is self.table
+        table["a"].append(3)
+        self.table["a"][1].add(4)
+        self.names.add("y")
+        self.new = self.inner
+        self.extra = nn.Linear(2, 2)
+        self.inner.extra = nn.Linear(2, 2)
+        self.register_forward_hook(lambda *_: None)
+        self.inner.register_buffer("more", torch.ones(1))
+        self.eval()
+        self.inner.train()
+        result = self.layers[0](x) * self.w
+        self.inner = None
+        if self.fails:
+            raise KeyError("inside")
+        return result
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("tie_weights", [False, True])
+@pytest.mark.parametrize("given", ["nothing", "parameters", "all"])
+@pytest.mark.filterwarnings("ignore::autodiff.errors.BufferWarning")
+def test_whatever_forward_does_the_module_stays_as_it_was(given: str, tie_weights: bool, fails: bool) -> None:
+    module = Meddler(fails=fails)
+    params, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    given_tensors = {"nothing": {}, "parameters": params, "all": {**params, **copy.deepcopy(buffers)}}[given]
+    before = everything(module)
+    for options in ({}, {"return_buffers": True}):
+        call = functools.partial(
+            ad.functional_call, module, dict(given_tensors), (X,), tie_weights=tie_weights
+        )
+        if fails:
+            with pytest.raises(KeyError, match="inside"):
+                call(**options)
+        else:
+            call(**options)
+        assert everything(module) == before
+    gc.collect()
+    assert everything(module) == before
+
+
+def test_torchs_functional_call_leaves_traces() -> None:
+    module = Meddler(fails=False)
+    before = everything(module)
+    torch.func.functional_call(module, dict(module.named_parameters()), (X,))
+    assert everything(module) != before
+
+
+def test_buffers_that_are_lost_are_named() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.InstanceNorm1d(2, track_running_stats=True))
+    names = "1.num_batches_tracked"
+    with pytest.warns(BufferWarning, match=rf"wrote to its buffers .*{names}.*return_buffers=True") as caught:
+        ad.functional_call(nn.Sequential(*module[:2]), {}, (X,))
+    assert caught[0].filename == __file__
+    with pytest.warns(BufferWarning, match="running_mean"):
+        ad.functional_call(module[2], {}, (X[None],))
+    # Nothing is written, or what is written is given, or returned.
+    ad.functional_call(module[1].eval(), {}, (X,))
+    ad.functional_call(module[1].train(), {k: v.clone() for k, v in module[1].named_buffers()}, (X,))
+    ad.functional_call(module[1], {}, (X,), return_buffers=True)
+
+
+def test_module_outside_the_tree_is_not_touched_either() -> None:
+    """A list hides it from torch; its buffers are written on its twin."""
+    norm = nn.BatchNorm1d(3)
+    module = Linear(lambda m: [norm])
+    module.way = None
+    module.hidden = [norm]
+    module.forward = lambda x: module.hidden[0](module.inner(x))
+    before = everything(norm)
+    ad.functional_call(module, other_params(module), (X,))
+    assert everything(norm) == before
+
+
+class Observer:
+    """Not a module: it looks at one, and writes down what it sees."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.seen, self.log, self.last = module, 0, [], None
+        module.register_forward_hook(self.look)
+
+    def look(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        assert self.module is module
+        self.seen += 1
+        self.last = output
+        self.log.append(output)
+
+
+def test_what_an_object_outside_records_arrives() -> None:
+    """Whether the object had to be copied, since it holds the module, makes no difference."""
+    module, outputs = nn.Linear(3, 2), []
+    observer = Observer(module)
+    module.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    results = [ad.functional_call(module, other_params(module), (X,)) for _ in range(2)]
+    assert observer.module is module
+    assert observer.seen == 2
+    assert observer.last is results[1]
+    assert all(one is other for one, other in zip(observer.log, results, strict=True))
+    assert all(one is other for one, other in zip(outputs, results, strict=True))
+
+
+def test_objects_that_do_not_lead_back_are_shared() -> None:
+    class Knows(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.config is config
+            assert self.lock is lock
+            assert self.stream is stream
+            assert self.other is other
+            return super().forward(x)
+
+    config, lock, stream, other = SimpleNamespace(a=[1]), threading.Lock(), iter([1]), nn.functional.relu
+    module = Knows(3, 2)
+    module.config, module.lock, module.stream, module.other = config, lock, stream, other
+    ad.functional_call(module, other_params(module), (X,))
+
+
+def test_a_module_near_by_is_found_beside_much_data() -> None:
+    module = Holding(
+        lambda m: SimpleNamespace(data=[SimpleNamespace(k=k) for k in range(50_000)], layer=m), layer_of
+    )
+    params = other_params(module)
+    assert_close(
+        ad.functional_call(module, params, (X,)), X @ params["inner.weight"].T + params["inner.bias"]
+    )
+
+
+def test_an_exception_kept_in_an_attribute_leads_nowhere() -> None:
+    """Its traceback holds the frames of all who called, and those hold the module."""
+
+    def fail(module: nn.Module) -> None:
+        raise KeyError("kept")
+
+    module = nn.Linear(3, 3)
+    try:
+        fail(module)
+    except KeyError as error:
+        module.kept = error
+    ad.functional_call(module, other_params(module), (X,))
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    module = nn.Sequential(nn.Linear(3, 3))
+    module[0].stream = (layer for layer in [module[0]])
+    before = everything(module)
+    with pytest.raises(TwinError) as raised:
+        ad.functional_call(module, other_params(module), (X,))
+    assert str(raised.value).startswith(
+        "functional_call: Linear.stream is, or holds, a generator that leads back"
+    )
+    assert "Make it in forward" in str(raised.value)
+    assert everything(module) == before
+    # In an object outside, such as a trainer with its loaders, it is nobody's concern.
+    del module[0].stream
+    module[0].trainer = SimpleNamespace(module=module, loader=(layer for layer in [module]))
+    ad.functional_call(module, other_params(module), (X,))
+
+
+def test_module_that_is_a_dict_cannot_be_copied() -> None:
+    class Both(nn.Module, dict):
+        pass
+
+    with pytest.raises(TwinError, match=r"functional_call: Both is a module and of a class of C's at once"):
+        ad.functional_call(Both(), {}, ())
+
+
+def test_lazy_module_is_not_initialized_on_the_way() -> None:
+    module = nn.Sequential(nn.LazyLinear(2), nn.LazyBatchNorm1d())
+    with pytest.raises(
+        StructureError, match=r"functional_call: 0\.weight is not initialized.*Call the module once"
+    ):
+        ad.functional_call(module, {}, (X,))
+    assert isinstance(module[0].weight, nn.UninitializedParameter)
+    module(X)
+    params = other_params(module)
+    output = ad.functional_call(module.eval(), params, (X,))
+    assert output.shape == (2, 2)
+
+
+def test_twins_go_when_the_call_is_over() -> None:
+    """No cycle of our own keeps the tensors of a call alive."""
+    for module in (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).eval()), nn.GRU(3, 2)):
+        params = other_params(module)
+        alive = [weakref.ref(tensor) for tensor in params.values()]
+        gc.disable()
+        try:
+            ad.functional_call(module, params, (X,))
+            del params
+            assert all(ref() is None for ref in alive)
+        finally:
+            gc.enable()
+
+
+def test_compiled_module_is_compiled_once() -> None:
+    counter = pytest.importorskip("torch._dynamo.testing").CompileCounter()
+    torch.compiler.reset()
+    module = torch.compile(nn.Sequential(nn.Linear(3, 2), nn.Tanh()), backend=counter)
+    for factor in range(10):
+        ad.functional_call(module, other_params(module, factor), (X,))
+    assert counter.frame_count == 1
