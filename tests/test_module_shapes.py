@@ -320,6 +320,22 @@ def test_threads_run_one_module_at_the_same_time(name: str) -> None:
     assert not hasattr(module, "seen")
 
 
+def test_torchs_functional_call_in_two_threads_uses_one_weight_for_both() -> None:
+    both = threading.Barrier(2)
+
+    class Waiting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            both.wait(10)
+            result = super().forward(x)
+            both.wait(10)
+            return result
+
+    module, weights = Waiting(3, 1, bias=False), [torch.ones(1, 3), 2 * torch.ones(1, 3)]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda w: torch.func.functional_call(module, {"weight": w}, (X,)), weights)
+    assert torch.equal(first, second)
+
+
 class Meddler(nn.Module):
     """Changes whatever it has."""
 

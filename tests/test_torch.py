@@ -61,7 +61,7 @@ CONTRACTS = {
     "_functorch._set_vmap_fallback_warning_enabled": "test_fallback_warning_can_be_switched",
     "forward_ad._current_level": "test_one_dual_level_per_process_by_a_global",
     "forward_ad.enter_dual_level": "test_one_dual_level_per_process_by_a_global",
-    "forward_ad.exit_dual_level": "test_one_dual_level_per_process_by_a_global",
+    "torch._C._exit_dual_level": "test_one_dual_level_per_process_by_a_global",
     "forward_ad._maybe_load_decompositions": "test_loading_forward_rules_is_what_warns",
     "eager_transforms.JVP_NESTING": "test_torch_func_jvp_enters_a_level_only_when_it_is_the_first",
     "torch._C._set_grad_enabled": "test_modes_are_switched_without_context_managers",
@@ -240,7 +240,12 @@ def test_one_dual_level_per_process_by_a_global() -> None:
         thread.join()
         assert seen == [0]
     finally:
-        forward_ad.exit_dual_level(level=0)
+        torch._C._exit_dual_level(level=0)
+        forward_ad._current_level = -1
+    # The number is all that Python adds to the level.
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X, X)
+        assert forward_ad.unpack_dual(dual).tangent is not None
     assert forward_ad._current_level == -1
 
 

@@ -6,6 +6,7 @@ Hands on levels to enter by `with`, and dual tensors. Imports `modes`, and `erro
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
@@ -21,6 +22,22 @@ from autodiff.errors import ForwardLevelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import TracebackType
+
+# How long another thread's torch.func.jvp is waited for, and how long between two looks, in seconds.
+_PATIENCE, _PAUSE = 0.25, 0.0005
+_ADVICE = (
+    "Use autodiff's transforms in all threads, or let only one thread at a time into forward mode, by torch.func.jvp "
+    "or torch.autograd.forward_ad."
+)
+_LEFT = (
+    "forward mode: another thread left torch's one forward-AD level, which it had entered first. The tangents of this "
+    f"thread went with it. {_ADVICE}"
+)
+_BETWEEN = (
+    "forward mode: another thread is half way into torch's one forward-AD level, or out of it, so that this one cannot "
+    f"enter. {_ADVICE}"
+)
 
 
 class _ThreadState(threading.local):
@@ -35,10 +52,11 @@ thread = _ThreadState()
 class _DualLevel:
     """The one forward-AD level that torch keeps per process, shared by all of our threads.
 
-    torch enters and leaves it by unlocked module globals, so two threads get errors, or tangents vanish. Here
-    the first user enters it and the last one leaves it, under a lock that is never held while user code runs.
-    Where another thread's torch.func.jvp has entered it before, it may leave it under our feet: a witness, a
-    dual tensor of our own, tells.
+    torch enters and leaves it by unlocked module globals, so two threads get errors, or tangents vanish; and where one
+    leaves it while another computes, memory is corrupted. Here the first user enters it and the last one leaves it,
+    under a lock that is never held while user code runs. A level of another thread's torch.func.jvp is waited for. One
+    that stays, or a level by torch.autograd.forward_ad, which may be the caller's own, is shared: it may be left
+    under our feet, and a witness, a dual tensor of our own, tells.
     """
 
     def __init__(self) -> None:
@@ -48,23 +66,62 @@ class _DualLevel:
         self.owned = False
 
     def arrive(self) -> None:
+        until = None
+        while not self._arrived(patient=until is None or time.monotonic() < until):
+            until = until or time.monotonic() + _PATIENCE
+            time.sleep(_PAUSE)
+
+    def _arrived(self, *, patient: bool) -> bool:
+        """Enter the level, or join those who are in it; False where there is something to wait for."""
         with self._lock:
             if not self._rules_loaded:
                 self._load_rules()
-            if forward_ad._current_level < 0:
-                forward_ad.enter_dual_level()
-                # torch.func.jvp inside our level must find it and not enter one of its own.
-                eager_transforms.JVP_NESTING += 1
-                self.owned = True
+            open_, nested = forward_ad._current_level >= 0, eager_transforms.JVP_NESTING > 0
+            if not self.owned and nested and patient and not on_stack(_functorch.TransformType.Jvp):
+                return False
+            if not open_:
+                self._enter()
             self._users += 1
+            return True
+
+    def _enter(self) -> None:
+        # First this: torch.func.jvp inside our level must find it and not enter one of its own.
+        eager_transforms.JVP_NESTING += 1
+        try:
+            forward_ad.enter_dual_level()
+        except RuntimeError as error:
+            eager_transforms.JVP_NESTING -= 1
+            raise ForwardLevelError(_BETWEEN) from error
+        self.owned = True
 
     def leave(self) -> None:
         with self._lock:
             self._users -= 1
-            if self._users == 0 and self.owned:
-                self.owned = False
-                eager_transforms.JVP_NESTING -= 1
-                forward_ad.exit_dual_level(level=0)
+            if self._is_closed():
+                return
+        # Another thread's torch.func.jvp goes on inside our level: it is left when that is out.
+        threading.Thread(target=self._close, name="autodiff: forward-AD level", daemon=True).start()
+
+    def _close(self) -> None:
+        closed = False
+        while not closed:
+            time.sleep(_PAUSE)
+            with self._lock:
+                closed = self._is_closed()
+
+    def _is_closed(self) -> bool:
+        """Leave the level if nobody is in it; False where somebody of torch's is."""
+        if self._users or not self.owned:
+            return True
+        if eager_transforms.JVP_NESTING > 1:
+            return False
+        # In this order: a torch.func.jvp that finds the level half left raises, and leaves none of its own behind.
+        # Python changes threads at calls, so that none can come between the question above and this.
+        eager_transforms.JVP_NESTING -= 1
+        forward_ad._current_level = -1
+        self.owned = False
+        torch._C._exit_dual_level(level=0)
+        return True
 
     def _load_rules(self) -> None:
         # It uses TorchScript, whose deprecation warning would be an error under `python -W error`.
@@ -87,22 +144,41 @@ class _InDualLevel(AbstractContextManager[None]):
         self._witness: Tensor | None = None
         if not dual_level.owned and not on_stack(_functorch.TransformType.Jvp):
             try:
-                self._witness = make_dual(torch.zeros(()), torch.ones(()))
+                self._witness = _a_dual()
+            except RuntimeError as error:
+                dual_level.leave()
+                raise ForwardLevelError(_BETWEEN) from error
             except BaseException:
                 dual_level.leave()
                 raise
 
-    def __exit__(self, kind: object, *exc: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         try:
-            lost = kind is None and self._witness is not None and unpack_dual(self._witness)[1] is None
+            # Without the level torch may also raise something that does not say so.
+            telling = kind is None or issubclass(kind, RuntimeError)
+            lost = telling and self._witness is not None and _is_gone(self._witness)
         finally:
             dual_level.leave()
         if lost:
-            raise ForwardLevelError(
-                "forward mode: another thread left torch's one forward-AD level, which it had entered first, by "
-                "torch.func.jvp or torch.autograd.forward_ad. The tangents of this thread went with it. Use autodiff's "
-                "transforms in all threads, or let only one thread at a time into forward mode."
-            )
+            raise ForwardLevelError(_LEFT) from error
+
+
+def _a_dual() -> Tensor:
+    return make_dual(torch.zeros(()), torch.ones(()))
+
+
+def _is_gone(witness: Tensor) -> bool:
+    """Whether the level that the witness was made in is no more.
+
+    Tangents go a moment after their level, when the last thread that is using it lets go.
+    """
+    try:
+        _a_dual()
+    except RuntimeError:
+        return True
+    return unpack_dual(witness)[1] is None
 
 
 class dual_ground(AbstractContextManager[None]):  # noqa: N801  used like the function below
@@ -121,11 +197,13 @@ class dual_ground(AbstractContextManager[None]):  # noqa: N801  used like the fu
         thread.pushes += 1
         self._forward.__enter__()
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._forward.__exit__()
         thread.pushes -= 1
         try:
-            self._level.__exit__(*exc)
+            self._level.__exit__(kind, error, traceback)
         finally:
             self._normal.__exit__()
 
