@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autodiff import nn
 from autodiff.core import attention, tape
 from autodiff.core.seam import forward
 from conftest import state_of_torch
@@ -64,7 +63,6 @@ def state() -> dict[str, Any]:
         "recordings": tape._here.recording,
         "users of attention's formula": attention.unfused._users,
         "attention's lock": attention.unfused._lock.locked(),
-        "lock of functional_call": nn._swapping._is_owned(),
     }
 
 
