@@ -146,6 +146,10 @@ def check_jvp(
     >>> import torch
     >>> x = torch.tensor([1.0, 2.0])
     >>> check_jvp(torch.sin, lambda primals, tangents: (primals[0].sin(), primals[0].cos() * tangents[0]), (x,))
+    >>> check_jvp(torch.sin, lambda primals, tangents: (primals[0].sin(), tangents[0]), (x,))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    autodiff.errors.DerivativeError: check_jvp: the derivative of output...
 
     Args:
         f: as for :func:`check_grads`.
@@ -187,6 +191,10 @@ def check_vjp(
     >>> import torch
     >>> x = torch.tensor([1.0, 2.0])
     >>> check_vjp(torch.sin, lambda x: (x.sin(), lambda cotangent: (cotangent * x.cos(),)), (x,))
+    >>> check_vjp(torch.sin, lambda x: (x.sin(), lambda cotangent: (cotangent,)), (x,))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    autodiff.errors.DerivativeError: check_vjp: the derivative of output...
 
     Args:
         f: as for :func:`check_grads`.

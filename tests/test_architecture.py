@@ -122,6 +122,7 @@ def test_private_torch_reaches_the_package_only_through_the_seam() -> None:
 def public_names() -> dict[str, object]:
     ours = {f"autodiff.{name}": value for name, value in vars(ad).items() if not name.startswith("_")}
     ours |= {f"autodiff.pytree.{name}": getattr(ad.pytree, name) for name in ad.pytree.__all__}
+    ours |= {f"autodiff.testing.{name}": getattr(ad.testing, name) for name in ad.testing.__all__}
     return {
         name: value for name, value in ours.items() if getattr(value, "__module__", "").startswith("autodiff")
     }

@@ -24,6 +24,12 @@ TORCH_RAISES = {
     "SampleError": (RuntimeError,),
     "BudgetError": (MemoryError,),
     "ResumeError": (RuntimeError, ValueError),
+    "RuleError": (RuntimeError, TypeError),
+    "ForwardRuleError": (NotImplementedError, RuntimeError),
+    "MissingRuleError": (NotImplementedError, RuntimeError),
+    "BatchedPullError": (RuntimeError,),
+    "CaptureError": (RuntimeError,),
+    "DerivativeError": (AssertionError,),
 }
 
 
