@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from autodiff.core.trees import Spec
 
+# Those that differentiate one scalar once.
+_FIRST = ("grad", "value_and_grad", "grad_and_value")
 _PASSIVE_KINDS = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -244,8 +246,8 @@ def tensor_outputs(
             )
 
 
-def scalar_output(name: str, spec: Spec, leaves: Sequence[Any]) -> None:
-    """One tensor of shape (), real."""
+def scalar_output(name: str, spec: Spec, leaves: Sequence[Any], holomorphic: bool = False) -> None:
+    """One tensor of shape (), real, or with ``holomorphic`` complex."""
     if len(leaves) != 1 or not spec.is_leaf() or not isinstance(leaves[0], Tensor):
         came = spec.type if not spec.is_leaf() else type(leaves[0] if leaves else None)
         raise OutputError(
@@ -258,10 +260,13 @@ def scalar_output(name: str, spec: Spec, leaves: Sequence[Any]) -> None:
             f"{name}: Expected f(*args) to return a scalar Tensor, got tensor with {output.dim()} dims, "
             f"of shape {tuple(output.shape)}. Maybe you wanted to use the vjp or jacrev APIs instead?"
         )
-    if output.is_complex():
+    if output.is_complex() != holomorphic:
+        if holomorphic:
+            complex_pairing(name, leaves, holomorphic, "outputs")
+        way_out = "pass holomorphic=True" if name in _FIRST else "use jacrev with holomorphic=True"
         raise OutputError(
             f"{name}: grad can be implicitly created only for real scalar outputs but got {output.dtype}. "
-            f"Return .real or .abs(), or use jacrev with holomorphic=True."
+            f"Return .real or .abs(), or {way_out}."
         )
 
 

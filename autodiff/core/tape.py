@@ -172,6 +172,14 @@ def record(
     return _LevelTape(func, primals, twice)
 
 
+def conjugated(pulled: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What the engine pulled by the conjugate transpose, as the transpose gives it.
+
+    A lazy conjugate has no ``numpy()``.
+    """
+    return [None if one is None else one.conj().resolve_conj() for one in pulled]
+
+
 def recorded_outside(leaves: Sequence[Tensor]) -> bool:
     """Whether an outer tape of this thread, or a graph that a leaf belongs to, records what happens here."""
     return torch.is_grad_enabled() and (

@@ -17,7 +17,7 @@ from autodiff.core.arguments import Call, wraps
 from autodiff.core.batch import over_rows, remember_randomness, the_same_for_all
 from autodiff.core.chunks import Chunks, Sizes, sizes_for
 from autodiff.core.dual import push
-from autodiff.core.tape import record, transpose
+from autodiff.core.tape import conjugated, record, transpose
 from autodiff.transforms.orders import first_that_has_rules
 
 if TYPE_CHECKING:
@@ -188,8 +188,7 @@ def _puller(recipe: Recipe, tape: Tape) -> Product:
 
     def pull(cotangents: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
         pulled = tape.pull(cotangents, retain_graph=recipe.frugal is not None or not last)
-        # The engine pulls by the conjugate transpose.
-        return [None if p is None else p.conj() for p in pulled] if recipe.holomorphic else pulled
+        return conjugated(pulled) if recipe.holomorphic else pulled
 
     return pull
 
