@@ -1,10 +1,11 @@
-"""Floor 1: the checks of vmap's ``in_dims`` and ``out_dims``, in the same four beats as `checks`.
+"""Floor 1: the checks of vmap's ``in_dims``, ``out_dims`` and outputs, in the same four beats as `checks`.
 
 The first parameter is the public name the user called. Imports `trees` and `errors`.
 """
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor
@@ -126,3 +127,26 @@ def out_dim(name: str, path: str, dim: int | None, leaf: Tensor, batched: bool) 
             f"{name}: Dimension out of range: out_dim={dim} for {path}, which has {dims} dimensions with the "
             f"batch's. Expected -{dims} <= out_dim < {dims}."
         )
+
+
+def outputs_structure(name: str, where: str, came: Spec, first: Spec) -> NoReturn:
+    """The structure is the same for all samples."""
+    raise BatchError(
+        f"{name}: expected outputs of one structure for all samples, but for {where} "
+        f"{trees.difference(came, 'output', first, 'that of the samples before')} Return the same containers for "
+        f"every sample."
+    )
+
+
+def outputs_agree(name: str, path: str, where: str, came: object, first: object) -> NoReturn:
+    """A tensor's shape, and the value of what is no tensor, are the same for all samples."""
+    raise BatchError(
+        f"{name}: {path} is {_shown(came)} for {where}, but {_shown(first)} for the samples before it. Expected "
+        f"tensors of one shape, and what is no tensor to be equal for all samples: it is returned as it is. Return "
+        f"what differs as a tensor, as in torch.tensor(1.0)."
+    )
+
+
+def _shown(value: object) -> str:
+    """A value in one short line."""
+    return " ".join(reprlib.repr(value).split())

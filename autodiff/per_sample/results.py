@@ -67,6 +67,11 @@ class Leaf(ABC):
 
     kind: Kind
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample's."""
+        return self.kind.shape
+
     @abstractmethod
     def parts(self) -> Sequence[Tensor]:
         """The tensors that it is made of, each with the samples in front."""

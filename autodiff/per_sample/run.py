@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from autodiff.core import _torch, memory, trees
+from autodiff.core.agreement import Agreement
 from autodiff.errors import AutodiffError, BatchError, SampleError
 from autodiff.per_sample.engine import Engine, Samples, SomeRows
 from autodiff.per_sample.files import FileSink
@@ -22,7 +23,7 @@ from autodiff.per_sample.fingerprint import fingerprint
 from autodiff.per_sample.plan import Plan
 from autodiff.per_sample.progress import Progress
 from autodiff.per_sample.report import Report
-from autodiff.per_sample.results import Plain, Result, template_of, with_tensors
+from autodiff.per_sample.results import Leaf, Plain, Result, template_of, with_tensors
 from autodiff.per_sample.sinks import MemorySink
 from autodiff.per_sample.sources import calls_of
 from autodiff.per_sample.work import Work, name_of
@@ -99,6 +100,7 @@ class Run:
         self._beside = held, assembled
         self._early: list[int] = []  # samples that failed before it was known what a result looks like
         self._assembling: MemorySink | None = None
+        self._agreement = Agreement("per_sample", Leaf)
         device = memory.device_of(trees.leaves((args, kwargs)))
         self._budget = options.memory or int(memory.SHARE * memory.free(device))
         self.report = Report(f"per_sample({name_of(func)})", self._budget)
@@ -225,6 +227,8 @@ class Run:
                 else:
                     sink.put_nan(piece.start)
                 continue
+            if isinstance(piece, Samples) and piece.result is not None:
+                piece.result = self._agreed(piece.result, piece)
             if sink.template is None:
                 self._open_with(
                     sink, piece.rows.template if isinstance(piece, SomeRows) else _template(piece)
@@ -233,6 +237,13 @@ class Run:
                 sink.put_rows(piece.sample, piece.rows)
             elif piece.result is not None:
                 sink.put(piece.start, piece.stop, piece.result)
+
+    def _agreed(self, result: Result, piece: Samples) -> Result:
+        """The result of some samples, where it is like those before: shapes, and what is no tensor."""
+        count = piece.stop - piece.start
+        where = f"samples {piece.start} to {piece.stop - 1}" if count > 1 else f"sample {piece.start}"
+        leaves, spec = self._agreement.join(result.leaves, result.spec, where)
+        return Result(spec, leaves)
 
     def _open(self, sink: Sink, reduce: Reduce | None) -> None:
         """Tell the sink what a result looks like where no sample was, or had to be, computed."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from autodiff.core import batch, checks, mapped_dims, trees
+from autodiff.core.agreement import Agreement, is_same
 from autodiff.core.arguments import parameter_names, wraps
 from autodiff.core.chunks import Chunks, Sizes, sizes_for
 
@@ -69,8 +69,9 @@ def vmap(
         A function of ``func``'s arguments with a batch dimension, whose outputs have one.
 
     Raises:
-        BatchError: ``in_dims`` or ``out_dims`` do not fit the arguments or results, or the batches
-            differ in size.
+        BatchError: ``in_dims`` or ``out_dims`` do not fit the arguments or results, the batches differ in
+            size, or samples that are computed one after the other give other containers, shapes, or values of
+            what is no tensor.
         OptionError: ``chunk_size``, ``randomness`` or ``fallback`` has no documented value.
     """
     checks.chunk_size("vmap", chunk_size)
@@ -113,7 +114,19 @@ def vmap(
 class Mapped:
     """One call of a function under vmap: leaves with their dims, and how to put results together."""
 
-    __slots__ = ("_func", "_name", "_out_dims", "_spec", "dims", "leaves", "out_dims", "out_spec", "size")
+    __slots__ = (
+        "_agreement",
+        "_func",
+        "_name",
+        "_out_dims",
+        "_spec",
+        "_where",
+        "dims",
+        "leaves",
+        "out_dims",
+        "out_spec",
+        "size",
+    )
 
     out_spec: Spec
     out_dims: list[int | None]
@@ -136,6 +149,9 @@ class Mapped:
         ]
         mapped_dims.batch_sizes(self._name, [path for path, _ in mapped], [size for _, size in mapped])
         self.size = mapped[0][1]
+        # Where chunks are put together: what they have to agree in, and the samples of the one that is computed.
+        self._agreement: Agreement | None = None
+        self._where = ""
 
     def blank(self) -> Mapped:
         """The same call with one sample of zeros."""
@@ -170,11 +186,13 @@ class Mapped:
     def run(self, randomness: Randomness, sizes: Sizes) -> Any:
         """All samples, in one batch or in chunks of it."""
         chunks = Chunks(self.size, sizes)
+        self._agreement = None if chunks.in_one else Agreement(self._name)
         rewind = None if chunks.in_one or randomness != "same" else batch.remember_randomness()
 
         def compute(start: int, stop: int) -> list[Any]:
             if rewind is not None:
                 rewind()
+            self._where = f"samples {start} to {stop - 1}" if stop - start > 1 else f"sample {start}"
             return self.of_samples(start, stop, randomness)
 
         last: list[Any] = []
@@ -202,16 +220,20 @@ class Mapped:
     def run_by_sample(self, randomness: Randomness) -> Any:
         """All samples, one after the other, without a batching level."""
         chunks = Chunks(self.size, Sizes(1))
+        self._agreement = Agreement(self._name)
         rewind = batch.remember_randomness() if randomness == "same" else None
         before: list[Any] = []
 
         def of_sample(sample: int, _: int) -> list[Any]:
             if rewind is not None:
                 rewind()
+            self._where = f"sample {sample}"
             return self._call(self._each(Tensor.select, sample))
 
         def keep(sample: int, after: int, results: list[Any]) -> None:
-            for key, dim in enumerate(self._destinations(results, _differing(results, before))):
+            pairs = zip(self._broadcast_out_dims(), results, before or results, strict=True)
+            differs = [dim is None and not is_same(one, other) for dim, one, other in pairs]
+            for key, dim in enumerate(self._destinations(results, differs)):
                 if dim is not None:
                     chunks.add(key, sample, after, results[key].unsqueeze(dim), dim)
             before[:] = results
@@ -222,6 +244,8 @@ class Mapped:
     def _call(self, leaves: Sequence[Any]) -> list[Any]:
         args, kwargs = trees.unflatten(self._spec, leaves)
         results, self.out_spec = trees.flatten(self._func(*args, **kwargs))
+        if self._agreement is not None:
+            results, self.out_spec = self._agreement.join(results, self.out_spec, self._where)
         return results
 
     def _each(self, part: Callable[..., Tensor], *of_dim: int) -> list[Any]:
@@ -263,14 +287,6 @@ class Mapped:
         if values is None:
             mapped_dims.out_dims_fit(self._name, self._out_dims, self.out_spec)
         return [dim for dim, _ in values]
-
-
-def _differing(results: Sequence[Any], before: Sequence[Any]) -> list[bool]:
-    """Which tensors are not what the sample before gave; of the first sample, none."""
-    if not before:
-        return [False] * len(results)
-    pairs = zip(results, before, strict=True)
-    return [isinstance(one, Tensor) and not torch.equal(one, other) for one, other in pairs]
 
 
 def _batched_leaves(

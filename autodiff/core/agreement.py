@@ -1,0 +1,92 @@
+"""Floor 1: what samples that are computed one after the other have to agree in.
+
+Hands on `Agreement`: one structure of outputs, one shape of each tensor, and one value of what is no tensor.
+Imports `trees` and `mapped_dims`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from autodiff.core import mapped_dims, trees
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from autodiff.core.trees import Spec
+
+
+class Agreement:
+    """What the first samples gave, which those after them have to give too.
+
+    ``tensors`` is the class of the leaves that have a shape and may differ in their values.
+
+    >>> agreement = Agreement("vmap")
+    >>> for number in (1, 2):
+    ...     _ = agreement.join([number], trees.LEAF, f"sample {number}")
+    Traceback (most recent call last):
+    autodiff.errors.BatchError: vmap: output is 2 for sample 2, but 1 for the samples before it. ...
+    """
+
+    __slots__ = ("_first", "_name", "_spec", "_tensors")
+
+    def __init__(self, name: str, tensors: type[Any] = Tensor) -> None:
+        self._name, self._tensors = name, tensors
+        self._spec: Spec | None = None
+
+    def join(self, leaves: list[Any], spec: Spec, where: str) -> tuple[list[Any], Spec]:
+        """The leaves in the order of the first samples' structure, and that; ``where`` says whose leaves they are."""
+        if self._spec is None:
+            self._spec = spec
+            # Only the shape of a tensor: it may be large, or belong to a level.
+            self._first = [_Shape(leaf.shape) if isinstance(leaf, self._tensors) else leaf for leaf in leaves]
+            return leaves, spec
+        if spec is not self._spec and spec != self._spec:
+            # Dicts agree whatever their order.
+            ordered = trees.match(self._spec, trees.unflatten(spec, leaves))
+            if ordered is None:
+                mapped_dims.outputs_structure(self._name, where, spec, self._spec)
+            leaves = ordered
+        for position, (first, leaf) in enumerate(zip(self._first, leaves, strict=True)):
+            came = _Shape(leaf.shape) if isinstance(leaf, self._tensors) else leaf
+            if not is_same(came, first):
+                path = trees.paths(self._spec, "output")[position]
+                mapped_dims.outputs_agree(self._name, path, where, came, first)
+        return leaves, self._spec
+
+
+class _Shape:
+    """A tensor of which the shape is all that counts."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._size = tuple(shape)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Shape) and self._size == other._size
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"a tensor of shape {self._size}"
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two values are one object, or equal; NaN equals NaN.
+
+    What cannot be compared is not the same.
+
+    >>> is_same(float("nan"), float("nan")), is_same(object(), object()), is_same("text", "text")
+    (True, False, True)
+    """
+    if one is other:
+        return True
+    try:
+        # An array's == broadcasts.
+        if getattr(one, "shape", None) != getattr(other, "shape", None):
+            return False
+        differs = (one != other) & ((one == one) | (other == other))  # noqa: PLR0124  NaN is not itself
+        return not (differs.any() if hasattr(differs, "any") else differs)
+    except Exception:  # noqa: BLE001  an == of somebody's own, or what is no truth value, as a DataFrame's
+        return False
