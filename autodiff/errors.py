@@ -62,6 +62,10 @@ class BatchError(AutodiffError, ValueError):
     """``vmap``'s ``in_dims`` or ``out_dims`` do not fit the arguments or the results."""
 
 
+class RandomnessError(AutodiffError, RuntimeError):
+    """A random operation ran where ``randomness="error"`` forbids it."""
+
+
 class StrategyError(AutodiffError, AssertionError, ValueError):
     """An unknown strategy in :mod:`autodiff.functional`, where torch.autograd.functional asserts."""
 

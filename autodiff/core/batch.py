@@ -145,6 +145,12 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
             torch.cuda.set_rng_state(state, device)
 
 
+def has_drawn(since: Mapping[str, Tensor]) -> bool:
+    """Whether random numbers were drawn since the generators were in these states."""
+    now = random_state()
+    return any(not torch.equal(state, now[device]) for device, state in since.items())
+
+
 @contextmanager
 def random_numbers_from(states: Mapping[str, Tensor]) -> Iterator[None]:
     """Draw once more what was drawn from these states on; afterwards the generators go on where they were."""

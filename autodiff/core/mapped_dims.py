@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from torch import Tensor
 
 from autodiff.core import trees
-from autodiff.errors import BatchError, OutDimError
+from autodiff.errors import BatchError, OutDimError, RandomnessError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,6 +144,14 @@ def outputs_agree(name: str, path: str, where: str, came: object, first: object)
         f"{name}: {path} is {_shown(came)} for {where}, but {_shown(first)} for the samples before it. Expected "
         f"tensors of one shape, and what is no tensor to be equal for all samples: it is returned as it is. Return "
         f"what differs as a tensor, as in torch.tensor(1.0)."
+    )
+
+
+def no_random_numbers(name: str) -> NoReturn:
+    """Samples that are computed one after the other draw no more than those of a batch may."""
+    raise RandomnessError(
+        f"{name}: called random operation while in randomness error mode, in a sample that fallback='loop' ran. "
+        f"Expected a function that draws no random numbers. Pass randomness='same' or 'different', or draw outside."
     )
 
 

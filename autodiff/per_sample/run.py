@@ -209,7 +209,8 @@ class Run:
         if reduce is None:
             yield from pieces
             return
-        batched = vmap(reduce, fallback="loop")
+        # Such as torch.lobpcg begin at random vectors.
+        batched = vmap(reduce, randomness="different", fallback="loop")
         for piece in self._whole(pieces):
             if piece.result is not None:
                 with torch.no_grad():

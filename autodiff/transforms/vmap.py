@@ -43,10 +43,14 @@ def vmap(
     .. math:: \operatorname{vmap}(f)(X)_n = f(X_n)
 
     >>> import torch
+    >>> from autodiff import grad
     >>> vmap(torch.dot)(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 1.0], [0.0, 2.0]]))
     tensor([3., 8.])
     >>> vmap(lambda x, scale: x * scale, in_dims={"x": 0, "scale": None})(torch.ones(2), scale=3.0)
     tensor([3., 3.])
+    >>> relu = vmap(grad(lambda x: x**2 if x > 0 else 0 * x), fallback="loop")
+    >>> relu(torch.tensor([-1.0, 2.0, 3.0]))
+    tensor([0., 4., 6.])
 
     Args:
         func: a function of trees that returns a tree. Leaves of its result that are no tensors must be
@@ -63,7 +67,8 @@ def vmap(
             the first samples how many fit in half of the free memory. Less takes less memory, unless the
             results are watched: a captured parameter that requires grad keeps every graph.
         fallback: ``"loop"`` runs a function that cannot be batched (it branches on data, or calls
-            ``.item()``) sample by sample.
+            ``.item()``) sample by sample, also where that is the function of a transform inside, as in
+            ``vmap(grad(f), fallback="loop")``, and where ``vmap`` itself is differentiated.
 
     Returns:
         A function of ``func``'s arguments with a batch dimension, whose outputs have one.
@@ -73,6 +78,8 @@ def vmap(
             size, or samples that are computed one after the other give other containers, shapes, or values of
             what is no tensor.
         OptionError: ``chunk_size``, ``randomness`` or ``fallback`` has no documented value.
+        RuntimeError: torch's, for what cannot be batched, or draws random numbers.
+        RandomnessError: the loop draws random numbers, and ``randomness="error"``.
     """
     checks.chunk_size("vmap", chunk_size)
     checks.randomness("vmap", randomness)
@@ -221,14 +228,18 @@ class Mapped:
         """All samples, one after the other, without a batching level."""
         chunks = Chunks(self.size, Sizes(1))
         self._agreement = Agreement(self._name)
-        rewind = batch.remember_randomness() if randomness == "same" else None
+        state = batch.random_state()
         before: list[Any] = []
 
         def of_sample(sample: int, _: int) -> list[Any]:
-            if rewind is not None:
-                rewind()
+            if randomness == "same":
+                batch.set_random_state(state)
             self._where = f"sample {sample}"
-            return self._call(self._each(Tensor.select, sample))
+            results = self._call(self._each(Tensor.select, sample))
+            if randomness == "error" and batch.has_drawn(state):
+                batch.set_random_state(state)
+                mapped_dims.no_random_numbers(self._name)
+            return results
 
         def keep(sample: int, after: int, results: list[Any]) -> None:
             pairs = zip(self._broadcast_out_dims(), results, before or results, strict=True)
