@@ -217,7 +217,7 @@ def _nesting(cls: type[torch.autograd.Function]) -> type[torch.autograd.Function
         ctx.keeps_intermediate = any(is_inexact(leaf) and id(leaf) not in known for leaf in kept)
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        if ctx.keeps_intermediate:
+        if ctx.keeps_intermediate and _torch.forward_depth() > 1:
             raise ForwardRuleError(
                 f"forward mode: {cls.__qualname__}.jvp is differentiated itself, but what its setup_context keeps is "
                 f"neither an input nor an output of forward, and has lost its derivative. Keep inputs and outputs "
