@@ -1,0 +1,12 @@
+"""``python -m table TRIAL LIBRARY`` runs one trial of the table, and exits with words on how it fails."""
+
+from __future__ import annotations
+
+import sys
+
+from table import TRIALS
+from table.row import failure_of
+
+name, library = sys.argv[1:]
+trial = next(trial for trial in TRIALS if str(trial) == name)
+sys.exit(failure_of(lambda: trial.run(library)))

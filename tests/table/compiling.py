@@ -1,0 +1,56 @@
+"""torch.compile over the transforms."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from scenarios import assert_close
+from table.row import Section
+
+COMPILING = Section("torch.compile")
+X, Y = torch.tensor([[0.5, -0.75, 1.25], [0.3, -0.2, 0.9]]), torch.tensor([0.25, -1.0])
+W = torch.tensor([0.3, -0.2, 0.9])
+
+
+def loss(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return ((w * x).sum() - y) ** 3
+
+
+@COMPILING.row(
+    "`torch.compile(vmap(hessian(loss), (None, 0, 0)), fullgraph=True)`",
+    torch="fails to trace",
+    fails="(TorchRuntimeError|Unsupported): ",
+    ours="one graph, eager's numbers",
+    issue="pytorch#183015",
+    needs="2.13",
+    alone=(),
+)
+def compiled_hessians_per_sample(library: Any) -> None:
+    func = library.vmap(library.hessian(loss), (None, 0, 0))
+    result = torch.compile(func, fullgraph=True, backend="eager")(W, X, Y)
+    expected = 6 * (X @ W - Y)[:, None, None] * X[:, :, None] * X[:, None, :]
+    assert_close(result, expected, loose=True)
+
+
+@COMPILING.row(
+    "a `jvp` after `torch.compile` of `jvp(grad(mse_loss))`, failed or not",
+    torch="every later `jvp` of the process fails; with the backend `aot_eager` the process ends",
+    fails="(RuntimeError: Nested forward mode AD is not supported|the process ends by signal)",
+    ours="right",
+    over={"eager": "eager", "aot_eager": "aot_eager"},
+    needs="2.13",
+    alone=(),
+    untrue="traced by torch.compile, mse_loss is not corrected, and torch fails as it does alone",
+)
+def jvp_after_a_failed_compile(library: Any, backend: str) -> None:
+    def product(x: Tensor) -> Tensor:
+        return library.jvp(library.grad(lambda x: mse_loss(x, W)), (x,), (W,))[1]
+
+    with suppress(Exception):
+        torch.compile(product, backend=backend)(X[0])
+    assert_close(library.jvp(torch.sin, (X[0],), (W,))[1], X[0].cos() * W, loose=True)

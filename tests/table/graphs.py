@@ -1,0 +1,185 @@
+"""What the function may do, what the recorded graph takes, and what is left behind."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from autodiff.core.memory import Meter
+from conftest import state_of_torch
+from scenarios import assert_close, difference
+from table.row import Section
+from table.twice_forward import differed_twice
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Function = Callable[[Tensor], Tensor]
+
+GRAPHS = Section("What the function may do")
+X, W, T = torch.tensor([[0.5, -1.0, 2.0], [1.0, 3.0, -0.5], [1.0, -2.0, 0.25]], dtype=torch.float64)
+
+
+def cubic(x: Tensor) -> Tensor:
+    return (W * x**3).sum()
+
+
+def checkpointed(x: Tensor) -> Tensor:
+    return checkpoint(cubic, x, use_reentrant=False)
+
+
+def on_cpu(x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return cubic(x)
+
+
+class OldCubic(torch.autograd.Function):
+    """An autograd Function without setup_context, as all were before torch 2.0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return cubic(x)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * W * x**2 * cotangent
+
+
+TRANSFORMS = {"grad": 3 * W * X**2, "jacrev": 3 * W * X**2, "hessian": torch.diag(6 * W * X)}
+
+
+def by_transform(funcs: dict[str, Function]) -> dict[str, Any]:
+    return {
+        f"{name}-{transform}": (func, transform)
+        for (name, func), transform in itertools.product(funcs.items(), TRANSFORMS)
+    }
+
+
+@GRAPHS.row(
+    "`torch.utils.checkpoint`, `save_on_cpu` inside `grad`, `jacrev`, `hessian`",
+    torch="RuntimeError",
+    fails="RuntimeError: (torch.func.*saved tensor hooks|You tried to vmap over _NoopSaveInputs)",
+    ours="right on the ground, where no other transform is active",
+    over=by_transform({"checkpoint": checkpointed, "save_on_cpu": on_cpu}),
+    issue="pytorch#122729",
+)
+def saved_tensor_hooks(library: Any, case: tuple[Function, str]) -> None:
+    func, transform = case
+    assert_close(getattr(library, transform)(func)(X), TRANSFORMS[transform])
+
+
+# Room for the rows of `checkpoint(func)`, which serves inside other transforms too.
+
+
+@GRAPHS.row(
+    "an autograd Function without `setup_context` inside `grad`, `jacrev`, `hessian`",
+    torch="RuntimeError",
+    fails="RuntimeError: .*setup_context",
+    ours="right on the ground",
+    over=by_transform({"Function": OldCubic.apply}),
+    issue="pytorch#87222",
+)
+def old_style_function(library: Any, case: tuple[Function, str]) -> None:
+    saved_tensor_hooks(library, case)
+
+
+@GRAPHS.row(
+    "BatchNorm in training mode inside `grad`, `jvp`, `hessian`",
+    torch="RuntimeError: its buffers are written in place",
+    fails="RuntimeError: .*in-place operation",
+    ours="right on the ground, the buffers updated",
+    over={
+        "grad": (lambda library, func, x, t: (library.grad(func)(x) * t).sum(), difference),
+        "jvp": (lambda library, func, x, t: library.jvp(func, (x,), (t,))[1], difference),
+        "hessian": (
+            lambda library, func, x, t: torch.einsum("ij,ijkl,kl->", t, library.hessian(func)(x), t),
+            differed_twice,
+        ),
+    },
+    issue="pytorch#85533",
+)
+def batch_norm_in_training_mode(library: Any, case: tuple[Any, Any]) -> None:
+    derivative, reference = case
+    x, t = torch.stack([torch.stack([X, W, T, X * T, W - X]), torch.stack([T, X, W, X, T])])
+    module = nn.BatchNorm1d(3).double()
+
+    def by_hand(x: Tensor) -> Tensor:
+        centred = x - x.mean(0)
+        return ((centred / ((centred**2).mean(0) + module.eps).sqrt()) ** 3).sum()
+
+    result = derivative(library, lambda x: (module(x) ** 3).sum(), x, t)
+    torch.testing.assert_close(result, reference(by_hand, x, t), rtol=1e-6, atol=1e-6)
+    assert_close([module.running_mean, module.running_var], [0.1 * x.mean(0), 0.9 + 0.1 * x.var(0)])
+
+
+# Room for the row of BatchNorm by functional_call and returned buffers, which serves inside other transforms too.
+
+
+@GRAPHS.row(
+    "peak memory of `grad` on a chain of sin and cos",
+    torch="at least 1.5 times that of autograd: the graph of the gradient is always made",
+    fails="AssertionError: grad takes (1[.][5-9]|[2-9])",
+    ours="at most 1.1 times that of autograd",
+    issue="pytorch#134612",
+)
+def peak_memory_of_grad(library: Any) -> None:
+    x = torch.randn(64, 64)
+
+    def func(x: Tensor) -> Tensor:
+        for _ in range(8):
+            x = x.sin().cos()
+        return x.sum()
+
+    def by_autograd() -> None:
+        y = x.clone().requires_grad_()
+        torch.autograd.grad(func(y), y)
+
+    ratio = peak(lambda: library.grad(func)(x)) / peak(by_autograd)
+    assert ratio < 1.1, f"grad takes {ratio:.2f} times the memory of autograd"
+
+
+def peak(compute: Callable[[], object]) -> int:
+    with Meter(torch.device("cpu")) as meter:
+        compute()
+    return meter.peak
+
+
+# A scalar of a scalar function's derivative.
+WRAPPERS: dict[str, Callable[[Any, Function, Tensor], Tensor]] = {
+    "grad": lambda library, func, x: library.grad(func)(x).sum(),
+    "jvp": lambda library, func, x: library.jvp(func, (x,), (T,))[1],
+    "linearize": lambda library, func, x: library.linearize(func, x)[1](T),
+    "vmap": lambda library, func, x: library.vmap(func)(torch.stack([x, x])).sum(),
+    "jacrev": lambda library, func, x: library.jacrev(func)(x).sum(),
+    "jacfwd": lambda library, func, x: library.jacfwd(func)(x).sum(),
+    "hessian": lambda library, func, x: library.hessian(func)(x).sum(),
+}
+
+
+@GRAPHS.row(
+    "an exception inside the function, whatever is nested in what",
+    torch="nothing is left behind",
+    fails=None,
+    ours="nothing is left behind",
+    over={f"{outer}-{inner}": (outer, inner) for outer, inner in itertools.product(WRAPPERS, repeat=2)},
+)
+def exception_inside(library: Any, names: tuple[str, str]) -> None:
+    outer, inner = names
+    before = state_of_torch()
+
+    def raising(x: Tensor) -> Tensor:
+        cubic(x)
+        raise ValueError("inside")
+
+    try:
+        WRAPPERS[outer](library, lambda x: WRAPPERS[inner](library, raising, x), X)
+    except ValueError:
+        assert state_of_torch() == before, "something is left behind"
+    else:
+        raise AssertionError("the exception is lost")

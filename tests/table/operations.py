@@ -1,0 +1,224 @@
+"""Operations without a right rule in torch, against closed forms and difference quotients."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scenarios import assert_close, difference
+from table.row import NO_FORWARD, WRONG, Section, has_torch
+from table.twice_forward import A
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Function = Callable[[Tensor], Tensor]
+
+OPERATIONS = Section("Operations without a rule, or with a wrong one")
+_generator = torch.Generator().manual_seed(5)
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=_generator)
+
+
+ROWS, OTHERS, MOVE = _normal(4, 2), _normal(3, 2), _normal(4, 2)
+
+
+def distances(x: Tensor) -> Tensor:
+    return torch.cdist(x, OTHERS)
+
+
+def slopes_of_distances() -> Tensor:
+    """[4, 3, 4, 2]: the distance of row i from row j moves with row i alone, along the unit vector."""
+    apart = ROWS[:, None] - OTHERS
+    units = apart / (apart * apart).sum(-1, keepdim=True).sqrt()
+    return torch.einsum("ijk,il->ijlk", units, torch.eye(4, dtype=units.dtype))
+
+
+@OPERATIONS.row("`jacrev(cdist)` at three or more rows", torch="wrong numbers", fails=WRONG, ours="right")
+def jacrev_of_cdist(library: Any) -> None:
+    assert_close(library.jacrev(distances)(ROWS), slopes_of_distances())
+
+
+@OPERATIONS.row("`jvp` of cdist", torch="NotImplementedError", fails=NO_FORWARD, ours="right")
+def jvp_of_cdist(library: Any) -> None:
+    expected = torch.einsum("ijlk,lk->ij", slopes_of_distances(), MOVE)
+    assert_close(library.jvp(distances, (ROWS,), (MOVE,))[1], expected)
+
+
+@OPERATIONS.row(
+    "Hessian of cdist, forward over reverse", torch="NotImplementedError", fails=NO_FORWARD, ours="right"
+)
+def hessian_of_cdist(library: Any) -> None:
+    def func(x: Tensor) -> Tensor:
+        return (distances(x) ** 3).sum()
+
+    # 3 d^2 times the unit vector, summed over j: a gradient by hand.
+    def gradient(x: Tensor) -> Tensor:
+        apart = x[:, None] - OTHERS
+        return 3 * (apart * (apart * apart).sum(-1, keepdim=True).sqrt()).sum(1)
+
+    hessian = library.jacfwd(library.jacrev(func))(ROWS)
+    torch.testing.assert_close(
+        torch.tensordot(hessian, MOVE, 2), difference(gradient, ROWS, MOVE, 1e-3), rtol=1e-6, atol=1e-6
+    )
+
+
+@OPERATIONS.row('`jvp` of `scatter_reduce(..., "prod")`', torch="zero", fails=WRONG, ours="right")
+def jvp_of_scatter_reduce_prod(library: Any) -> None:
+    x, t = _normal(2, 3).unbind(0)
+
+    def func(x: Tensor) -> Tensor:
+        return torch.ones(2, dtype=x.dtype).scatter_reduce(0, torch.tensor([0, 0, 1]), x, "prod")
+
+    expected = torch.stack([x[0] * t[1] + x[1] * t[0], t[2]])
+    assert_close(library.jvp(func, (x,), (t,))[1], expected)
+
+
+@torch.library.custom_op("autodiff_table::cube", mutates_args=())
+def cube(x: Tensor) -> Tensor:
+    return x**3
+
+
+cube.register_autograd(
+    lambda ctx, cotangent: 3 * ctx.saved_tensors[0] ** 2 * cotangent,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@OPERATIONS.row(
+    "`jvp` of an operator made by `torch.library.custom_op`", torch="zero", fails=WRONG, ours="right"
+)
+def jvp_of_a_custom_op(library: Any) -> None:
+    x, t = _normal(2, 3).unbind(0)
+    assert_close(library.jvp(cube, (x,), (t,))[1], 3 * x**2 * t)
+
+
+POINTS = 0.7 * _normal(1, 2, 3, 2).tanh()
+SIGNS = torch.tensor([1.0, -1, 1, 1, -1], dtype=torch.float64)
+IMAGE = _normal(1, 2, 4, 5)
+NO_RULE: dict[str, tuple[Function, Tensor]] = {
+    "index_reduce": (
+        lambda x: torch.ones(2, 2, dtype=x.dtype).index_reduce(0, torch.tensor([0, 1, 0, 1]), x, "mean"),
+        ROWS,
+    ),
+    "pdist": (functional.pdist, ROWS),
+}
+if not has_torch("2.15"):  # which has it no more
+    NO_RULE["cholesky"] = (lambda a: torch.cholesky(a @ a.T), A)
+
+
+@OPERATIONS.row(
+    "`jvp` of index_reduce, pdist, cholesky (`linalg.cholesky` is right in torch too)",
+    torch="NotImplementedError",
+    fails=NO_FORWARD,
+    ours="right: by the pullback of the pullback, or by a formula",
+    over=NO_RULE,
+)
+def jvp_of_operations_without_forward_mode(library: Any, case: tuple[Function, Tensor]) -> None:
+    func, x = case
+    t = x.flip(0).cos()
+    expected = difference(func, x, t, 1e-3)
+    torch.testing.assert_close(library.jvp(func, (x,), (t,))[1], expected, rtol=1e-6, atol=1e-6)
+
+
+def sampled(grid: Tensor) -> Tensor:
+    return functional.grid_sample(IMAGE, grid, align_corners=False)
+
+
+@OPERATIONS.row(
+    "`jvp` of grid_sample",
+    torch="NotImplementedError",
+    fails=NO_FORWARD,
+    ours="right, by the pullback of the pullback",
+    mended="2.15",
+    needs="2.13",
+)
+def jvp_of_grid_sample(library: Any) -> None:
+    jvp_of_operations_without_forward_mode(library, (sampled, POINTS))
+
+
+# Losses and layers whose gradient has no forward mode.
+
+LOSSES: dict[str, tuple[str, Function, Tensor]] = {
+    "hvp-huber_loss": ("hvp", lambda x: functional.huber_loss(x, SIGNS), _normal(5)),
+    "hvp-soft_margin_loss": ("hvp", lambda x: functional.soft_margin_loss(x, SIGNS), _normal(5)),
+    "hessian-soft_margin_loss": ("hessian", lambda x: functional.soft_margin_loss(x, SIGNS), _normal(5)),
+}
+SECOND: dict[str, Callable[[Any, Function, Tensor, Tensor], Tensor]] = {
+    "hvp": lambda library, func, x, t: library.hvp(func, (x,), (t,))[1],
+    "hessian": lambda library, func, x, t: torch.tensordot(library.hessian(func)(x), t, t.dim()),
+}
+
+
+# Room for the rows of what `hvp` and `hessian` fall back on with mode="auto".
+
+
+@OPERATIONS.row(
+    "`hvp` of huber_loss; `hvp`, `hessian` of soft_margin_loss",
+    torch="NotImplementedError",
+    fails=NO_FORWARD,
+    ours="right",
+    over=LOSSES,
+    issue="pytorch#123996",
+)
+def second_derivatives_of_losses(library: Any, case: tuple[str, Function, Tensor]) -> None:
+    second, func, x = case
+    t = x.flip(0).cos()
+    expected = difference(partial(torch.autograd.functional.jacobian, func), x, t, 1e-4)
+    torch.testing.assert_close(SECOND[second](library, func, x, t), expected, rtol=1e-5, atol=1e-7)
+
+
+@OPERATIONS.row(
+    "`hvp`, `hessian` of grid_sample",
+    torch="NotImplementedError",
+    fails=NO_FORWARD,
+    ours="right",
+    over={"hvp": "hvp", "hessian": "hessian"},
+    needs="2.13",
+)
+def second_derivatives_of_grid_sample(library: Any, second: str) -> None:
+    second_derivatives_of_losses(library, (second, lambda grid: (sampled(grid) ** 3).sum(), POINTS))
+
+
+@OPERATIONS.row(
+    "`hvp`, `hessian` of an LSTM",
+    torch="NotImplementedError",
+    fails=NO_FORWARD,
+    ours="right",
+    over={"hvp": "hvp", "hessian": "hessian"},
+    issue="pytorch#105982",
+)
+def second_derivatives_of_an_lstm(library: Any, second: str) -> None:
+    torch.manual_seed(8)
+    module = nn.LSTM(3, 4)  # its fused kernel is for float32
+    x, t = torch.randn(2, 5, 1, 3).unbind(0)
+
+    def func(x: Tensor) -> Tensor:
+        return (module(x)[0] ** 2).sum()
+
+    result = SECOND[second](library, func, x, t).detach()
+    module.double()
+    expected = difference(partial(torch.autograd.functional.jacobian, func), x.double(), t.double(), 1e-3)
+    torch.testing.assert_close(result, expected.float(), rtol=1e-3, atol=1e-5)
+
+
+@OPERATIONS.row(
+    '`jacfwd(randomness="different")`',
+    torch="another mask for every column: no function has that Jacobian",
+    fails="AssertionError: a row of the Jacobian mixes masks",
+    ours="one mask for all columns",
+    issue="functorch#408",
+)
+def jacfwd_of_a_random_function(library: Any) -> None:
+    torch.manual_seed(1)
+    weights, x = torch.randn(6, 5, dtype=torch.float64), _normal(5)
+    jacobian = library.jacfwd(lambda x: functional.dropout(weights @ x), randomness="different")(x)
+    mask = torch.round(jacobian / weights)
+    assert_close(jacobian, mask * weights)
+    assert (mask == mask[:, :1]).all(), "a row of the Jacobian mixes masks"

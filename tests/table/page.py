@@ -1,0 +1,49 @@
+"""The page docs/where_torch_is_wrong.md below its marker, made of the rows. `python -m table.page` writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from table import SECTIONS
+
+if TYPE_CHECKING:
+    from table.row import Row
+
+PAGE = Path(__file__).parents[2] / "docs" / "where_torch_is_wrong.md"
+MARKER = "<!-- From here on the rows of tests/table: `python -m table.page` in tests writes them. -->\n"
+THREADS = {
+    "pytorch#": "https://github.com/pytorch/pytorch/issues/",
+    "pytorch PR#": "https://github.com/pytorch/pytorch/pull/",
+    "functorch#": "https://github.com/pytorch/functorch/issues/",
+}
+
+
+def tables() -> str:
+    """A section of the page for each of the table's."""
+    parts = []
+    for section in SECTIONS:
+        lines = [
+            f"## {section.title}",
+            "",
+            "| case | torch 2.13 | autodiff | test, thread |",
+            "|---|---|---|---|",
+        ]
+        parts.append("\n".join([*lines, *map(_line, section.rows)]))
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def _line(row: Row) -> str:
+    torch = row.torch if row.mended is None else f"{row.torch}; mended in {row.mended}"
+    ours = row.ours if row.untrue is None else f"not yet {row.ours}: {row.untrue}"
+    test = f"`{row.name}`" if row.issue is None else f"`{row.name}`, {_link(row.issue)}"
+    return f"| {row.case} | {torch} | {ours} | {test} |"
+
+
+def _link(issue: str) -> str:
+    start, number = issue.split("#")
+    return f"[{issue}]({THREADS[f'{start}#']}{number})"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(PAGE.read_text().split(MARKER)[0] + MARKER + tables())
