@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from autodiff.core import _torch, checks, formulas, trees
-from autodiff.core.operation import Rules, is_inexact, operate
+from autodiff.core.operation import Rules, is_inexact, is_watched, operate
 from autodiff.core.tape import record, transpose
 from autodiff.errors import ForwardRuleError
 
@@ -214,10 +214,11 @@ def _nesting(cls: type[torch.autograd.Function]) -> type[torch.autograd.Function
         outputs = output if isinstance(output, tuple) else (output,)
         known = {id(leaf) for leaf in (*inputs, *outputs)}
         kept = (*(ctx.saved_for_forward or ()), *(ctx.to_save or ()), *vars(ctx).values())
-        ctx.keeps_intermediate = any(is_inexact(leaf) and id(leaf) not in known for leaf in kept)
+        keeps_intermediate = any(is_inexact(leaf) and id(leaf) not in known for leaf in kept)
+        ctx.suspicious = [leaf for leaf in inputs if is_inexact(leaf)] if keeps_intermediate else []
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        if ctx.keeps_intermediate and _torch.forward_depth() > 1:
+        if any(is_watched(_at_primal(tensor)) for tensor in ctx.suspicious):
             raise ForwardRuleError(
                 f"forward mode: {cls.__qualname__}.jvp is differentiated itself, but what its setup_context keeps is "
                 f"neither an input nor an output of forward, and has lost its derivative. Keep inputs and outputs "

@@ -48,12 +48,6 @@ def forward_level_active() -> bool:
     return forward_ad._current_level >= 0 and not forward.dual_level.owned
 
 
-def forward_depth() -> int:
-    """How many pushes this thread is in, each inside the one before."""
-    stack = _functorch.get_interpreter_stack() or ()
-    return forward.thread.pushes + sum(layer.key() == _functorch.TransformType.Jvp for layer in stack)
-
-
 def requires_grad_at_any_depth(tensor: Tensor) -> bool:
     """Whether the tensor, or any tensor inside its wrappers, requires grad.
 
