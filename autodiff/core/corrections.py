@@ -218,7 +218,9 @@ def _nesting(cls: type[torch.autograd.Function]) -> type[torch.autograd.Function
         ctx.suspicious = [leaf for leaf in inputs if is_inexact(leaf)] if keeps_intermediate else []
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        if any(is_watched(_at_primal(tensor)) for tensor in ctx.suspicious):
+        with _torch.ForwardGrad():
+            is_differentiated = any(is_watched(_at_primal(tensor)) for tensor in ctx.suspicious)
+        if is_differentiated:
             raise ForwardRuleError(
                 f"forward mode: {cls.__qualname__}.jvp is differentiated itself, but what its setup_context keeps is "
                 f"neither an input nor an output of forward, and has lost its derivative. Keep inputs and outputs "

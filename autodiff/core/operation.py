@@ -112,8 +112,8 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        primals = [_torch.unpack_dual(tensor)[0] for tensor in ctx.saved_tensors]
         with _torch.ForwardGrad():
+            primals = [_torch.unpack_dual(tensor)[0] for tensor in ctx.saved_tensors]
             pushed = ctx.ruled.rules.push(primals, tangents)
             pairs = zip(pushed, ctx.ruled.shapes, strict=True)
             return tuple(shape.full(0.0) if tangent is None else tangent for tangent, shape in pairs)
