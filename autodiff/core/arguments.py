@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from autodiff.core import checks, trees
@@ -199,12 +200,24 @@ def wraps(func: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[.
 
 
 def parameter_names(func: Callable[..., Any]) -> list[str]:
-    """The names of the positional parameters, a module's from its ``forward``; empty if unknown."""
+    """The names of the positional parameters, a module's from its ``forward``; empty if unknown.
+
+    >>> parameter_names(functools.partial(torch.nn.ReLU()))
+    ['input']
+    """
     try:
-        parameters = inspect.signature(getattr(func, "forward", func)).parameters.values()
+        parameters = inspect.signature(_signed(func)).parameters.values()
     except (TypeError, ValueError):
         return []
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _signed(func: Callable[..., Any]) -> Callable[..., Any]:
+    """What has the signature: a module's is its ``forward``'s, also inside transforms and partials."""
+    func = inspect.unwrap(func, stop=lambda f: hasattr(f, "__signature__"))
+    if isinstance(func, functools.partial):
+        return functools.partial(_signed(func.func), *func.args, **func.keywords)
+    return func.forward if isinstance(func, torch.nn.Module) else func
 
 
 def _locate(

@@ -30,11 +30,11 @@ def in_dims_type(name: str, in_dims: object) -> None:
     )
 
 
-def in_dims_fit(name: str, in_dims: object, args_spec: Spec) -> NoReturn:
-    """The structure begins that of the arguments."""
+def in_dims_fit(name: str, in_dims: object, dims: object, spec: Spec) -> NoReturn:
+    """The structure begins that of the arguments, positional or by keyword."""
     raise BatchError(
         f"{name}(in_dims={in_dims}): in_dims is not compatible with the structure of `inputs`. in_dims "
-        f"has structure {trees.structure(in_dims)} but inputs has structure {args_spec}. Give one "
+        f"has structure {trees.structure(dims)} but inputs has structure {spec}. Give one "
         f"entry for each positional argument; an entry may stand for a whole tree."
     )
 
@@ -43,7 +43,7 @@ def in_dims_name(name: str, unknown: str, known: Sequence[str]) -> NoReturn:
     """A name belongs to an argument of the call."""
     raise BatchError(
         f"{name}: in_dims names {unknown!r}, which is no argument of this call. The arguments are "
-        f"{', '.join(map(repr, known)) or 'none'}. Correct the name, or pass the argument."
+        f"{', '.join(map(repr, known)) or 'none'}. Correct the name, or pass the argument by keyword."
     )
 
 

@@ -57,8 +57,8 @@ def vmap(
             the same for all samples; they are returned as they are.
         in_dims: which dimension of each leaf counts the samples: an int for all leaves, a tree whose
             structure begins that of the positional arguments, with None for what all samples share, or
-            a dict from parameter names to such entries. Keyword arguments that no dict names are
-            shared.
+            a dict from parameter names to such entries. What it does not name is shared, as are keyword
+            arguments without a dict, and what ``*args`` collects beside one.
         out_dims: where the samples' dimension goes in each output: an int, or a tree whose structure
             begins that of the output, with None for an output that does not depend on the sample.
         randomness: ``"error"`` forbids random operations, ``"different"`` draws for each sample,
@@ -315,8 +315,10 @@ def _batched_leaves(
         positions, named = in_dims, dict.fromkeys(kwargs)
     of_args = trees.broadcast(positions, args_spec)
     of_kwargs = trees.broadcast(named, kwargs_spec)
-    if of_args is None or of_kwargs is None:
-        mapped_dims.in_dims_fit(name, in_dims, args_spec)
+    if of_args is None:
+        mapped_dims.in_dims_fit(name, in_dims, positions, args_spec)
+    if of_kwargs is None:
+        mapped_dims.in_dims_fit(name, in_dims, named, kwargs_spec)
     where = trees.paths(args_spec, "args") + trees.paths(kwargs_spec, "kwargs")
     dims: list[int | None] = []
     alone = [child.is_leaf() for child in args_spec.children() for _ in range(child.num_leaves)]
