@@ -239,6 +239,14 @@ def test_level_that_cannot_be_entered_is_a_clear_error(monkeypatch: pytest.Monke
     assert_close(ad.jvp(slow_cubic, (X,), (T,))[1], 3 * W * X**2 @ T)
 
 
+def test_level_that_a_failed_compile_left_is_taken_away() -> None:
+    """torch's own account says that there is none, and torch itself that there is one."""
+    torch._C._enter_dual_level()
+    assert forward_ad._current_level < 0
+    assert_close(ad.jvp(slow_cubic, (X,), (T,))[1], 3 * W * X**2 @ T)
+    torch._C._exit_dual_level(level=torch._C._enter_dual_level())
+
+
 def test_jvp_in_a_thread_started_inside_a_jvp() -> None:
     inner = []
 

@@ -79,20 +79,33 @@ class _DualLevel:
             open_, nested = forward_ad._current_level >= 0, eager_transforms.JVP_NESTING > 0
             if not self.owned and nested and patient and not on_stack(_functorch.TransformType.Jvp):
                 return False
-            if not open_:
-                self._enter()
+            if not open_ and not self._entered(patient=patient):
+                return False
             self._users += 1
             return True
 
-    def _enter(self) -> None:
+    def _entered(self, *, patient: bool) -> bool:
         # First this: torch.func.jvp inside our level must find it and not enter one of its own.
         eager_transforms.JVP_NESTING += 1
         try:
-            forward_ad.enter_dual_level()
+            self._enter(deserted=not patient and eager_transforms.JVP_NESTING == 1)
         except RuntimeError as error:
             eager_transforms.JVP_NESTING -= 1
+            if patient:
+                return False
             raise ForwardLevelError(_BETWEEN) from error
         self.owned = True
+        return True
+
+    def _enter(self, *, deserted: bool) -> None:
+        try:
+            forward_ad.enter_dual_level()
+        except RuntimeError:
+            if not deserted:
+                raise
+            # Nobody takes so long on the way in or out: a torch.compile that failed has left the level.
+            torch._C._exit_dual_level(level=0)
+            forward_ad.enter_dual_level()
 
     def leave(self) -> None:
         with self._lock:
