@@ -74,7 +74,31 @@ def saved_tensor_hooks(library: Any, case: tuple[Function, str]) -> None:
     assert_close(getattr(library, transform)(func)(X), TRANSFORMS[transform])
 
 
-# Room for the rows of `checkpoint(func)`, which serves inside other transforms too.
+def checkpoint_of(library: Any) -> Any:
+    """torch's serves on the ground alone."""
+    if hasattr(library, "checkpoint"):
+        return library.checkpoint
+    return lambda func: lambda x: checkpoint(func, x, use_reentrant=False)
+
+
+@GRAPHS.row(
+    "`checkpoint(func)` inside `vmap(grad)`, `vmap(hessian)`, and a `jvp` of `grad`",
+    torch="RuntimeError (`torch.utils.checkpoint`)",
+    fails="RuntimeError: ",
+    ours="right, captured tensors and random numbers included",
+    over={
+        "vmap-grad": (lambda library, f: library.vmap(library.grad(f))(X[None])[0], 3 * W * X**2),
+        "vmap-hessian": (
+            lambda library, f: library.vmap(library.hessian(f))(X[None])[0],
+            torch.diag(6 * W * X),
+        ),
+        "jvp-grad": (lambda library, f: library.jvp(library.grad(f), (X,), (T,))[1], 6 * W * X * T),
+    },
+    issue="pytorch#141845",
+)
+def checkpoint_inside_other_transforms(library: Any, case: tuple[Any, Tensor]) -> None:
+    derivative, expected = case
+    assert_close(derivative(library, checkpoint_of(library)(cubic)), expected)
 
 
 @GRAPHS.row(
@@ -118,7 +142,36 @@ def batch_norm_in_training_mode(library: Any, case: tuple[Any, Any]) -> None:
     assert_close([module.running_mean, module.running_var], [0.1 * x.mean(0), 0.9 + 0.1 * x.var(0)])
 
 
-# Room for the row of BatchNorm by functional_call and returned buffers, which serves inside other transforms too.
+@GRAPHS.row(
+    "BatchNorm in training mode by `functional_call`, inside `vmap(grad)` and `vmap(hessian)`",
+    torch="RuntimeError: its buffers are written in place",
+    fails="RuntimeError: .*in-place",
+    ours="right with `return_buffers=True`: each sample's updated buffers are returned, nothing is written",
+    over={"grad": "grad", "hessian": "hessian"},
+    issue="functorch#986",
+)
+def batch_norm_returns_its_buffers(library: Any, transform: str) -> None:
+    module = nn.BatchNorm1d(3, affine=False).double()
+    samples = torch.stack([torch.stack([X, W, T]), torch.stack([T, X - W, X])])
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    options = {"return_buffers": True} if hasattr(library, "per_sample") else {}
+
+    def loss(x: Tensor) -> Any:
+        output = library.functional_call(module, buffers, (x,), **options)
+        return ((output[0] ** 3).sum(), output[1]) if options else (output**3).sum()
+
+    first = library.grad(loss, has_aux=bool(options))
+    derivative = first if transform == "grad" else library.jacrev(first, has_aux=bool(options))
+    result = library.vmap(derivative)(samples)
+    result, updated = result if options else (result, buffers)
+    for i, x in enumerate(samples):
+        plain = library.grad(
+            lambda x: (torch.nn.functional.batch_norm(x, None, None, training=True) ** 3).sum()
+        )
+        assert_close(result[i], plain(x) if transform == "grad" else library.jacrev(plain)(x))
+        assert_close(updated["running_mean"][i], 0.1 * x.mean(0))
+        assert_close(updated["running_var"][i], 0.9 + 0.1 * x.var(0))
+    assert_close(dict(module.named_buffers()), buffers)
 
 
 @GRAPHS.row(

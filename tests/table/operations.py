@@ -156,7 +156,26 @@ SECOND: dict[str, Callable[[Any, Function, Tensor, Tensor], Tensor]] = {
 }
 
 
-# Room for the rows of what `hvp` and `hessian` fall back on with mode="auto".
+@OPERATIONS.row(
+    "`hvp`, `hessian` of cdist and hardsigmoid, which lack a rule in one order of modes",
+    torch="NotImplementedError",
+    fails="(NotImplementedError|RuntimeError): ",
+    ours="right: another order is tried, from the same random numbers; where all lack a rule, the error says so",
+    over={
+        "hvp-cdist": ("hvp", lambda x: (torch.cdist(x[:, None], x[:2, None] + 1) ** 3).sum(), _normal(5)),
+        "hessian-cdist": (
+            "hessian",
+            lambda x: (torch.cdist(x[:, None], x[:2, None] + 1) ** 3).sum(),
+            _normal(5),
+        ),
+        "hessian-hardsigmoid": ("hessian", lambda x: (functional.hardsigmoid(x) ** 2).sum(), _normal(5)),
+    },
+)
+def another_order_of_modes(library: Any, case: tuple[str, Function, Tensor]) -> None:
+    second, func, x = case
+    t = x.flip(0).cos()
+    expected = difference(partial(torch.autograd.functional.jacobian, func), x, t, 1e-4)
+    torch.testing.assert_close(SECOND[second](library, func, x, t), expected, rtol=1e-5, atol=1e-6)
 
 
 @OPERATIONS.row(
