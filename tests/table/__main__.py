@@ -1,4 +1,4 @@
-"""``python -m table TRIAL LIBRARY`` runs one trial of the table, and exits with words on how it fails."""
+"""``python -m table TRIAL LIBRARY`` runs one trial of the table, and says how it fails."""
 
 from __future__ import annotations
 
@@ -9,4 +9,7 @@ from table.row import failure_of
 
 name, library = sys.argv[1:]
 trial = next(trial for trial in TRIALS if str(trial) == name)
-sys.exit(failure_of(lambda: trial.run(library)))
+failure = failure_of(lambda: trial.run(library))
+if failure is not None:
+    sys.stdout.write(failure)
+    sys.exit(1)

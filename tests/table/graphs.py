@@ -113,65 +113,64 @@ def old_style_function(library: Any, case: tuple[Function, str]) -> None:
     saved_tensor_hooks(library, case)
 
 
+# Derivatives along a direction, and the same from values alone.
+ALONG = {
+    "grad": (lambda library, func, x, t: (library.grad(func)(x) * t).sum(), difference),
+    "jvp": (lambda library, func, x, t: library.jvp(func, (x,), (t,))[1], difference),
+    "hessian": (
+        lambda library, func, x, t: torch.einsum("ij,ijkl,kl->", t, library.hessian(func)(x), t),
+        differed_twice,
+    ),
+}
+BATCH, DIRECTIONS = torch.stack([X, W, T, X * T, W - X]), torch.stack([T, X, W, X, T])
+
+
+def normed_by_hand(x: Tensor) -> Tensor:
+    centred = x - x.mean(0)
+    return ((centred / ((centred**2).mean(0) + 1e-5).sqrt()) ** 3).sum()
+
+
 @GRAPHS.row(
     "BatchNorm in training mode inside `grad`, `jvp`, `hessian`",
     torch="RuntimeError: its buffers are written in place",
     fails="RuntimeError: .*in-place operation",
     ours="right on the ground, the buffers updated",
-    over={
-        "grad": (lambda library, func, x, t: (library.grad(func)(x) * t).sum(), difference),
-        "jvp": (lambda library, func, x, t: library.jvp(func, (x,), (t,))[1], difference),
-        "hessian": (
-            lambda library, func, x, t: torch.einsum("ij,ijkl,kl->", t, library.hessian(func)(x), t),
-            differed_twice,
-        ),
-    },
+    over=ALONG,
     issue="pytorch#85533",
 )
 def batch_norm_in_training_mode(library: Any, case: tuple[Any, Any]) -> None:
     derivative, reference = case
-    x, t = torch.stack([torch.stack([X, W, T, X * T, W - X]), torch.stack([T, X, W, X, T])])
     module = nn.BatchNorm1d(3).double()
-
-    def by_hand(x: Tensor) -> Tensor:
-        centred = x - x.mean(0)
-        return ((centred / ((centred**2).mean(0) + module.eps).sqrt()) ** 3).sum()
-
-    result = derivative(library, lambda x: (module(x) ** 3).sum(), x, t)
-    torch.testing.assert_close(result, reference(by_hand, x, t), rtol=1e-6, atol=1e-6)
-    assert_close([module.running_mean, module.running_var], [0.1 * x.mean(0), 0.9 + 0.1 * x.var(0)])
+    result = derivative(library, lambda x: (module(x) ** 3).sum(), BATCH, DIRECTIONS)
+    expected = reference(normed_by_hand, BATCH, DIRECTIONS)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+    assert_close([module.running_mean, module.running_var], [0.1 * BATCH.mean(0), 0.9 + 0.1 * BATCH.var(0)])
 
 
 @GRAPHS.row(
-    "BatchNorm in training mode by `functional_call`, inside `vmap(grad)` and `vmap(hessian)`",
-    torch="RuntimeError: its buffers are written in place",
-    fails="RuntimeError: .*in-place",
-    ours="right with `return_buffers=True`: each sample's updated buffers are returned, nothing is written",
-    over={"grad": "grad", "hessian": "hessian"},
-    issue="functorch#986",
+    "BatchNorm in training mode by `functional_call(..., return_buffers=True)`, inside `vmap` too",
+    torch="absent",
+    fails="TypeError: .*unexpected keyword argument 'return_buffers'",
+    ours="right, the new buffers returned",
+    over=ALONG,
+    issue="pytorch#85533",
 )
-def batch_norm_returns_its_buffers(library: Any, transform: str) -> None:
-    module = nn.BatchNorm1d(3, affine=False).double()
-    samples = torch.stack([torch.stack([X, W, T]), torch.stack([T, X - W, X])])
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    options = {"return_buffers": True} if hasattr(library, "per_sample") else {}
+def returned_buffers(library: Any, case: tuple[Any, Any]) -> None:
+    derivative, reference = case
+    module = nn.BatchNorm1d(3).double()
 
-    def loss(x: Tensor) -> Any:
-        output = library.functional_call(module, buffers, (x,), **options)
-        return ((output[0] ** 3).sum(), output[1]) if options else (output**3).sum()
+    def run(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        output, buffers = library.functional_call(module, {}, (x,), return_buffers=True)
+        return (output**3).sum(), buffers
 
-    first = library.grad(loss, has_aux=bool(options))
-    derivative = first if transform == "grad" else library.jacrev(first, has_aux=bool(options))
-    result = library.vmap(derivative)(samples)
-    result, updated = result if options else (result, buffers)
-    for i, x in enumerate(samples):
-        plain = library.grad(
-            lambda x: (torch.nn.functional.batch_norm(x, None, None, training=True) ** 3).sum()
-        )
-        assert_close(result[i], plain(x) if transform == "grad" else library.jacrev(plain)(x))
-        assert_close(updated["running_mean"][i], 0.1 * x.mean(0))
-        assert_close(updated["running_var"][i], 0.9 + 0.1 * x.var(0))
-    assert_close(dict(module.named_buffers()), buffers)
+    samples = torch.stack([BATCH, DIRECTIONS])
+    result = library.vmap(lambda x, t: derivative(library, lambda x: run(x)[0], x, t))(
+        samples, samples.flip(0)
+    )
+    expected = [reference(normed_by_hand, x, t) for x, t in zip(samples, samples.flip(0), strict=True)]
+    torch.testing.assert_close(result, torch.stack(expected), rtol=1e-6, atol=1e-6)
+    assert_close(library.vmap(run)(samples)[1]["running_mean"], 0.1 * samples.mean(1))
+    assert_close(module.running_mean, torch.zeros_like(X))
 
 
 @GRAPHS.row(

@@ -69,6 +69,18 @@ def hessian_of_cdist(library: Any) -> None:
     )
 
 
+@OPERATIONS.row(
+    "`jacrev` of `masked_select` with a mask larger than the input",
+    torch="RuntimeError",
+    fails="RuntimeError: The size of tensor",
+    ours="right",
+)
+def jacrev_of_masked_select(library: Any) -> None:
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    jacobian = library.jacrev(lambda x: x.masked_select(mask))(_normal(3))
+    assert_close(jacobian, torch.eye(3, dtype=torch.float64)[[0, 2, 0, 1]])
+
+
 @OPERATIONS.row('`jvp` of `scatter_reduce(..., "prod")`', torch="zero", fails=WRONG, ours="right")
 def jvp_of_scatter_reduce_prod(library: Any) -> None:
     x, t = _normal(2, 3).unbind(0)

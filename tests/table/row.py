@@ -114,7 +114,7 @@ def _failure_of_process(trial: Trial, library: str) -> str | None:
         return None
     if done.returncode < 0:
         return f"the process ends by signal {-done.returncode}: {done.stderr}"
-    return done.stderr
+    return done.stdout or done.stderr
 
 
 class Section:
