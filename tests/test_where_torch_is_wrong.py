@@ -86,3 +86,23 @@ def test_hessians_of_normalisations_by_mode(norm: str, mode: Any) -> None:
     expected = difference(ad.grad(func), x, t, 1e-4)
     result = torch.tensordot(ad.hessian(func, mode=mode)(x), t, t.dim())
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["layer_norm", "batch_norm", "batch_norm-eval", "instance_norm"])
+def test_normalisations_in_half_precision_are_those_of_torch(norm: str, dtype: torch.dtype) -> None:
+    """The formulas compute as wide as torch, which takes the statistics and weights in single precision."""
+    x = (300 * torch.randn(3, 3, 4)).to(dtype)
+    options = {
+        "layer_norm": ((4,), torch.ones(4), torch.zeros(4)),
+        "batch_norm": (None, None, None, None, True),
+        "batch_norm-eval": (torch.zeros(3), torch.full((3,), 1e4)),
+        "instance_norm": (),
+    }[norm]
+
+    def func(x: Tensor) -> Tensor:
+        result: Tensor = getattr(functional, norm.removesuffix("-eval"))(x, *options)
+        return result
+
+    inside = ad.vmap(lambda x: ad.jvp(func, (x,), (x,))[0])(x[None])[0]
+    torch.testing.assert_close(inside, func(x), rtol=1e-2, atol=1e-2)

@@ -29,7 +29,7 @@ def layer_norm(
     """As torch.nn.functional.layer_norm and torch.layer_norm."""
     del cudnn_enable
     dims = list(range(input.dim() - len(normalized_shape), input.dim()))
-    return _affine(_standardised(input, dims, eps)[0], weight, bias)
+    return _affine(_standardised(_wide(input), dims, eps)[0], weight, bias).to(input.dtype)
 
 
 def batch_norm(
@@ -73,13 +73,14 @@ def _by_channel(
     momentum: float,
     eps: float,
 ) -> Tensor:
+    dtype, x = x.dtype, _wide(x)
     channels = [1, -1, *[1] * (x.dim() - 2)]
     weight, bias = (None if one is None else one.view(channels) for one in (weight, bias))
     if not by_batch:
         assert running_mean is not None
         assert running_var is not None
         centred = x - running_mean.view(channels)
-        return _affine(centred * (running_var.view(channels) + eps).rsqrt(), weight, bias)
+        return _affine(centred * (_wide(running_var).view(channels) + eps).rsqrt(), weight, bias).to(dtype)
     y, mean, variance = _standardised(x, dims, eps)
     count = 1
     for dim in dims:
@@ -89,7 +90,12 @@ def _by_channel(
             if running is not None:
                 # An average over the instances too, where there is one for each.
                 running.mul_(1 - momentum).add_(momentum * new.mean(0).flatten())
-    return _affine(y, weight, bias)
+    return _affine(y, weight, bias).to(dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The tensor as torch computes with it: the square of 256 is infinite in half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _standardised(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
