@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -111,3 +114,36 @@ def test_other_errors_are_not_taken_for_a_missing_rule() -> None:
         with pytest.raises(RuntimeError, match="of my own"):
             call()
         assert len(ran) == 1
+
+
+def test_the_functions_own_missing_part_is_its_own_error() -> None:
+    def func(x: Tensor) -> Tensor:
+        raise NotImplementedError("of my own")
+
+    for call in (lambda: ad.hessian(func)(X), lambda: ad.hvp(func, (X,), (T,))):
+        with pytest.raises(NotImplementedError, match="of my own") as caught:
+            call()
+        assert not isinstance(caught.value, MissingRuleError)
+
+
+@pytest.mark.parametrize(
+    "func", [cdist_sum, lambda x: functional.multi_margin_loss(x[None], torch.tensor([1]))]
+)
+def test_an_order_that_failed_leaves_no_reference_cycle(func: Any) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def watched(x: Tensor) -> Tensor:
+        between = torch.sin(x)
+        made.append(weakref.ref(between))
+        result: Tensor = func(between)
+        return result
+
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(MissingRuleError):
+            ad.hvp(watched, (X,), (T,))
+        assert len(made) >= 2
+        assert not any(ref() is not None for ref in made)
+    finally:
+        gc.enable()
