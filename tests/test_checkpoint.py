@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import autodiff as ad
 from autodiff.core.memory import Meter
-from autodiff.errors import CaptureError
+from autodiff.errors import CaptureError, InPlaceError
 from every_transform import EVERY, Every, T, W, X, cubic
 from scenarios import assert_close
 
@@ -171,6 +171,30 @@ def test_nested_checkpoints() -> None:
     total = lambda x: func(x).sum()
     assert_close(ad.grad(total)(X), 4 * W * X**3)
     assert_close(ad.vmap(ad.hessian(total))(X[None])[0], torch.diag(12 * W * X**2))
+
+
+@pytest.mark.parametrize("every", EVERY, ids=lambda every: every.name)
+def test_nested_checkpoints_that_capture_the_same_tensor(every: Every) -> None:
+    """A replaced tensor is replaced for the functions inside too, whose own second run comes after."""
+
+    def captures(x: Tensor) -> Tensor:
+        return ad.checkpoint(lambda y: ad.checkpoint(lambda y: x**2 * y)(y) * x)(W).sum()
+
+    assert_close(every.apply(captures, X), every.expected(X, W))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_writing_in_place_is_an_error_inside_other_transforms(captured: bool) -> None:
+    """The second run would start from what the first one wrote."""
+
+    def func(x: Tensor) -> Tensor:
+        y = x * 1
+        return (ad.checkpoint(lambda z: (y if captured else z).mul_(2))(y) * y).sum()
+
+    batched = ad.vmap(ad.grad(func)), ad.vmap(ad.jacfwd(func))
+    for transform in (ad.jacfwd(func), torch.func.grad(func), *batched):
+        with pytest.raises(InPlaceError, match="write to a clone"):
+            transform(X[None] if transform in batched else X)
 
 
 def test_custom_rules_inside() -> None:

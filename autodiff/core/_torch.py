@@ -58,6 +58,7 @@ from autodiff.core.seam.modes import (
     WithoutModes,
     compiling,
     function_mode,
+    function_modes,
     in_inference_mode,
     outside_inference,
 )
@@ -87,6 +88,7 @@ __all__ = [
     "dual_stacked",
     "forward_level_active",
     "function_mode",
+    "function_modes",
     "grad_level",
     "grad_level_active",
     "has_tangent_at_any_depth",

@@ -14,10 +14,10 @@ from autodiff.core.arguments import is_differentiable, wraps
 from autodiff.core.dual import push
 from autodiff.core.operation import Rules, is_watched, operate
 from autodiff.core.tape import record
-from autodiff.errors import CaptureError
+from autodiff.errors import CaptureError, InPlaceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from autodiff.core.arguments import Lift
 
@@ -47,6 +47,8 @@ def checkpoint(func: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         CaptureError: inside other transforms, where ``func`` hands a captured tensor that is differentiated to
             a transform of its own; pass it as an argument.
+        InPlaceError: inside other transforms, where ``func`` writes in place to an argument, or to a captured
+            tensor that is differentiated.
 
     A. Griewank and A. Walther, "Algorithm 799: revolve", ACM Transactions on Mathematical Software 26 (2000);
     T. Chen et al., "Training deep nets with sublinear memory cost", arXiv:1604.06174 (2016).
@@ -79,9 +81,12 @@ def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     state = batch.random_state()
     constants = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     found = _Captured([constant for constant in constants if isinstance(constant, Tensor)])
+    versions = _versions(constants)
     with found:
         inner_args, inner_kwargs = trees.unflatten(spec, constants)
         outputs, out_spec = trees.flatten(func(*inner_args, **inner_kwargs))
+    if versions != _versions(constants) or found.versions != _versions(found.shown):
+        raise _written(func)
     if any(is_watched(output) for output in outputs if isinstance(output, Tensor)):
         raise _captured_inside(func)
 
@@ -103,7 +108,7 @@ def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             raise _captured_inside(func)
         return [leaf for leaf in result if is_differentiable(leaf)]
 
-    saved = [*(leaves[i] for i in where), *found.tensors]
+    saved = [*(leaves[i] for i in where), *found.shown]
     return trees.unflatten(out_spec, operate(_Rerun(rerun), outputs, saved))
 
 
@@ -113,6 +118,21 @@ def _captured_inside(func: Callable[..., Any]) -> CaptureError:
         f"hands it to a transform of its own, where it cannot be replaced. Expected an argument: pass the tensor to "
         f"the checkpointed function."
     )
+
+
+def _written(func: Callable[..., Any]) -> InPlaceError:
+    return InPlaceError(
+        f"checkpoint: {getattr(func, '__name__', type(func).__name__)} wrote in place to an argument or to a captured "
+        f"tensor that is differentiated, and would find it written when it runs again. Expected a function that "
+        f"leaves them as they are; write to a clone."
+    )
+
+
+def _versions(leaves: Iterable[Any]) -> list[int]:
+    """How often each tensor was written in place, below all wrappers; those of inference mode do not know."""
+    with _torch.WithoutModes():  # nobody shall see what is inside wrappers
+        tensors = [_torch.bottom(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        return _torch.versions([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 class _Rerun(Rules):
@@ -196,8 +216,12 @@ class _Captured(_Replaced):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__((), ())
+        # As the function has them, and as the checkpointed functions around show them to it.
         self.tensors: list[Tensor] = []
+        self.shown: list[Tensor] = []
+        self.versions: list[int] = []
         self.watched: set[int] = set()
+        self._around = [mode for mode in _torch.function_modes() if isinstance(mode, _Replaced)]
         self._levels = _torch.active_levels()
         self._token = object()
         for tensor in inputs:
@@ -207,13 +231,20 @@ class _Captured(_Replaced):
         other = self._others.get(id(tensor))
         if other is not None:
             return other
-        if self._token in getattr(tensor, "autodiff_made_in", ()) or not self._is_live(tensor):
+        if self._token in getattr(tensor, "autodiff_made_in", ()):
+            return tensor
+        shown = tensor
+        for mode in reversed(self._around):
+            shown = mode._other(shown)  # noqa: SLF001  its own kind
+        if not self._is_live(shown):
             return tensor
         # Kept, so that nothing else gets its id. What a transform inside gives has no mark, and may be among them.
         self.tensors.append(tensor)
-        if is_watched(tensor):
+        self.shown.append(shown)
+        self.versions += _versions([shown])
+        if is_watched(shown):
             self.watched.add(id(tensor))
-        self._others[id(tensor)] = constant = tensor.detach()
+        self._others[id(tensor)] = constant = shown.detach()
         self._seen(constant)
         return constant
 

@@ -24,6 +24,8 @@ SWITCH_OF_GRAD_MODE = torch._C._set_grad_enabled
 WithoutModes = torch._C.DisableTorchFunction
 # The torch function mode that sees an operation first, None where there is none.
 function_mode = overrides._get_current_function_mode
+# All of them, the one that sees an operation first last.
+function_modes = overrides._get_current_function_mode_stack
 # Attention by a fused kernel and by a formula: whether it is on, and the switch.
 FLASH_ATTENTION = torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash
 MATH_ATTENTION = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math
