@@ -84,7 +84,7 @@ def checkpoint_of(library: Any) -> Any:
 @GRAPHS.row(
     "`checkpoint(func)` inside `vmap(grad)`, `vmap(hessian)`, and a `jvp` of `grad`",
     torch="RuntimeError (`torch.utils.checkpoint`)",
-    fails="RuntimeError: ",
+    fails="(RuntimeError: |NotImplementedError: You must implement the jvp)",
     ours="right, captured tensors and random numbers included",
     over={
         "vmap-grad": (lambda library, f: library.vmap(library.grad(f))(X[None])[0], 3 * W * X**2),
@@ -147,20 +147,27 @@ def batch_norm_in_training_mode(library: Any, case: tuple[Any, Any]) -> None:
     assert_close([module.running_mean, module.running_var], [0.1 * BATCH.mean(0), 0.9 + 0.1 * BATCH.var(0)])
 
 
+BUFFERS: dict[str, Any] = {
+    "torch": "RuntimeError: its buffers are written in place",
+    "fails": "RuntimeError: .*in-place",
+    "ours": "right with `return_buffers=True`: each sample's updated buffers are returned, nothing is written",
+    "issue": "functorch#986",
+}
+
+
 @GRAPHS.row(
-    "BatchNorm in training mode by `functional_call(..., return_buffers=True)`, inside `vmap` too",
-    torch="absent",
-    fails="TypeError: .*unexpected keyword argument 'return_buffers'",
-    ours="right, the new buffers returned",
-    over=ALONG,
-    issue="pytorch#85533",
+    "BatchNorm in training mode by `functional_call`, inside `vmap(grad)` and `vmap` of `jvp`",
+    over={name: ALONG[name] for name in ("grad", "jvp")},
+    **BUFFERS,
 )
-def returned_buffers(library: Any, case: tuple[Any, Any]) -> None:
+def batch_norm_returns_its_buffers(library: Any, case: tuple[Any, Any]) -> None:
     derivative, reference = case
     module = nn.BatchNorm1d(3).double()
+    options = {"return_buffers": True} if hasattr(library, "per_sample") else {}
 
     def run(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        output, buffers = library.functional_call(module, {}, (x,), return_buffers=True)
+        result = library.functional_call(module, {}, (x,), **options)
+        output, buffers = result if options else (result, {})
         return (output**3).sum(), buffers
 
     samples = torch.stack([BATCH, DIRECTIONS])
@@ -169,8 +176,22 @@ def returned_buffers(library: Any, case: tuple[Any, Any]) -> None:
     )
     expected = [reference(normed_by_hand, x, t) for x, t in zip(samples, samples.flip(0), strict=True)]
     torch.testing.assert_close(result, torch.stack(expected), rtol=1e-6, atol=1e-6)
-    assert_close(library.vmap(run)(samples)[1]["running_mean"], 0.1 * samples.mean(1))
+    updated = library.vmap(run)(samples)[1]
+    assert_close(updated["running_mean"], 0.1 * samples.mean(1))
+    assert_close(updated["running_var"], 0.9 + 0.1 * samples.var(1))
     assert_close(module.running_mean, torch.zeros_like(X))
+
+
+@GRAPHS.row(
+    "the same inside `vmap(hessian)`",
+    untrue=(
+        "2.15",
+        'torch\'s second derivative raises "accessing `data` under vmap transform" where a weight requires grad',
+    ),
+    **BUFFERS,
+)
+def batch_norm_returns_its_buffers_at_second_order(library: Any) -> None:
+    batch_norm_returns_its_buffers(library, ALONG["hessian"])
 
 
 @GRAPHS.row(

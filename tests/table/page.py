@@ -35,7 +35,11 @@ def tables() -> str:
 
 def _line(row: Row) -> str:
     torch = row.torch if row.mended is None else f"{row.torch}; mended in {row.mended}"
-    ours = row.ours if row.untrue is None else f"not yet {row.ours}: {row.untrue}"
+    ours = (
+        row.ours
+        if row.untrue is None
+        else f"{row.ours}; not yet with torch {row.untrue[0]} and newer: {row.untrue[1]}"
+    )
     test = f"`{row.name}`" if row.issue is None else f"`{row.name}`, {_link(row.issue)}"
     return f"| {row.case} | {torch} | {ours} | {test} |"
 

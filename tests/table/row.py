@@ -51,7 +51,7 @@ class Row(NamedTuple):
     issue: str | None
     needs: str  # the version of torch from which on this is so; older ones have no rule at all, or no tracer
     alone: tuple[str, ...] | None  # options for Python, or none, where it runs in a process of its own
-    untrue: str | None  # why autodiff fails too, until that is mended
+    untrue: tuple[str, str] | None  # from which torch on autodiff fails too, until that is mended, and why
 
 
 class Trial(NamedTuple):
@@ -136,7 +136,7 @@ class Section:
         issue: str | None = None,
         needs: str = "2.11",
         alone: tuple[str, ...] | None = None,
-        untrue: str | None = None,
+        untrue: tuple[str, str] | None = None,
     ) -> Callable[[Body], Body]:
         """Add the decorated body, under its own name."""
 
