@@ -472,3 +472,22 @@ def test_an_exception_in_a_rule_comes_out_as_it_is(kind: str) -> None:
             transform(lambda x: f(x).sum())(X)
         with pytest.raises(StopError):
             ad.vmap(transform(lambda x: f(x).sum()))(torch.stack([X, X]))
+
+
+@each_kind
+def test_writing_to_a_differentiated_argument_is_an_error(kind: str) -> None:
+    """The value would be that of the written argument, and whoever uses it too gets a wrong derivative."""
+    double = lambda x: x.mul_(2)
+    f = ad.custom_vjp(double) if kind == "vjp" else ad.custom_jvp(double)
+    if kind == "vjp":
+        f.defvjp(lambda x: (double(x), None), lambda r, c: (2 * c,))
+    else:
+        f.defjvp(lambda p, t: (p[0], 2 * t[0]))
+
+    def func(x: Tensor) -> Tensor:
+        y = x * 1
+        return (f(y) + y).sum()
+
+    for call in (lambda: ad.grad(func)(X), lambda: ad.vmap(ad.jacfwd(func))(X[None])):
+        with pytest.raises(RuleError, match="wrote in place to an argument that is differentiated"):
+            call()

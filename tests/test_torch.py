@@ -40,6 +40,7 @@ CONTRACTS = {
     "pyfunctorch.temporarily_pop_interpreter_stack": "test_upper_levels_can_be_stepped_out_of",
     "autograd_function.custom_function_call": "test_function_mode_sees_autograd_functions_inside_levels",
     "overrides._get_current_function_mode": "test_function_modes_can_be_left_out",
+    "overrides._get_current_function_mode_stack": "test_function_modes_stand_on_a_stack",
     "torch._C.DisableTorchFunction": "test_function_modes_can_be_left_out",
     "_functorch.CVmapInterpreterPtr": "test_stack_tells_the_sizes_of_its_batches",
     "_functorch.is_functorch_wrapped_tensor": "test_wrappers_are_told_and_opened",
@@ -393,6 +394,12 @@ def test_function_modes_can_be_left_out() -> None:
             X.sin()
     assert mode.seen == []
     assert overrides._get_current_function_mode() is None
+
+
+def test_function_modes_stand_on_a_stack() -> None:
+    """_get_current_function_mode_stack() lists them, the innermost last."""
+    with Seeing() as outer, Seeing() as inner:
+        assert overrides._get_current_function_mode_stack() == [outer, inner]
 
 
 def test_saved_tensor_hooks_can_be_forbidden() -> None:

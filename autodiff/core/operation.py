@@ -15,7 +15,7 @@ from torch import Tensor
 from autodiff.core import _torch, batch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from autodiff.core.batch import Randomness
 
@@ -59,6 +59,13 @@ def is_watched(tensor: Tensor) -> bool:
         if (torch.is_grad_enabled() or _torch.is_nested()) and _torch.requires_grad_at_any_depth(tensor):
             return True
         return _torch.forward_level_active() and _torch.has_tangent_at_any_depth(tensor)
+
+
+def times_written(leaves: Iterable[Any]) -> list[int]:
+    """How often each tensor was written in place, below all wrappers; those of inference mode do not know."""
+    with _torch.WithoutModes():  # nobody shall see what is inside wrappers
+        tensors = [_torch.bottom(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        return _torch.versions([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def is_inexact(leaf: object) -> bool:

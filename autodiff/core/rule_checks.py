@@ -103,3 +103,10 @@ def nondiff_is_constant(name: str, func: str, path: str) -> NoReturn:
         f"{name}: {path} of {func} is differentiated, but stands in nondiff_argnums. Expected a constant there; detach "
         f"it, or leave it out of nondiff_argnums."
     )
+
+
+def leaves_arguments(name: str, func: str) -> NoReturn:
+    raise RuleError(
+        f"{name}: {func} wrote in place to an argument that is differentiated, so that its derivative belongs to another "
+        f"point. Expected a function that leaves its arguments as they are; write to a clone."
+    )

@@ -12,12 +12,12 @@ from torch.overrides import TorchFunctionMode
 from autodiff.core import _torch, batch, trees
 from autodiff.core.arguments import is_differentiable, wraps
 from autodiff.core.dual import push
-from autodiff.core.operation import Rules, is_watched, operate
+from autodiff.core.operation import Rules, is_watched, operate, times_written
 from autodiff.core.tape import record
 from autodiff.errors import CaptureError, InPlaceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from autodiff.core.arguments import Lift
 
@@ -81,11 +81,11 @@ def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     state = batch.random_state()
     constants = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     found = _Captured([constant for constant in constants if isinstance(constant, Tensor)])
-    versions = _versions(constants)
+    versions = times_written(constants)
     with found:
         inner_args, inner_kwargs = trees.unflatten(spec, constants)
         outputs, out_spec = trees.flatten(func(*inner_args, **inner_kwargs))
-    if versions != _versions(constants) or found.versions != _versions(found.shown):
+    if versions != times_written(constants) or found.versions != times_written(found.shown):
         raise _written(func)
     if any(is_watched(output) for output in outputs if isinstance(output, Tensor)):
         raise _captured_inside(func)
@@ -126,13 +126,6 @@ def _written(func: Callable[..., Any]) -> InPlaceError:
         f"tensor that is differentiated, and would find it written when it runs again. Expected a function that "
         f"leaves them as they are; write to a clone."
     )
-
-
-def _versions(leaves: Iterable[Any]) -> list[int]:
-    """How often each tensor was written in place, below all wrappers; those of inference mode do not know."""
-    with _torch.WithoutModes():  # nobody shall see what is inside wrappers
-        tensors = [_torch.bottom(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-        return _torch.versions([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 class _Rerun(Rules):
@@ -241,7 +234,7 @@ class _Captured(_Replaced):
         # Kept, so that nothing else gets its id. What a transform inside gives has no mark, and may be among them.
         self.tensors.append(tensor)
         self.shown.append(shown)
-        self.versions += _versions([shown])
+        self.versions += times_written([shown])
         if is_watched(shown):
             self.watched.add(id(tensor))
         self._others[id(tensor)] = constant = shown.detach()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autodiff.core import batch, rule_checks, trees
 from autodiff.core.arguments import is_differentiable, wraps
-from autodiff.core.operation import Rules, is_watched, operate
+from autodiff.core.operation import Rules, is_watched, operate, times_written
 from autodiff.core.tape import transposed
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def custom_vjp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffA
 
     Raises:
         RuleError: when it is called or differentiated: there is no rule yet; a rule returns another structure,
-            shape or dtype; ``func`` reaches a differentiated tensor that is no argument, or one in
-            ``nondiff_argnums``.
+            shape or dtype; ``func`` writes in place to an argument that is differentiated, or reaches a
+            differentiated tensor that is no argument, or one in ``nondiff_argnums``.
         ArgnumsError: ``nondiff_argnums`` names no parameter.
 
     The interface is that of ``jax.custom_vjp``.
@@ -202,7 +202,12 @@ class Use:
 
     def evaluate(self, func: Callable[..., Any]) -> Any:
         """``func`` of the arguments as constants."""
-        return func(*self.all_args([tensor.detach() for tensor in self.saved]))
+        constants = [tensor.detach() for tensor in self.saved]
+        before = times_written(constants[: len(self.where)])
+        result = func(*self.all_args(constants))
+        if before != times_written(constants[: len(self.where)]):
+            rule_checks.leaves_arguments(self.custom.name, self.custom.shown)
+        return result
 
     def tangents(self, vectors: Vectors) -> tuple[Any, ...]:
         """A tree of tangents for each differentiated argument: zeros for None, None where nothing is to be."""
