@@ -107,6 +107,6 @@ def nondiff_is_constant(name: str, func: str, path: str) -> NoReturn:
 
 def leaves_arguments(name: str, func: str) -> NoReturn:
     raise RuleError(
-        f"{name}: {func} wrote in place to an argument that is differentiated, so that its derivative belongs to another "
+        f"{name}: {func} wrote in place to an argument that is differentiated: its derivative belongs to another "
         f"point. Expected a function that leaves its arguments as they are; write to a clone."
     )
