@@ -16,8 +16,10 @@ from autodiff.core.corrections import corrected
 from autodiff.core.tape import recorded_outside, returning_tuples
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
+    from autodiff.core.arguments import Lift
     from autodiff.core.tape import Recordable
 
 
@@ -29,15 +31,27 @@ class Pushed(NamedTuple):
     aux: list[Any]
 
 
-def push(func: Recordable, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Pushed:
-    """Run ``func`` once with a tangent on every primal."""
+def push(
+    func: Recordable,
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    *,
+    mode: Callable[[], AbstractContextManager[Any]] = corrected,
+) -> Pushed:
+    """Run ``func`` once with a tangent on every primal, inside ``mode``."""
     if _torch.compiling():
         return _push_traced(func, primals, tangents)
     # On plain tensors torch's rules for softmax and its kin write over what their pullback needs.
     on_ground = _torch.on_ground() and not recorded_outside((*primals, *tangents))
     on = _push_on_ground if on_ground else _push_on_level
-    with attention.unfused, corrected():
-        pushed = on(func, primals, tangents)
+
+    def moded(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+        # Around the function alone: what is done here with its duals costs twice as much inside.
+        with mode():
+            return func(leaves, lift)
+
+    with attention.unfused:
+        pushed = on(moded, primals, tangents)
     if torch.is_grad_enabled() or _torch.forward_level_active():
         return pushed
     # A pull inside made a graph, since tangents need one, but grad mode is off out here.

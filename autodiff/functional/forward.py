@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from autodiff.core._torch import SWITCH_OF_GRAD_MODE
+from autodiff.core.corrections import corrected
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,15 +52,15 @@ class BackwardOnlyError(Exception):
     """The function does something that forward mode does not see."""
 
 
-class BackwardOnly(TorchFunctionMode):
-    """Raises at the first use of something that forward mode does not see."""
+class BackwardOnly(corrected):
+    """Raises at the first use of something that forward mode does not see, and corrects the rest."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _SEEN_BY_BACKWARD or func in _DIFFERENT or _is_custom(func):
             raise BackwardOnlyError
-        return func(*args, **kwargs) if kwargs else func(*args)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class HookWatch(TorchFunctionMode):
