@@ -240,3 +240,18 @@ def test_an_exception_in_either_run_comes_out(when: int, wrapped: bool) -> None:
     with pytest.raises(StopError):
         transform(X[None] if wrapped else X)
     assert_close(ad.grad(lambda x: segment(x).sum())(X), 3 * W * X**2)
+
+
+def test_a_question_for_requires_grad_has_the_answer_of_the_caller() -> None:
+    """Both runs take the branch that the function takes by itself."""
+    asked: list[bool] = []
+
+    def of_w(w: Tensor) -> Tensor:
+        def func(x: Tensor) -> Tensor:
+            asked.append(w.requires_grad)
+            return (w * x**3).sum() if w.requires_grad else x.sum()
+
+        return ad.checkpoint(func)(X)
+
+    assert_close(ad.vmap(ad.grad(of_w))(W[None])[0], X**3)
+    assert asked == [True, True]

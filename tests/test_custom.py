@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -445,7 +446,7 @@ def test_nondiff_tensors_are_constants(kind: str) -> None:
         ad.grad(lambda y: f(X, y).sum())(W)
 
 
-@pytest.mark.parametrize("value", [-1, 1.5, "other", True, (0, "other")])
+@pytest.mark.parametrize("value", [-1, 2, 1.5, "other", True, (0, "other")])
 def test_nondiff_argnums_must_name_parameters(value: Any) -> None:
     with pytest.raises(ArgnumsError, match="nondiff_argnums are positions from 0 on or names"):
         ad.custom_vjp(lambda x, y: x, value)
@@ -491,3 +492,29 @@ def test_writing_to_a_differentiated_argument_is_an_error(kind: str) -> None:
     for call in (lambda: ad.grad(func)(X), lambda: ad.vmap(ad.jacfwd(func))(X[None])):
         with pytest.raises(RuleError, match="wrote in place to an argument that is differentiated"):
             call()
+
+
+def test_nondiff_argnums_may_name_arguments_without_a_name() -> None:
+    f = ad.custom_jvp(lambda x, *rest: x * rest[0], 1)
+    f.defjvp(lambda y, primals, tangents: (primals[0] * y, 7 * y * tangents[0]))
+    assert_close(ad.grad(lambda x: f(x, 2.0).sum())(X), torch.full_like(X, 14.0))
+
+
+@each_kind
+def test_rules_do_not_keep_the_output(kind: str) -> None:
+    """Only what the rules ask for stays with the graph."""
+    kept: list[Any] = []
+
+    def squared(x: Tensor) -> Tensor:
+        y = x * x
+        kept.append(weakref.ref(y))
+        return y
+
+    f = ad.custom_vjp(squared) if kind == "vjp" else ad.custom_jvp(squared)
+    if kind == "vjp":
+        f.defvjp(lambda x: (squared(x), x), lambda x, c: (2 * x * c,))
+    else:
+        f.defjvp(lambda p, t: (squared(p[0]), 2 * p[0] * t[0]))
+    out = f(X.clone().requires_grad_())
+    assert [one() for one in kept] == [None]
+    out.sum().backward()

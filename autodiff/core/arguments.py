@@ -100,11 +100,8 @@ class Call:
 
         ``lift`` is applied to every other tensor among the arguments.
         """
-        filled = list(leaves)
-        if len(filled) < len(self._leaves):
-            filled = [leaf if lift is None else _lifted(leaf, lift) for leaf in self._leaves]
-            for position, leaf in zip(self._where, leaves, strict=True):
-                filled[position] = leaf
+        all_given = len(leaves) == len(self._leaves)
+        filled = list(leaves) if all_given else refilled(self._leaves, self._where, leaves, lift)
         try:
             output = self._run(trees.unflatten(self.spec, filled), lift)
         except RuntimeError as error:
@@ -140,11 +137,11 @@ class Call:
 
     def like_arguments(self, values: Sequence[Any]) -> Any:
         """A tree like the selected arguments with one value for each primal, None elsewhere."""
-        return trees.unflatten(self.spec, _spread(values, self._where, len(self._leaves)))
+        return trees.unflatten(self.spec, spread(values, self._where, len(self._leaves)))
 
     def like_output(self, values: Sequence[Any]) -> Any:
         """A tree like the function's output, None where that held None."""
-        return trees.unflatten(self.out_spec, _spread(values, self._given, self.out_spec.num_leaves))
+        return trees.unflatten(self.out_spec, spread(values, self._given, self.out_spec.num_leaves))
 
     def aux(self, leaves: Sequence[Any]) -> Any:
         """The auxiliary output, put together again."""
@@ -261,7 +258,17 @@ def _matching(name: str, wrt: Wrt, places: Sequence[str], candidates: Sequence[i
     return [i for i in candidates if any(fnmatchcase(places[i], pattern) for pattern in patterns)]
 
 
-def _spread(values: Sequence[Any], positions: Sequence[int], count: int) -> Sequence[Any]:
+def refilled(
+    leaves: Sequence[Any], positions: Sequence[int], values: Sequence[Any], lift: Lift | None
+) -> list[Any]:
+    """The leaves with ``values`` at these positions, every other tensor lifted."""
+    filled = [leaf if lift is None else _lifted(leaf, lift) for leaf in leaves]
+    for position, value in zip(positions, values, strict=True):
+        filled[position] = value
+    return filled
+
+
+def spread(values: Sequence[Any], positions: Sequence[int], count: int) -> Sequence[Any]:
     """Values at their positions in a list of ``count``, None elsewhere."""
     if len(values) == count:
         return values

@@ -1,23 +1,30 @@
 """Floor 1: operations whose derivatives are given by rules, under every transform and at every order.
 
-Hands on `Rules`, and `operate`, which ties values to the tensors that they depend on by rules. Never
-sees a tree; imports `_torch` and `batch`.
+Hands on `Rules`, `operate`, which ties values to the tensors that they depend on by rules, and `record_anew`, by
+which a rule differentiates a function. Never sees a tree; imports `_torch`, `arguments`, `tape` and `batch`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from autodiff.core import _torch, batch
+from autodiff.core.arguments import is_differentiable, refilled
+from autodiff.core.tape import record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from autodiff.core.arguments import Lift
     from autodiff.core.batch import Randomness
+    from autodiff.core.tape import Tape
+
+    # From all tensors that an operation depends on to the leaves of its result.
+    Flat: TypeAlias = Callable[[Sequence[Tensor]], list[Any]]
 
 
 class Rules(ABC):
@@ -43,8 +50,8 @@ def operate(rules: Rules, values: Sequence[Any], saved: Sequence[Tensor]) -> lis
     zero, which leaves the sign of a zero alone. So a value may be computed anywhere, and be any tensor.
     """
     values = [value.detach() if isinstance(value, Tensor) else value for value in values]
-    where = [i for i, value in enumerate(values) if is_inexact(value)]
-    shapes = [_Shape(values[i].shape, values[i].dtype, values[i].device) for i in where]
+    where = [i for i, value in enumerate(values) if is_differentiable(value)]
+    shapes = [Shape.of(values[i]) for i in where]
     for i, zero in zip(where, _Node.apply(_Ruled(rules, shapes), *saved), strict=True):
         values[i] = values[i] + zero
     return values
@@ -68,17 +75,30 @@ def times_written(leaves: Iterable[Any]) -> list[int]:
         return _torch.versions([tensor for tensor in tensors if not tensor.is_inference()])
 
 
-def is_inexact(leaf: object) -> bool:
-    """Whether a leaf is a floating or complex tensor."""
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+def record_anew(func: Flat, tensors: Sequence[Tensor], *, twice: bool = False) -> tuple[Tape, list[int]]:
+    """Run ``func`` once more, recorded; the tape, and which of the tensors are its inputs."""
+    where = [i for i, tensor in enumerate(tensors) if is_differentiable(tensor)]
+
+    def recordable(primals: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+        return [leaf for leaf in func(refilled(tensors, where, primals, lift)) if is_differentiable(leaf)], []
+
+    return record(recordable, [tensors[i] for i in where], twice=twice), where
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
+    """What a tensor looks like: enough for one of its kind, where it and its levels may be gone."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
+    @staticmethod
+    def of(tensor: Tensor) -> Shape:
+        """That of a tensor."""
+        return Shape(tensor.shape, tensor.dtype, tensor.device)
+
     def full(self, value: float) -> Tensor:
+        """A tensor of one value."""
         return torch.full(self.shape, value, dtype=self.dtype, device=self.device)
 
 
@@ -86,7 +106,7 @@ class _Ruled(NamedTuple):
     """Rules, and what the outputs look like."""
 
     rules: Rules
-    shapes: Sequence[_Shape]
+    shapes: Sequence[Shape]
 
 
 class _Node(torch.autograd.Function):

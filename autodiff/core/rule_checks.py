@@ -15,16 +15,20 @@ from autodiff.errors import ArgnumsError, RuleError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from autodiff.core.operation import Shape
     from autodiff.core.trees import Spec
 
 
-def nondiff_argnums(name: str, value: object, parameters: Sequence[str]) -> frozenset[int]:
-    """The positions of the arguments that are not differentiated."""
+def nondiff_argnums(
+    name: str, value: object, parameters: Sequence[str], *, more: bool = False
+) -> frozenset[int]:
+    """The positions of the arguments that are not differentiated; ``more`` says that others may follow."""
     picks = value if isinstance(value, tuple) else (value,)
     positions = []
     for pick in picks:
         position = parameters.index(pick) if pick in parameters else pick
-        if isinstance(position, bool) or not isinstance(position, int) or position < 0:
+        is_place = isinstance(position, int) and not isinstance(position, bool) and position >= 0
+        if not is_place or not (more or position < len(parameters)):
             listed = ", ".join(map(repr, parameters)) or "unknown"
             raise ArgnumsError(
                 f"{name}: nondiff_argnums are positions from 0 on or names of parameters, got {pick!r}. The function's "
@@ -79,7 +83,9 @@ def rule_gives_structure(name: str, func: str, kind: str, came: Spec, wanted: Sp
     )
 
 
-def rule_gives_like(name: str, func: str, kind: str, path: str, value: object, like: Tensor) -> NoReturn:
+def rule_gives_like(
+    name: str, func: str, kind: str, path: str, value: object, like: Tensor | Shape
+) -> NoReturn:
     came = (
         f"shape {tuple(value.shape)} and dtype {value.dtype}"
         if isinstance(value, Tensor)

@@ -1,7 +1,7 @@
 """Floor 3: when forward mode gives what legacy's double backward gives.
 
 Hands on `as_forward_sees`, whose function either runs as forward mode sees it, or stops at the first
-thing that only a backward pass would honour. Imports `core` for one name.
+thing that only a backward pass would honour. Builds on `core`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,10 @@ _SEEN_BY_BACKWARD = _HOOKS | {
     Tensor.grad_fn.__get__,  # type: ignore[union-attr]
     Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
 }
-# Where torch's two modes differ without a word: the rule for products gives zeros, the one for a triangle
-# takes the other half, those of factorisations symmetrise, and an embedding's padding row moves.
+# Where torch's two modes differ without a word, and neither is wrong: the rules of factorisations symmetrise in one of
+# them, and an embedding's padding row moves.
 _DIFFERENT = frozenset(
     {
-        Tensor.scatter_reduce,
-        Tensor.scatter_reduce_,
-        torch.scatter_reduce,
-        Tensor.triangular_solve,
-        torch.triangular_solve,
         Tensor.cholesky,
         torch.cholesky,
         torch.linalg.cholesky,
@@ -44,8 +39,6 @@ _DIFFERENT = frozenset(
         torch.nn.functional.embedding,
     }
 )
-_OVERLOAD, _PACKET = type(torch.ops.aten.sin.default), type(torch.ops.aten.sin)
-_OWN_RULES = ("aten", "prims", "prim")
 
 
 class BackwardOnlyError(Exception):
@@ -58,7 +51,7 @@ class BackwardOnly(corrected):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _SEEN_BY_BACKWARD or func in _DIFFERENT or _is_custom(func):
+        if func in _SEEN_BY_BACKWARD or func in _DIFFERENT:
             raise BackwardOnlyError
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -99,10 +92,3 @@ def as_forward_sees(func: Callable[..., Any]) -> Callable[..., Any]:
             return func(*args)
 
     return watched
-
-
-def _is_custom(func: object) -> bool:
-    """Whether the function is an operator that torch.library made: forward mode drops its tangent."""
-    if isinstance(func, _OVERLOAD):
-        return func.namespace not in _OWN_RULES
-    return isinstance(func, _PACKET) and str(func).split(".")[0] not in _OWN_RULES

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from autodiff.core import _torch, batch, trees
-from autodiff.core.arguments import is_differentiable, wraps
+from autodiff.core.arguments import is_differentiable, refilled, spread, wraps
 from autodiff.core.dual import push
-from autodiff.core.operation import Rules, is_watched, operate, times_written
-from autodiff.core.tape import record
+from autodiff.core.operation import Rules, is_watched, operate, record_anew, times_written
 from autodiff.errors import CaptureError, InPlaceError
 
 if TYPE_CHECKING:
@@ -134,41 +133,24 @@ class _Rerun(Rules):
     def __init__(self, rerun: Callable[[Sequence[Tensor]], list[Any]]) -> None:
         self._rerun = rerun
 
-    def pull(self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        where = [i for i, tensor in enumerate(saved) if is_differentiable(tensor)]
-
-        def func(primals: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
-            return self._rerun(_filled(saved, where, primals, lift)), []
-
-        result: list[Tensor | None] = [None] * len(saved)
-        tape = record(func, [saved[i] for i in where])
-        for i, pulled in zip(where, tape.pull(cotangents), strict=True):
-            result[i] = pulled
-        return result
+    def pull(self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        tape, where = record_anew(self._rerun, saved)
+        return spread(tape.pull(cotangents), where, len(saved))
 
     def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         where = [i for i, tangent in enumerate(tangents) if tangent is not None]
 
         def func(primals: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
-            return self._rerun(_filled(saved, where, primals, lift)), []
+            return self._rerun(refilled(saved, where, primals, lift)), []
 
         moving = [tangent for tangent in tangents if tangent is not None]
         return push(func, [saved[i] for i in where], moving).tangents
 
 
-def _filled(
-    tensors: Sequence[Tensor], where: Sequence[int], primals: Sequence[Tensor], lift: Lift | None
-) -> list[Tensor]:
-    filled = [tensor if lift is None else lift(tensor) for tensor in tensors]
-    for position, primal in zip(where, primals, strict=True):
-        filled[position] = primal
-    return filled
-
-
 # Captured tensors: an operation that is handed one gets another in its place.
 
 
-# They compute nothing, and are put to what is inside wrappers too.
+# They compute nothing, are put to what is inside wrappers too, and have the same answer in both runs.
 _QUESTIONS = frozenset({Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.grad_fn.__get__})  # type: ignore[attr-defined,union-attr]
 
 
@@ -183,11 +165,10 @@ class _Replaced(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = (
-            self._replaced(args),
-            {key: self._replaced(value) for key, value in (kwargs or {}).items()},
-        )
-        return self._seen(func(*args, **kwargs))
+        if func in _QUESTIONS:
+            return func(*args, **(kwargs or {}))
+        named = {key: self._replaced(value) for key, value in (kwargs or {}).items()}
+        return self._seen(func(*self._replaced(args), **named))
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor):

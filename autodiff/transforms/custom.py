@@ -7,7 +7,7 @@ other mode follows from it. Builds on `core` alone.
 from __future__ import annotations
 
 import inspect
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from autodiff.core import batch, rule_checks, trees
-from autodiff.core.arguments import is_differentiable, wraps
-from autodiff.core.operation import Rules, is_watched, operate, times_written
+from autodiff.core.arguments import is_differentiable, spread, wraps
+from autodiff.core.operation import Rules, Shape, is_watched, operate, times_written
 from autodiff.core.tape import transposed
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def custom_jvp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffA
     )
 
 
-class Custom:
+class Custom(ABC):
     """What the two have in common: one use, its arguments as tensors, and the check of what a rule gives."""
 
     name: str
@@ -133,7 +133,9 @@ class Custom:
             self._signature: inspect.Signature | None = inspect.signature(func)
         except (TypeError, ValueError):
             self._signature = None
-        self.nondiff = rule_checks.nondiff_argnums(self.name, nondiff_argnums, list(self._parameters()))
+        parameters = {} if self._signature is None else self._signature.parameters
+        more = self._signature is None or any(one.kind is one.VAR_POSITIONAL for one in parameters.values())
+        self.nondiff = rule_checks.nondiff_argnums(self.name, nondiff_argnums, list(parameters), more=more)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """As a method: the instance is the first argument, a static one."""
@@ -150,9 +152,6 @@ class Custom:
     @abstractmethod
     def _differentiated(self, use: Use) -> Any:
         """The output, tied to the arguments by the rule."""
-
-    def _parameters(self) -> Sequence[str]:
-        return [] if self._signature is None else list(self._signature.parameters)
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         if self._signature is None:
@@ -211,10 +210,9 @@ class Use:
 
     def tangents(self, vectors: Vectors) -> tuple[Any, ...]:
         """A tree of tangents for each differentiated argument: zeros for None, None where nothing is to be."""
-        leaves: list[Any] = [None] * self._border
-        for position, tensor, vector in zip(self.where, self.saved, vectors, strict=False):
-            leaves[position] = torch.zeros_like(tensor) if vector is None else vector
-        tangents: tuple[Any, ...] = trees.unflatten(self._spec, leaves)
+        pairs = zip(vectors[: len(self.where)], self.saved, strict=False)
+        filled = [torch.zeros_like(like) if vector is None else vector for vector, like in pairs]
+        tangents: tuple[Any, ...] = trees.unflatten(self._spec, spread(filled, self.where, self._border))
         return tangents
 
     def cotangents(self, tree: Any) -> list[Tensor | None]:
@@ -244,28 +242,28 @@ class Output:
         self.where = [i for i, leaf in enumerate(self.leaves) if is_differentiable(leaf)]
         if any(is_watched(leaf) for leaf in self.leaves if isinstance(leaf, Tensor)):
             rule_checks.captures_nothing(custom.name, custom.shown)
-        likes = [self.leaves[i] for i in self.where]
-        self._looks = [(like.shape, like.dtype, like.device) for like in likes]
+        self._shapes = [Shape.of(self.leaves[i]) for i in self.where]
 
     def zeros(self) -> list[Tensor]:
-        """A zero vector for each differentiated leaf. Made anew: a rule may run where the leaves' levels are gone."""
-        return [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in self._looks]
+        """A zero vector for each differentiated leaf."""
+        return [shape.full(0.0) for shape in self._shapes]
 
     def cotangent(self, vectors: Vectors) -> Any:
         """A tree like the output: zeros for None, None where the output is not differentiated."""
-        leaves: list[Any] = [None] * len(self.leaves)
-        for position, vector, zero in zip(self.where, vectors, self.zeros(), strict=True):
-            leaves[position] = zero if vector is None else vector
-        return trees.unflatten(self.spec, leaves)
+        pairs = zip(vectors, self.zeros(), strict=True)
+        filled = [zero if vector is None else vector for vector, zero in pairs]
+        return trees.unflatten(self.spec, spread(filled, self.where, self.spec.num_leaves))
 
     def tangents(self, tree: Any) -> list[Tensor | None]:
         """What a rule gave for the output, as one tangent for each differentiated leaf."""
         leaves = _like(self._custom, "tangent", tree, self.spec, "output")
-        return [_vector(self._custom, "tangent", leaves[i], self.leaves[i], self.spec, i) for i in self.where]
+        pairs = zip(self.where, self._shapes, strict=True)
+        return [_vector(self._custom, "tangent", leaves[i], shape, self.spec, i) for i, shape in pairs]
 
     def tied(self, rules: Rules, saved: Sequence[Tensor]) -> Any:
-        """The output, differentiated by the rules."""
-        return trees.unflatten(self.spec, operate(rules, self.leaves, saved))
+        """The output, differentiated by the rules, which have no need of its values."""
+        leaves, self.leaves = self.leaves, []
+        return trees.unflatten(self.spec, operate(rules, leaves, saved))
 
 
 def _like(custom: Custom, kind: str, tree: Any, spec: Spec, root: str) -> list[Any]:
@@ -275,7 +273,9 @@ def _like(custom: Custom, kind: str, tree: Any, spec: Spec, root: str) -> list[A
     return [value for value, _ in values]
 
 
-def _vector(custom: Custom, kind: str, value: Any, like: Tensor, spec: Spec, position: int) -> Tensor | None:
+def _vector(
+    custom: Custom, kind: str, value: Any, like: Tensor | Shape, spec: Spec, position: int
+) -> Tensor | None:
     if value is None:
         return None
     if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
