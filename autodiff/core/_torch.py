@@ -59,7 +59,6 @@ from autodiff.core.seam.modes import (
     compiling,
     function_mode,
     function_modes,
-    in_inference_mode,
     outside_inference,
 )
 
@@ -92,7 +91,6 @@ __all__ = [
     "grad_level",
     "grad_level_active",
     "has_tangent_at_any_depth",
-    "in_inference_mode",
     "is_batched_at",
     "is_nested",
     "is_wrapped",

@@ -43,7 +43,8 @@ def row_blocks(rows: Tensor | None, outputs: Sequence[Tensor], primal: Tensor) -
     """
     if rows is None:
         return [zeros(primal, (*output.shape, *primal.shape)) for output in outputs]
-    pieces = rows.split([output.numel() for output in outputs])
+    # No split into one piece: its derivative would copy what it is given.
+    pieces = [rows] if len(outputs) == 1 else rows.split([output.numel() for output in outputs])
     return [
         piece.reshape((*output.shape, *primal.shape)) for piece, output in zip(pieces, outputs, strict=True)
     ]
@@ -56,7 +57,9 @@ def column_blocks(columns: Tensor | None, output: Tensor, primals: Sequence[Tens
     """
     if columns is None:
         return [zeros(output, (*output.shape, *primal.shape)) for primal in primals]
-    pieces = columns.movedim(0, -1).split([primal.numel() for primal in primals], dim=-1)
+    columns = columns.movedim(0, -1)
+    sizes = [primal.numel() for primal in primals]
+    pieces = [columns] if len(sizes) == 1 else columns.split(sizes, dim=-1)
     return [
         piece.reshape((*output.shape, *primal.shape)) for piece, primal in zip(pieces, primals, strict=True)
     ]

@@ -6,14 +6,14 @@ Imports `core` for trees; the derivatives themselves are the business of the mod
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from autodiff.core import trees
-from autodiff.core._torch import compiling, in_inference_mode, on_ground
+from autodiff.core._torch import Recording, compiling, on_ground
 from autodiff.core.arguments import Call, is_differentiable
 from autodiff.errors import (
     IndependenceError,
@@ -62,12 +62,7 @@ class Contract:
 
     def modes(self) -> AbstractContextManager[Any]:
         """Grad mode as ``create_graph`` says, and no inference mode, which would cut every graph."""
-        if not in_inference_mode():
-            return torch.set_grad_enabled(self.create_graph)
-        modes = ExitStack()
-        modes.enter_context(torch.inference_mode(mode=False))
-        modes.enter_context(torch.set_grad_enabled(self.create_graph))
-        return modes
+        return torch.set_grad_enabled(self.create_graph) if compiling() else Recording(self.create_graph)
 
     def _entering(self, leaf: Any) -> Any:
         """An input that is connected to the caller's, or cut off from it."""

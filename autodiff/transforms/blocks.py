@@ -41,6 +41,8 @@ Blocks: TypeAlias = "list[list[Tensor]]"
 # So many numbers in a strip of rows, over all samples of a batch, that a pull of its own pays: a heuristic.
 # The Hessian of one sample of an MLP with 433 parameters is 1.1 x slower in strips, that of 64 takes 0.35 x.
 _WORTH_A_PULL = 2**18
+# So many bytes more or less are nobody's concern, and rows of tiny functions all go into one batch.
+_NEGLIGIBLE = 2**16
 
 
 def by_mode(
@@ -213,7 +215,7 @@ def _rows(recipe: Recipe, call: Call) -> tuple[Blocks, list[Any]]:
     if recipe.frugal is not None and not compiling():
         return _frugal_blocks(pull, tape, call.primals, batched=recipe.frugal()), tape.aux
     blocks: Blocks = []
-    groups = _groups(outputs, call.primals)
+    groups = _groups(tape, call.primals)
     for group in groups:
         pull_group = of_group(pull, group, len(outputs), is_last=group is groups[-1])
         rows = stacked(pull_group, outputs[group], sizes)
@@ -221,15 +223,17 @@ def _rows(recipe: Recipe, call: Call) -> tuple[Blocks, list[Any]]:
     return blocks, tape.aux
 
 
-def _groups(outputs: Sequence[Tensor], primals: Sequence[Tensor]) -> list[slice]:
+def _groups(tape: Tape, primals: Sequence[Tensor]) -> list[slice]:
     """Which outputs are pulled together: a large one alone, small neighbours in one batch.
 
     Rows of one output leave the operations that lead to the others alone, which a batch over all of them
     would feed with zeros. But every pull costs some 0.2 ms, whatever its size.
     """
-    if compiling():
+    outputs = tape.outputs
+    if len(outputs) == 1 or compiling():
         return [slice(0, len(outputs))]
-    width = basis.size_of(primals)
+    # What a row's pull computes, which inside a batch the graph does not tell of, is no less than the row.
+    width = max(basis.size_of(primals), graph.bytes_of_a_pull(tape.ends)[0] // 4)
     groups, start, waiting = [], 0, 0
     for position, output in enumerate(outputs):
         strip = bottom(output).numel() * width
@@ -298,7 +302,7 @@ def _frugal_chunks(tape: Tape, primals: Sequence[Tensor]) -> list[int]:
         return [1] * len(tape.outputs)
     total, largest = graph.bytes_of_a_pull(tape.ends)
     row = sum(primal.numel() * primal.element_size() for primal in primals)
-    budgets = [(total + 2 * row * output.numel()) // 2 for output in tape.outputs]
+    budgets = [max((total + 2 * row * output.numel()) // 2, _NEGLIGIBLE) for output in tape.outputs]
     return [max(1, budget // max(3 * largest + row, 1)) for budget in budgets]
 
 
@@ -356,7 +360,9 @@ def stacked(
         else:
             # One vector, or none: then one product still says what the results would look like.
             results = product([vector.squeeze(0) for vector in vectors], last=last)
-            results = [None if result is None else result.unsqueeze(0)[: stop - start] for result in results]
+            results = [None if result is None else result.unsqueeze(0) for result in results]
+            if stop == start:
+                results = [None if result is None else result[:0] for result in results]
         return [None if result is None else keep(result, first + start) for result in results]
 
     count = 0

@@ -11,7 +11,7 @@ from autodiff.core import checks
 from autodiff.core._torch import compiling
 from autodiff.core.arguments import Call
 from autodiff.core.dual import push
-from autodiff.core.tape import record
+from autodiff.core.tape import lifted_by, record, record_pull
 from autodiff.transforms.blocks import by_mode
 from autodiff.transforms.grad import dense
 from autodiff.transforms.orders import ORDERS, first_that_has_rules
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from autodiff.core.arguments import Argnums, Lift, Wrt
     from autodiff.core.chunks import ChunkSize
-    from autodiff.core.tape import Recordable, Tape
+    from autodiff.core.tape import Tape
     from autodiff.transforms.blocks import JacobianMode
 
 HessianMode: TypeAlias = Literal[
@@ -203,7 +203,11 @@ def _reverse_over_reverse(call: Call, directions: list[Tensor]) -> _Product:
 
 def _forward_over_reverse(call: Call, directions: list[Tensor]) -> _Product:
     """The pushforward of the gradient."""
-    pushed = push(lambda leaves, lift: _gradient(call, leaves, lift), call.primals, directions)
+
+    def slopes(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+        return _gradient(call, record(lifted_by(lift, call.evaluate), leaves, inner=True))
+
+    pushed = push(slopes, call.primals, directions)
     value, *aux = pushed.aux
     return value, pushed.tangents, aux
 
@@ -212,7 +216,7 @@ def _reverse_over_forward(call: Call, directions: list[Tensor]) -> _Product:
     """The gradient of the directional derivative."""
 
     def slope(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
-        pushed = push(_lifted_by(lift, call), leaves, directions)
+        pushed = push(lifted_by(lift, call.evaluate), leaves, directions)
         checks.scalar_output("hvp", call.out_spec, pushed.outputs)
         return [_or_zeros(t, pushed.outputs[0]) for t in pushed.tangents], [*pushed.outputs, *pushed.aux]
 
@@ -226,30 +230,18 @@ def gradient_tape(call: Call, *, strict: bool = False, look: Callable[[Tape], No
 
     ``look`` is shown the tape of the value.
     """
-    return record(lambda leaves, lift: _gradient(call, leaves, lift, strict, look), call.primals)
+
+    def pull(tape: Tape) -> tuple[list[Any], list[Any]]:
+        look(tape)
+        return _gradient(call, tape, strict)
+
+    return record_pull(call.evaluate, call.primals, pull)
 
 
-def _gradient(
-    call: Call,
-    leaves: Sequence[Tensor],
-    lift: Lift | None,
-    strict: bool = False,
-    look: Callable[[Tape], None] = lambda _: None,
-) -> tuple[list[Any], list[Any]]:
-    tape = record(_lifted_by(lift, call), leaves, inner=True)
-    look(tape)
+def _gradient(call: Call, tape: Tape, strict: bool = False) -> tuple[list[Any], list[Any]]:
     checks.scalar_output(call.name, call.out_spec, tape.outputs)
     pulled = tape.pull([torch.ones_like(tape.outputs[0])])
     return dense(call, pulled, strict), [*tape.outputs, *tape.aux]
-
-
-def _lifted_by(outer: Lift | None, call: Call) -> Recordable:
-    """``call.evaluate`` inside two levels: what the outer lifts, the inner one lifts on."""
-    if outer is None:
-        return call.evaluate
-    return lambda leaves, inner: call.evaluate(
-        leaves, lambda t: outer(t) if inner is None else inner(outer(t))
-    )
 
 
 def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:

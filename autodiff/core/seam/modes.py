@@ -31,11 +31,6 @@ FLASH_ATTENTION = torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash
 MATH_ATTENTION = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math
 
 
-def in_inference_mode() -> bool:
-    """Whether inference mode is on; torch.compile's tracer cannot tell."""
-    return not compiling() and torch.is_inference_mode_enabled()
-
-
 def on_stack(kind: _functorch.TransformType) -> bool:
     """Whether a level of this kind is on this thread's stack of transforms."""
     stack = _functorch.get_interpreter_stack()
@@ -60,14 +55,17 @@ def _leave_inference_mode() -> ExitStack | None:
 
 
 class Recording(AbstractContextManager[None]):
-    """Grad mode on and inference mode off; what was before comes back on leaving."""
+    """Grad mode on, or off, and inference mode off; what was before comes back on leaving."""
 
-    __slots__ = ("_outside", "_was_recording")
+    __slots__ = ("_on", "_outside", "_was_recording")
+
+    def __init__(self, on: bool = True) -> None:
+        self._on = on
 
     def __enter__(self) -> None:
         self._was_recording = torch.is_grad_enabled()
         self._outside = _leave_inference_mode()
-        torch._C._set_grad_enabled(True)
+        torch._C._set_grad_enabled(self._on)
 
     def __exit__(self, *exc: object) -> None:
         if self._outside is not None:
