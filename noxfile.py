@@ -81,9 +81,29 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure time and memory beside torch.func and torch.autograd.functional."""
+    """Measure time and memory beside torch and raw autograd; ``-- --full`` compiles too, and takes JAX along."""
     install(session, "-e", ".[examples]")
-    session.run("python", "-m", "benchmarks", *session.posargs, env=ONE_THREAD)
+    full = ["--jax", jax_python(session)] if "--full" in session.posargs else []
+    session.run("python", "-m", "benchmarks", *session.posargs, *full, env=ONE_THREAD)
+
+
+def jax_python(session: nox.Session) -> str:
+    """The Python of an environment that has JAX and nothing of this project; empty where it cannot be had."""
+    folder = Path(session.create_tmp()) / "jax"
+    python = folder / "bin" / "python"
+    session.run("python", "-m", "venv", str(folder), silent=True)
+    installed = session.run(
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "jax",
+        "-c",
+        str(CONSTRAINTS),
+        external=True,
+        success_codes=[0, 1],
+    )
+    return str(python) if installed is not False and (folder / "lib").glob("*/site-packages/jax") else ""
 
 
 @nox.session

@@ -1,84 +1,123 @@
-"""Run the comparisons: ``python -m benchmarks [--strict] [--json FILE]``."""
+"""autodiff beside torch.func, torch.autograd.functional, raw autograd and JAX: ``python -m benchmarks``."""
 
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import json
-import statistics
-import subprocess
+import platform
+import shlex
 import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import memory
-from benchmarks.rows import rows
-from benchmarks.timing import medians
-
-IMPORT_BAR_IN_SECONDS = 0.150
-_IMPORT = (
-    "import time, torch; start = time.perf_counter(); import autodiff; print(time.perf_counter() - start)"
-)
+from benchmarks import growth, promises
+from benchmarks.bars import bars
+from benchmarks.jax_client import Jax
+from benchmarks.limits import Rates, rates
+from benchmarks.measure import measured
+from benchmarks.report import Lines, growth_lines
+from benchmarks.rows import ROWS
+from benchmarks.rows.row import Place
 
 
 def main() -> int:
+    options = _options()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    place = Place(device=options.device)
+    chosen = [
+        row
+        for row in ROWS
+        if (options.rows is None and (options.full or row.short)) or row.number in (options.rows or ())
+    ]
+    with Jax(options.jax) if options.jax else nullcontext() as jax:
+        at_most = rates(options.device)
+        results: dict[str, Any] = {"about": _about(at_most, options.device, jax)}
+        results |= {"rows": [], "growth": [], "promises": []}
+        print(json.dumps(results["about"], indent=1))
+        if jax is None and options.full:
+            print("JAX is left out: --jax wants the Python of an environment that has it.")
+        lines = Lines()
+        for row in chosen:
+            one = measured(
+                row,
+                place,
+                at_most,
+                rounds=21 if options.full else 11,
+                compiled=options.full,
+                jax=jax if options.device == "cpu" else None,
+            )
+            results["rows"].append(one)
+            lines.add(one)
+    if options.full and (options.rows is None or 9 in options.rows):
+        for one in growth.GROWTHS:
+            for of_column in growth.measured(one, place, rounds=5):
+                results["growth"].append(of_column)
+                print(growth_lines(of_column), flush=True)
+    if options.rows is None and options.device == "cpu":
+        results["promises"] = [promise._asdict() for promise in promises.kept()]
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return _verdict(results, strict=options.strict)
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="all rows, compiled columns and growth")
     parser.add_argument("--strict", action="store_true", help="exit with 1 where a bar is missed")
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one thread; ratio = autodiff / other, to stay under the bar\n")
-    print(f"{'':60s} {'autodiff':>13s} {'other':>13s} {'other is':26s} ratio       bar")
-    results = [*_times(), *_peaks(), _import_time()]
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=2))
-    missed = [result for result in results if result["ratio"] > result["bar"]]
-    print(f"\n{len(results) - len(missed)} of {len(results)} bars met.")
-    for result in missed:
-        print(f"falls short: {result['name']}: {result['ratio']:.2f}, bar {result['bar']:.2f}")
-    return int(options.strict and bool(missed))
+    parser.add_argument("--rows", type=int, nargs="+", help="the rows of these numbers only")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--jax", metavar="PYTHON", help="the Python of an environment that has JAX")
+    return parser.parse_args()
 
 
-def _times() -> list[dict[str, object]]:
-    results = []
-    for row in rows():
-        of_side = medians({"autodiff": row.ours, "other": row.theirs})
-        results.append(_result(row.name, row.against, row.bar, of_side, 1e6, "us"))
-    return results
+def _about(at_most: Rates, device: str, jax: Jax | None) -> dict[str, Any]:
+    about = {
+        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
+        "command": shlex.join(["python", "-m", "benchmarks", *_shown(sys.argv[1:])]),
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": 1,
+        "matrix rate, operations/s": at_most.operations,
+        "of torch.mm": at_most.operations_of_mm,
+        "copy rate, bytes/s": at_most.bytes,
+    }
+    if device != "cpu":
+        about["card"] = torch.cuda.get_device_name()
+    if jax is not None:
+        about |= {"JAX": jax.version, "JAX's matrix rate, operations/s": jax.matrix_rate()}
+    return about
 
 
-def _peaks() -> list[dict[str, object]]:
-    results = [
-        _result(f"memory of {case.name}", case.against, case.bar, memory.peaks(key), 2**-20, "MiB")
-        for key, case in memory.CASES.items()
-    ]
-    sides = {"autodiff": memory.peak_of_per_sample(), "other": memory.BUDGET_BAR}
-    name = "memory of per_sample to disk, 1210 parameters, 1797 samples"
-    return [*results, _result(name, "budget", 1.0, sides, 2**-20, "MiB")]
+def _shown(arguments: list[str]) -> list[str]:
+    """The arguments, paths cut down to their names."""
+    return [Path(argument).name if "/" in argument else argument for argument in arguments]
 
 
-def _import_time() -> dict[str, object]:
-    seconds = [
-        float(
-            subprocess.run([sys.executable, "-c", _IMPORT], check=True, capture_output=True, text=True).stdout
-        )
-        for _ in range(5)
-    ]
-    sides = {"autodiff": statistics.median(seconds), "other": IMPORT_BAR_IN_SECONDS}
-    return _result("import autodiff after torch", "budget", 1.0, sides, 1e3, "ms")
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
-def _result(
-    name: str, against: str, bar: float, sides: dict[str, float], scale: float, unit: str
-) -> dict[str, object]:
-    ratio = sides["autodiff"] / sides["other"]
-    ours, theirs = (f"{sides[side] * scale:9.1f} {unit}" for side in ("autodiff", "other"))
-    verdict = "" if ratio <= bar else "  SHORT"
-    print(
-        f"{name:60s} {ours:>13s} {theirs:>13s} {against:26s} {ratio:5.2f}  bar {bar:4.2f}{verdict}",
-        flush=True,
-    )
-    return {"name": name, "against": against, "bar": bar, "ratio": ratio, "unit": unit, **sides}
+def _verdict(results: dict[str, Any], *, strict: bool) -> int:
+    held = bars(results)
+    missed = [bar for bar in held if not bar.met]
+    print(f"\n{len(held) - len(missed)} of {len(held)} bars met.")
+    for bar in missed:
+        print(f"falls short: {bar}")
+    return int(strict and bool(missed))
 
 
 if __name__ == "__main__":

@@ -1,38 +1,65 @@
-"""Time of several functions as medians of interleaved runs in one process, on one thread."""
+"""Time of several sides of a comparison, as medians of interleaved runs."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-ROUNDS = 21
 SECONDS_PER_BURST = 0.02
 
 
-def medians(sides: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Seconds per call of each side: the median over rounds in which every side has its turn.
+class Timed(Protocol):
+    """What can be timed: ``seconds(n)`` is what n runs take."""
 
-    A turn is a burst of calls that lasts about 20 ms, so that a clock tick or a switch of tasks does
+    def seconds(self, runs: int) -> float: ...
+
+
+class Here:
+    """A function in this process. On a GPU the clock stands there: events, and a wait for them."""
+
+    def __init__(self, run: Callable[[], object], device: str = "cpu") -> None:
+        self._run, self._on_gpu = run, device != "cpu"
+
+    def seconds(self, runs: int) -> float:
+        if self._on_gpu:
+            return self._seconds_on_gpu(runs)
+        run = self._run
+        start = time.perf_counter()
+        for _ in range(runs):
+            run()
+        return time.perf_counter() - start
+
+    def _seconds_on_gpu(self, runs: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(runs):
+            self._run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def medians(sides: Mapping[str, Timed], rounds: int) -> dict[str, float]:
+    """Seconds per run of each side: the median over rounds in which every side has its turn.
+
+    A turn is a burst of runs that lasts about 20 ms, so that a clock tick or a switch of tasks does
     not decide it; sides take turns, so that whatever else the machine does hits them alike.
     """
-    bursts = {name: _burst_length(run) for name, run in sides.items()}
+    bursts = {name: _burst_length(side) for name, side in sides.items()}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            for _ in range(bursts[name]):
-                run()
-            times[name].append((time.perf_counter() - start) / bursts[name])
+        for name, side in sides.items():
+            times[name].append(side.seconds(bursts[name]) / bursts[name])
     return {name: statistics.median(of_side) for name, of_side in times.items()}
 
 
-def _burst_length(run: Callable[[], object]) -> int:
-    for _ in range(3):
-        run()
-    start = time.perf_counter()
-    run()
-    return max(1, int(SECONDS_PER_BURST / max(time.perf_counter() - start, 1e-6)))
+def _burst_length(side: Timed) -> int:
+    side.seconds(3)
+    return max(1, int(SECONDS_PER_BURST / max(side.seconds(1), 1e-6)))

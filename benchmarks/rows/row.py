@@ -1,0 +1,79 @@
+"""What a row of the benchmark is: one problem, and how each library solves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+
+import autodiff
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+AUTODIFF, TORCH_FUNC, FUNCTIONAL, BY_HAND = "autodiff", "torch.func", "autograd.functional", "by hand"
+COMPILED, TORCH_FUNC_COMPILED, JAX = "autodiff compiled", "torch.func compiled", "JAX jitted"
+EAGER = (AUTODIFF, TORCH_FUNC, FUNCTIONAL, BY_HAND)
+COLUMNS = (*EAGER, COMPILED, TORCH_FUNC_COMPILED, JAX)
+COMPILED_FROM = {COMPILED: AUTODIFF, TORCH_FUNC_COMPILED: TORCH_FUNC}
+
+
+class Side(NamedTuple):
+    """How one library solves it: ``func(*args)``."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+
+    def run(self) -> Any:
+        return self.func(*self.args)
+
+
+class OfJax(NamedTuple):
+    """The same for JAX, which runs elsewhere: a transform and a function of jax_side.py, by name."""
+
+    transform: str
+    function: str
+    args: tuple[Any, ...]
+
+
+Sides: TypeAlias = "dict[str, Side | OfJax]"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The precision and the device of a problem. The numbers are the same everywhere."""
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def numbers(self, *shape: int, seed: int = 0) -> Tensor:
+        drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        return drawn.to(self.device, self.dtype)
+
+    def put(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """A module with the same parameters everywhere, which are constants."""
+        torch.manual_seed(0)
+        return make().to(self.device, self.dtype).requires_grad_(requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One problem. ``sides`` sets it up at a place: a side for each column that can solve it.
+
+    The results of all sides are the same tensors, one after the other. ``short`` rows are in the short
+    set. ``compiles`` names the columns that torch.compile takes.
+    """
+
+    name: str
+    number: int
+    sides: Callable[[Place], Sides]
+    short: bool = False
+    compiles: tuple[str, ...] = (AUTODIFF, TORCH_FUNC)
+
+
+def transformed(of: Callable[[Any], Callable[..., Any]], *args: Any) -> dict[str, Side | OfJax]:
+    """The same composition of the same names, from autodiff and from torch.func."""
+    return {AUTODIFF: Side(of(autodiff), args), TORCH_FUNC: Side(of(torch.func), args)}
