@@ -56,9 +56,9 @@ class Contract:
     # On the way in.
 
     @property
-    def argnums(self) -> tuple[int, ...]:
-        """All arguments, by position."""
-        return tuple(range(len(self.args)))
+    def argnums(self) -> tuple[int, ...] | int:
+        """All arguments, by position; results are nested as the inputs were."""
+        return tuple(range(len(self.args))) if self.several else 0
 
     def modes(self) -> AbstractContextManager[Any]:
         """Grad mode as ``create_graph`` says, and no inference mode, which would cut every graph."""
@@ -79,11 +79,11 @@ class Contract:
 
     def call(self, func: Callable[..., Any]) -> Call:
         """The call, whose output is checked where it is made."""
-        return Call(self.name, self.checked(func), self.args, {}, None, has_aux=False)
+        return Call(self.name, self.checked(func), self.args, {}, None if self.several else 0, has_aux=False)
 
     def call_of_scalar(self, func: Callable[..., Any]) -> Call:
         """The call of a function of one number, as a scalar; the output as it is rides along."""
-        return Call(self.name, self.scalar(func), self.args, {}, None, has_aux=True)
+        return Call(self.name, self.scalar(func), self.args, {}, None if self.several else 0, has_aux=True)
 
     def checked(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """``func`` with its output checked where it is made."""
@@ -149,6 +149,8 @@ class Contract:
             if not isinstance(only, Tensor) or only.numel() != 1:
                 raise OutputError(f"The vector v can only be None if {whose}")
             return [torch.ones_like(only)]
+        if not several and isinstance(v, Tensor) and isinstance(like, Tensor):
+            return [self._vector_leaf(v, like, "")] if of(like) else []
         self._refuse_bare_leaves("v", v)
         if several != isinstance(v, tuple):
             # Legacy takes a tensor for a tuple of one, and a tuple of one for a tensor.
@@ -182,12 +184,6 @@ class Contract:
         if leaf.requires_grad and not self.create_graph:
             leaf = leaf.detach()
         return leaf.to(model.dtype) if leaf.dtype != model.dtype and not leaf.is_complex() else leaf
-
-    # On the way out.
-
-    def outward(self, product: tuple[Any, ...]) -> Any:
-        """What belongs to the inputs, nested as they were."""
-        return product if self.several else product[0]
 
     # Strict.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from autodiff.core._torch import SWITCH_OF_GRAD_MODE
+from autodiff.core._torch import SWITCH_OF_GRAD_MODE, Recording
 from autodiff.core.corrections import corrected
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ _DIFFERENT = frozenset(
 )
 
 
+_STOPS = _SEEN_BY_BACKWARD | _DIFFERENT
+
+
 class BackwardOnlyError(Exception):
     """The function does something that forward mode does not see."""
 
@@ -51,7 +54,7 @@ class BackwardOnly(corrected):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _SEEN_BY_BACKWARD or func in _DIFFERENT:
+        if func in _STOPS:
             raise BackwardOnlyError
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -88,7 +91,7 @@ def as_forward_sees(func: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def watched(*args: Any) -> Any:
-        with torch.enable_grad(), BackwardOnly():
+        with Recording(), BackwardOnly():
             return func(*args)
 
     return watched

@@ -127,7 +127,7 @@ def hessian(
         slope, _ = of_scalar(*args)
         if strict:
             contract.refuse_constants(slope, GRADIENT_CONSTANT)
-        return contract.outward(slope)
+        return slope
 
     return _jacobian(contract, gradient, vectorize, outer_jacobian_strategy)
 
@@ -200,9 +200,8 @@ def _by_mode(
     *,
     frugal: Callable[[], bool] | None = None,
 ) -> Any:
-    argnums = contract.argnums if contract.several else 0
     derive = by_mode(
-        contract.name, func, argnums, mode, holomorphic=None, strict=contract.strict, frugal=frugal
+        contract.name, func, contract.argnums, mode, holomorphic=None, strict=contract.strict, frugal=frugal
     )
     return derive(*contract.args)
 

@@ -102,7 +102,7 @@ def vjp(
             product = call.like_arguments(dense(call, tape.pull(cotangents), strict))
     if strict and create_graph:
         contract.refuse_constants(product, JACOBIAN_CONSTANT)
-    return output, contract.outward(product)
+    return output, product
 
 
 def jvp(
@@ -196,7 +196,7 @@ def vhp(
             product = call.like_arguments(dense(call, tape.pull(vector), strict))
     if strict and create_graph:
         contract.refuse_constants(product, _HESSIAN_CONSTANT)
-    return output, contract.outward(product)
+    return output, product
 
 
 def hvp(
@@ -249,7 +249,7 @@ def hvp(
             product = call.like_arguments(dense(call, pushed, strict))
     if strict and create_graph:
         contract.refuse_constants(product, _HESSIAN_CONSTANT)
-    return output, contract.outward(product)
+    return output, product
 
 
 def _second_order(

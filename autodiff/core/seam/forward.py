@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # How long another thread's torch.func.jvp is waited for, and how long between two looks, in seconds.
 _PATIENCE, _PAUSE = 0.25, 0.0005
+# torch._VF looks a name up by a function of its own, at every use.
+_make_dual, _unpack_dual = torch._VF._make_dual, torch._VF._unpack_dual
 _ADVICE = (
     "Use autodiff's transforms in all threads, or let only one thread at a time into forward mode, by torch.func.jvp "
     "or torch.autograd.forward_ad."
@@ -251,10 +253,10 @@ def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
         primal = (
             primal.contiguous()
         )  # torch lays the tangent out like the primal, which it cannot if expanded
-    return torch._VF._make_dual(primal, tangent, level=0)
+    return _make_dual(primal, tangent, level=0)
 
 
 def unpack_dual(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
     """Primal and tangent, the latter None where the tensor carries none."""
-    primal, tangent = torch._VF._unpack_dual(tensor, level=0)
+    primal, tangent = _unpack_dual(tensor, level=0)
     return primal, tangent

@@ -79,11 +79,13 @@ class NormalMode(AbstractContextManager[None]):
     __slots__ = ("_outside",)
 
     def __enter__(self) -> None:
+        if not torch.is_inference_mode_enabled():
+            self._outside = None
+            return
         grad, forward = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
         self._outside = _leave_inference_mode()
-        if self._outside is not None:
-            torch._C._set_grad_enabled(grad)
-            torch._C._set_fwd_grad_enabled(forward)
+        torch._C._set_grad_enabled(grad)
+        torch._C._set_fwd_grad_enabled(forward)
 
     def __exit__(self, *exc: object) -> None:
         if self._outside is not None:
