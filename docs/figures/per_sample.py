@@ -1,4 +1,4 @@
-"""The figures of per_sample.md, computed while the documentation is built, so that they cannot go stale.
+"""The figures of how_to/per_sample.md, computed while the documentation is built, so that they cannot go stale.
 
 Hands on `draw`, which conf.py calls.
 """
