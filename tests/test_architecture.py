@@ -1,15 +1,19 @@
-"""The floors of docs/architecture.md, the two seams, and a documented example for every public name."""
+"""The floors of docs/architecture.md, the two seams, and for every public name an example and a place in the reference."""
 
 from __future__ import annotations
 
 import ast
 import doctest
 import inspect
+import re
 from pathlib import Path
 
 import pytest
 
 import autodiff as ad
+from autodiff.per_sample.api import PerSample
+from autodiff.per_sample.report import Report
+from autodiff.per_sample.run import Chunk
 
 ROOT = Path(ad.__file__).parent
 MODULES = {
@@ -119,12 +123,26 @@ def test_private_torch_reaches_the_package_only_through_the_seam() -> None:
         assert private == set(), f"{name} names {sorted(private)}"
 
 
+def all_public_names() -> dict[str, object]:
+    """Every name that a user may write, with what it stands for; torch's own among them."""
+    found: dict[str, object] = {}
+    for module in (ad, ad.functional, ad.pytree, ad.testing, ad.errors):
+        found |= {
+            f"{module.__name__}.{name}": getattr(module, name)
+            for name in getattr(module, "__all__", vars(module))
+            if not name.startswith("_") and name != "annotations"
+        }
+    # What `per_sample` hands out.
+    found |= {f"{cls.__module__}.{cls.__name__}": cls for cls in (PerSample, Chunk, Report)}
+    return {name: value for name, value in found.items() if not inspect.ismodule(value)}
+
+
 def public_names() -> dict[str, object]:
-    ours = {f"autodiff.{name}": value for name, value in vars(ad).items() if not name.startswith("_")}
-    ours |= {f"autodiff.pytree.{name}": getattr(ad.pytree, name) for name in ad.pytree.__all__}
-    ours |= {f"autodiff.testing.{name}": getattr(ad.testing, name) for name in ad.testing.__all__}
+    """Those of our own."""
     return {
-        name: value for name, value in ours.items() if getattr(value, "__module__", "").startswith("autodiff")
+        name: value
+        for name, value in all_public_names().items()
+        if getattr(value, "__module__", "").startswith("autodiff")
     }
 
 
@@ -147,6 +165,34 @@ def test_module_says_its_role_and_no_file_is_long(name: str) -> None:
     assert ast.get_docstring(ast.parse(text)), "a module docstring"
     assert len(text.splitlines()) <= 440
     assert MODULES[name].stem not in ("utils", "helpers", "common")
+
+
+REFERENCE = (ROOT.parent / "docs" / "reference.md").read_text()
+
+
+def described_names() -> set[str]:
+    """What docs/reference.md describes by a directive."""
+    found, module = set(), ""
+    for directive, name, option in re.findall(
+        r"^\.\. (\w+):: (\S+)\n(?: +:([\w-]+):)?", REFERENCE, re.MULTILINE
+    ):
+        match directive:
+            case "currentmodule":
+                module = name
+            case "automodule" if option == "members":
+                found |= {known for known in all_public_names() if known.startswith(f"{name}.")}
+            case "autofunction" | "autoclass":
+                found.add(f"{module}.{name}")
+    return found
+
+
+@pytest.mark.parametrize("name", all_public_names())
+def test_public_name_is_in_the_reference(name: str) -> None:
+    if name in public_names():
+        assert name in described_names()
+    else:
+        # torch's own, described there.
+        assert f"`{name.removeprefix('autodiff.')}`" in REFERENCE
 
 
 def test_map_holds_no_logic() -> None:

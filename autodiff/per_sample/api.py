@@ -95,7 +95,20 @@ def per_sample(
 
 
 class PerSample:
-    """What :func:`autodiff.per_sample` returns. ``report`` tells of the last run, None before the first."""
+    """What :func:`autodiff.per_sample` returns. ``report`` tells of the last run, None before the first.
+
+    >>> import torch
+    >>> squares = per_sample(torch.square)
+    >>> X = torch.arange(5.0)
+    >>> squares(X)
+    tensor([ 0.,  1.,  4.,  9., 16.])
+    >>> squares.map(torch.sqrt, X)
+    tensor([0., 1., 2., 3., 4.])
+    >>> sum(chunk.result.sum() for chunk in squares.stream(X))
+    tensor(30.)
+    >>> squares.report.samples
+    5
+    """
 
     def __init__(self, func: Callable[..., Any], in_dims: Any, options: Options) -> None:
         self._func, self._in_dims, self._options = func, in_dims, options

@@ -14,6 +14,15 @@ class Report:
 
     ``failed`` holds the reason for each sample that was filled with NaN, by its number. ``peak`` is the most
     bytes that a measured chunk took, 0 where the chunk sizes were given.
+
+    >>> import torch
+    >>> from autodiff import per_sample
+    >>> squares = per_sample(torch.square, chunk_size=2)
+    >>> _ = squares(torch.arange(5.0))
+    >>> squares.report
+    per_sample(square): 5 samples in 3 chunks of 1 to 2; ... s ...
+    >>> squares.report.chunks, squares.report.failed
+    (3, {})
     """
 
     what: str

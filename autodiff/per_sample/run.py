@@ -57,7 +57,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some samples' results: ``samples`` says which, ``result`` is a tree with these samples in front."""
+    """Some samples' results: ``samples`` says which, ``result`` is a tree with these samples in front.
+
+    >>> from autodiff import per_sample
+    >>> for chunk in per_sample(torch.square, chunk_size=2).stream(torch.arange(3.0)):
+    ...     print(chunk)
+    Chunk(samples=slice(0, 2, None), result=tensor([0., 1.]))
+    Chunk(samples=slice(2, 3, None), result=tensor([4.]))
+    """
 
     samples: slice
     result: Any
