@@ -1,10 +1,11 @@
-"""README's tour is examples/tour.py: the same statements, and what README shows is what the script prints."""
+"""Files that could drift apart: README's tour and examples/tour.py; the version, where it is written."""
 
 from __future__ import annotations
 
 import ast
 import doctest
 import runpy
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,3 +40,9 @@ def test_script_has_the_statements_of_the_tour() -> None:
 def test_script_prints_what_the_tour_shows(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(SCRIPT))
     assert capsys.readouterr().out == "".join(example.want for example in tour())
+
+
+def test_citation_has_the_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"\nversion: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\nlicense: {project['license']}\n" in (ROOT / "CITATION.cff").read_text()
