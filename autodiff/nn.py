@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -16,7 +17,7 @@ from autodiff.core.twins import Twins
 from autodiff.errors import BufferWarning, OptionError, StructureError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     State: TypeAlias = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 
@@ -128,6 +129,7 @@ def sample_loss(
         target, each a tree of tensors without a batch dimension; it returns a tensor of shape ``()``.
 
     Raises:
+        StructureError: when the function is called, if ``params`` is no dict.
         OptionError: when the function is called, if a layer normalises by the statistics of the batch, as
             BatchNorm does in training mode: then a sample has no loss of its own.
 
@@ -139,6 +141,11 @@ def sample_loss(
     """
 
     def loss_of_sample(params: Mapping[str, Tensor], x: Any, y: Any) -> Tensor:
+        if not isinstance(params, Mapping):
+            raise StructureError(
+                f"sample_loss: params is a {type(params).__name__}. Expected a dict of tensors by their names in the "
+                f"module. Pass dict(module.named_parameters())."
+            )
         _refuse_batch_statistics(module)
         output = functional_call(module, dict(params), (_batch_of_one(x),))
         return loss(output, _batch_of_one(y))

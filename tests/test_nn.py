@@ -364,3 +364,14 @@ def test_a_batch_s_statistics_are_no_sample_s(layer: torch.nn.Module, fine: bool
         return
     with pytest.raises(ad.errors.OptionError, match=r"sample_loss: 1 is a BatchNorm1d .* module\.eval\(\)"):
         loss(*args)
+
+
+def test_sample_loss_of_a_list_of_parameters_names_the_dict() -> None:
+    module = torch.nn.Linear(2, 3)
+    loss = ad.sample_loss(module, torch.nn.functional.mse_loss)
+    with pytest.raises(
+        ad.errors.StructureError, match=r"params is a list\. .* dict\(module\.named_parameters\(\)\)"
+    ):
+        ad.per_sample(ad.grad(loss), in_dims=(None, 0, 0))(
+            list(module.parameters()), torch.ones(4, 2), torch.ones(4, 3)
+        )

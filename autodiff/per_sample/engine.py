@@ -199,8 +199,16 @@ class Engine:
     def _failed(self, sample: int, why: str, error: Exception | None = None) -> None:
         if self._on_error == "raise":
             raise SampleError(
-                f"per_sample: sample {sample}: {why}. Expected finite results for every sample. Look at that "
-                f"sample, or pass on_error='nan' to fill in NaN and go on.",
-                sample,
+                f"per_sample: sample {sample}: {why.removesuffix('.')}. {_way_out(error)}", sample
             ) from error
         self._report.failed[sample] = why
+
+
+def _way_out(error: Exception | None) -> str:
+    if "randomness error mode" in str(error):
+        return (
+            "Expected a function that draws no random numbers. Call module.eval() to switch dropout off, or pass "
+            "randomness='different' or 'same'."
+        )
+    expected = "finite results for every sample" if error is None else "a function that runs on every sample"
+    return f"Expected {expected}. Look at that sample, or pass on_error='nan' to fill in NaN and go on."

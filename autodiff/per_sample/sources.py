@@ -59,7 +59,8 @@ def _calls(
             if len(in_dims) != len(mapped) + len(others):
                 raise BatchError(
                     f"per_sample(in_dims={in_dims}): expected {len(in_dims) - len(mapped)} shared arguments beside the "
-                    f"iterable of batches, got {len(others)}. The batches hold all mapped arguments."
+                    f"iterable of batches, got {len(others)}. The batches hold all mapped arguments. Any iterator "
+                    f"counts as batches: for parameters write dict(module.named_parameters())."
                 )
             coming = iter(others)
             parts = dict(zip(mapped, _parts(batch, len(mapped)), strict=True))

@@ -406,3 +406,31 @@ def test_progress_says_what_it_needs(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(OptionError, match="autodiff\\[progress\\]"):
         ad.per_sample(square, (None, 0), progress=True)
+
+
+def test_dropout_left_on_says_how_to_switch_it_off() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout())
+    loss = ad.sample_loss(model, torch.nn.functional.mse_loss)
+    gradients = ad.per_sample(ad.grad(loss), in_dims=(None, 0, 0))
+    with pytest.raises(SampleError, match=r"sample 0: .* no random numbers\. Call module\.eval\(\)"):
+        gradients(dict(model.named_parameters()), X, X[:, :2])
+
+
+def test_function_that_raises_is_not_said_to_give_infinities() -> None:
+    def picky(x: Tensor) -> Tensor:
+        raise LookupError("no such thing.")
+
+    with pytest.raises(
+        SampleError, match=r"LookupError: no such thing\. Expected a function that runs on every"
+    ):
+        ad.per_sample(picky)(X)
+
+
+def test_parameters_as_an_iterator_are_taken_for_batches() -> None:
+    model = torch.nn.Linear(3, 2)
+    loss = ad.sample_loss(model, torch.nn.functional.mse_loss)
+    gradients = ad.per_sample(ad.grad(loss), in_dims=(None, 0, 0))
+    with pytest.raises(
+        BatchError, match=r"Any iterator counts as batches: .* dict\(module\.named_parameters\(\)\)"
+    ):
+        gradients(model.named_parameters(), X, X[:, :2])
