@@ -74,9 +74,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation into docs/_build; every warning is an error."""
+    """Build the documentation into docs/_build: run every tutorial, check every link inside; a warning is an error."""
     install(session, "-e", ".[docs]")
-    session.run("sphinx-build", "-W", "--keep-going", "-n", "-q", "docs", "docs/_build", *session.posargs)
+    options = ["-W", "--keep-going", "-n", "-q", *session.posargs]
+    session.run("sphinx-build", *options, "docs", "docs/_build", env=ONE_THREAD)
 
 
 @nox.session
