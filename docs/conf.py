@@ -30,10 +30,10 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
+    "mathml",
 ]
 # Of the gallery, Sphinx reads the pages; beside them lie the scripts, the notebooks and what was measured.
 exclude_patterns = ["_build", "tutorials/*.py", "tutorials/*.ipynb", "sg_execution_times.rst"]
@@ -43,6 +43,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_title = "autodiff"
+html_math_renderer = "mathml"
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3

@@ -196,7 +196,7 @@ def hessian_eigenvalues(
 ) -> Callable[..., Any]:
     r"""The ``k`` outermost eigenvalues of the Hessian of a scalar function.
 
-    .. math:: \nabla^2 f(x)\, v_i = \lambda_i v_i, \qquad \lambda_1 \ge \lambda_2 \ge \dots
+    .. math:: \nabla^2 f(x)\, v_i = \lambda_i v_i, \qquad \lambda_1 \ge \lambda_2 \ge \cdots
 
     The Hessian is seen as one matrix over all P numbers of the differentiated leaves. A large one is only
     multiplied by blocks of k + 2 vectors, and its eigenvalues are those of its restriction to the Krylov

@@ -82,7 +82,7 @@ assert difference < 1e-10
 # %%
 # Lanczos
 # -------
-# From a random vector :math:`v`, Lanczos builds an orthonormal basis of :math:`v, Hv, H^2v, \dots`,
+# From a random vector :math:`v`, Lanczos builds an orthonormal basis of :math:`v, Hv, H^2v, \ldots`,
 # in which :math:`H` is a small tridiagonal matrix. In theory each new vector is orthogonal to all
 # but the last two by itself. With rounding it is not, so it is made orthogonal to all of them,
 # twice.
