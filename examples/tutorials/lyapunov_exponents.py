@@ -56,10 +56,7 @@ def runge_kutta(state: Tensor) -> Tensor:
 # :math:`J_F(s)\, u` from one evaluation, and no Jacobian is formed. One tangent has an answer of its own: a flow
 # carries its velocity :math:`v` along, so that :math:`J_F(s)\, v(s) = v(F(s))`, but for the error of the integrator.
 
-torch.set_default_dtype(torch.float64)
-torch.manual_seed(0)
-
-state = torch.tensor([-5.0, -7.0, 20.0])
+state = torch.tensor([-5.0, -7.0, 20.0], dtype=torch.float64)
 after, carried = jvp(runge_kutta, (state,), (velocity(state),))
 print("velocity carried along:", carried.tolist())
 print("velocity at the end:   ", velocity(after).tolist())
@@ -92,11 +89,12 @@ torch.testing.assert_close(push(state, velocity(state)[:, None])[1][:, 0], carri
 
 TRAJECTORIES, STEPS, EVERY = 500, 4000, 5
 
-states = torch.randn(TRAJECTORIES, 3) + torch.tensor([0.0, 0.0, 25.0])
+torch.manual_seed(0)
+states = torch.randn(TRAJECTORIES, 3, dtype=torch.float64) + torch.tensor([0.0, 0.0, 25.0])
 for _ in range(1000):  # until all of them are on the attractor
     states = vmap(runge_kutta)(states)
 
-tangents = torch.linalg.qr(torch.randn(TRAJECTORIES, 3, 3)).Q
+tangents = torch.linalg.qr(torch.randn(TRAJECTORIES, 3, 3, dtype=torch.float64)).Q
 growth = []  # of each [TRAJECTORIES, 3]
 path = []  # of the first few trajectories
 for step in range(1, STEPS + 1):
@@ -124,7 +122,7 @@ errors = by_trajectory.std(dim=0) / TRAJECTORIES**0.5
 # velocity, on average. And the sum is known exactly: volumes change at the rate of the velocity's divergence, the trace
 # of its Jacobian, which is :math:`-(\sigma + 1 + \beta)` in every state.
 
-published = torch.tensor([0.9056, 0.0, -14.5723])
+published = torch.tensor([0.9056, 0.0, -14.5723], dtype=torch.float64)
 divergence = -(SIGMA + 1 + BETA)
 for name, found, error, expected in zip(
     ("first", "second", "third"), exponents, errors, published, strict=True
