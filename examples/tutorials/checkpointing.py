@@ -87,7 +87,9 @@ for segments in SEGMENTS:
 # largest value the peak. Nothing is estimated, and nothing depends on how fast the machine is.
 
 
-def memory_over_time(calls: dict[str, Callable[[], object]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def memory_over_time(
+    calls: dict[str, Callable[[], object]],
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Of each call: times in ms from its start, and the MiB that it holds."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for name, call in calls.items():
@@ -97,18 +99,28 @@ def memory_over_time(calls: dict[str, Callable[[], object]]) -> dict[str, tuple[
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    changes = np.array(sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"))
+    changes = np.array(
+        sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    )
     timelines = {}
     for event in events:
         if event["name"] in calls and event["ph"] == "X":
             since = changes[:, 0] - event["ts"]
             inside = (since >= 0) & (since <= event["dur"])
-            timelines[event["name"]] = since[inside] / 1e3, changes[inside, 1].cumsum() / 2**20
+            timelines[event["name"]] = (
+                since[inside] / 1e3,
+                changes[inside, 1].cumsum() / 2**20,
+            )
     return timelines
 
 
-losses = {"plain": plain_loss, **{str(segments): loss_in(segments) for segments in SEGMENTS}}
-timelines = memory_over_time({name: lambda f=f: grad(f)(weights, x) for name, f in losses.items()})
+losses = {
+    "plain": plain_loss,
+    **{str(segments): loss_in(segments) for segments in SEGMENTS},
+}
+timelines = memory_over_time(
+    {name: lambda f=f: grad(f)(weights, x) for name, f in losses.items()}
+)
 peaks = {name: held.max() for name, (_, held) in timelines.items()}
 
 # %%
@@ -116,10 +128,14 @@ peaks = {name: held.max() for name, (_, held) in timelines.items()}
 # cotangent and the gradients of the weights that are there already.
 
 unit = x.numel() * x.element_size() / 2**20
-print(f"plain: {peaks['plain']:5.1f} MiB, {peaks['plain'] / unit:5.1f} results of a layer")
+print(
+    f"plain: {peaks['plain']:5.1f} MiB, {peaks['plain'] / unit:5.1f} results of a layer"
+)
 for segments in SEGMENTS:
     counted, expected = peaks[str(segments)] / unit, segments + DEPTH / segments
-    print(f"{segments:>5}: {peaks[str(segments)]:5.1f} MiB, {counted:5.1f} results, k + n/k = {expected:.0f}")
+    print(
+        f"{segments:>5}: {peaks[str(segments)]:5.1f} MiB, {counted:5.1f} results, k + n/k = {expected:.0f}"
+    )
     assert expected <= counted < expected + 6
 assert min(SEGMENTS, key=lambda segments: peaks[str(segments)]) == DEPTH**0.5
 
@@ -165,7 +181,9 @@ def output_in_eight(x: Tensor) -> Tensor:
     return x.square().mean()
 
 
-torch.testing.assert_close(vmap(grad(output_in_eight))(x), vmap(grad(output))(x), rtol=1e-5, atol=1e-7)
+torch.testing.assert_close(
+    vmap(grad(output_in_eight))(x), vmap(grad(output))(x), rtol=1e-5, atol=1e-7
+)
 
 # %%
 # A product with the Hessian differentiates twice. Forward mode stores nothing, so forward over reverse keeps what
@@ -179,7 +197,9 @@ def product(func: Callable[[Tensor], Tensor]) -> Tensor:
     return hvp(func, (x,), (tangent,), mode="forward-over-reverse")[1]
 
 
-torch.testing.assert_close(product(output_in_eight), product(output), rtol=1e-5, atol=1e-9)
+torch.testing.assert_close(
+    product(output_in_eight), product(output), rtol=1e-5, atol=1e-9
+)
 
 inside = memory_over_time(
     {
@@ -192,7 +212,9 @@ inside = memory_over_time(
 for name, (_, held) in inside.items():
     print(f"{name:>22}: {held.max():5.1f} MiB")
 for transform in ("vmap(grad)", "hvp"):
-    checkpointed, plain = (inside[f"{transform}, {how}"][1].max() for how in ("8 segments", "plain"))
+    checkpointed, plain = (
+        inside[f"{transform}, {how}"][1].max() for how in ("8 segments", "plain")
+    )
     assert checkpointed < 0.35 * plain
 
 # %%
@@ -215,7 +237,9 @@ for name, color, label in (
     times, held = timelines[name]
     panel.step(times, held, where="post", color=color, label=label)
 panel.set(
-    xlabel="time (ms, with the profiler watching)", ylabel="memory (MiB)", title="One gradient of 64 layers"
+    xlabel="time (ms, with the profiler watching)",
+    ylabel="memory (MiB)",
+    title="One gradient of 64 layers",
 )
 panel.grid(visible=True, color="0.9")
 panel.legend(frameon=False)
@@ -230,22 +254,39 @@ figure, (memory, duration) = plt.subplots(
 )
 many = np.geomspace(1, DEPTH)
 memory.plot(
-    many, (many + DEPTH / many) * unit, color="0.6", linewidth=1, label="k + n / k results of a layer"
+    many,
+    (many + DEPTH / many) * unit,
+    color="0.6",
+    linewidth=1,
+    label="k + n / k results of a layer",
 )
-memory.plot(SEGMENTS, [peaks[str(k)] for k in SEGMENTS], "o", color=ORANGE, label="counted")
+memory.plot(
+    SEGMENTS, [peaks[str(k)] for k in SEGMENTS], "o", color=ORANGE, label="counted"
+)
 memory.axhline(peaks["plain"], color="0.4", linestyle="--", linewidth=1, label="plain")
 memory.axvline(DEPTH**0.5, color=GREEN, linewidth=1, label=r"$\sqrt{n}$ segments")
 memory.set(
-    xscale="log", yscale="log", ylabel="peak memory (MiB)", title="A gradient of 64 layers in k segments"
+    xscale="log",
+    yscale="log",
+    ylabel="peak memory (MiB)",
+    title="A gradient of 64 layers in k segments",
 )
 memory.set_yticks([8, 16, 32], ["8", "16", "32"])
-memory.legend(edgecolor="none", framealpha=1, loc="upper center", bbox_to_anchor=(0.5, 0.92))
+memory.legend(
+    edgecolor="none", framealpha=1, loc="upper center", bbox_to_anchor=(0.5, 0.92)
+)
 
-duration.plot(SEGMENTS, [ratios[str(k)] for k in SEGMENTS], "o", color=ORANGE, label="measured")
-duration.axhline(one_more, color="0.6", linewidth=1, label="a gradient and one more evaluation")
+duration.plot(
+    SEGMENTS, [ratios[str(k)] for k in SEGMENTS], "o", color=ORANGE, label="measured"
+)
+duration.axhline(
+    one_more, color="0.6", linewidth=1, label="a gradient and one more evaluation"
+)
 duration.axhline(1, color="0.4", linestyle="--", linewidth=1, label="plain")
 duration.axvline(DEPTH**0.5, color=GREEN, linewidth=1)
-duration.set(xlabel="segments", ylabel="processor time\n(a plain gradient's = 1)", ylim=(0.8, 2))
+duration.set(
+    xlabel="segments", ylabel="processor time\n(a plain gradient's = 1)", ylim=(0.8, 2)
+)
 duration.set_xticks(SEGMENTS, SEGMENTS)
 duration.legend(edgecolor="none", framealpha=1, ncols=3, loc="upper center")
 for panel in (memory, duration):

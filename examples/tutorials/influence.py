@@ -50,7 +50,10 @@ def loss(weights: Tensor, x: Tensor, label: Tensor) -> Tensor:
 
 
 def objective(weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-    return vmap(loss, in_dims=(None, 0, 0))(weights, images, labels).sum() + weights.square().sum() / 2
+    return (
+        vmap(loss, in_dims=(None, 0, 0))(weights, images, labels).sum()
+        + weights.square().sum() / 2
+    )
 
 
 everything = np.arange(TRAINED)
@@ -111,7 +114,9 @@ print(f"{len(iterations)} products with a Hessian of {size} rows")
 # Here the Hessian is small enough to be formed, and to solve with it directly:
 
 H = hessian(objective)(weights, X_train, labels_train).reshape(size, size)
-torch.testing.assert_close(torch.from_numpy(solution), torch.linalg.solve(H, g), rtol=1e-5, atol=1e-8)
+torch.testing.assert_close(
+    torch.from_numpy(solution), torch.linalg.solve(H, g), rtol=1e-5, atol=1e-8
+)
 
 # %%
 # What each training image does to the digit is then an inner product:
@@ -150,22 +155,41 @@ def newton_step(x_out: Tensor, label_out: Tensor) -> Tensor:
 
 strongest = predicted.abs().argsort(descending=True)[:40]
 stepped = vmap(newton_step, chunk_size=10)(X_train[strongest], labels_train[strongest])
-for name, change in (("influence function", predicted[strongest]), ("Newton step", stepped)):
+for name, change in (
+    ("influence function", predicted[strongest]),
+    ("Newton step", stepped),
+):
     ratio = change / actual[strongest]
-    print(f"{name:>18}: predicted over actual change from {ratio.min():.2f} to {ratio.max():.2f}")
-assert ((stepped - actual[strongest]).abs() < (predicted - actual)[strongest].abs()).float().mean() > 0.9
+    print(
+        f"{name:>18}: predicted over actual change from {ratio.min():.2f} to {ratio.max():.2f}"
+    )
+assert (
+    (stepped - actual[strongest]).abs() < (predicted - actual)[strongest].abs()
+).float().mean() > 0.9
 
 # %%
 # Every point is a training image; above zero are those that speak for the right answer, so that the loss grows without
 # them.
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, which every eye tells apart
+BLUE, ORANGE = (
+    "#0072B2",
+    "#D55E00",
+)  # of Okabe and Ito's palette, which every eye tells apart
 
 figure, panel = plt.subplots(figsize=(7.5, 6), layout="constrained")
 near_zero = panel.inset_axes((0.56, 0.1, 0.42, 0.42))
 for axes in (panel, near_zero):
-    axes.axline((0, 0), slope=1, color="0.5", linewidth=1, linestyle="--", label="as predicted")
-    axes.scatter(predicted, actual, s=22, color=BLUE, linewidth=0, label=f"influence, all {TRAINED} images")
+    axes.axline(
+        (0, 0), slope=1, color="0.5", linewidth=1, linestyle="--", label="as predicted"
+    )
+    axes.scatter(
+        predicted,
+        actual,
+        s=22,
+        color=BLUE,
+        linewidth=0,
+        label=f"influence, all {TRAINED} images",
+    )
     axes.scatter(
         stepped,
         actual[strongest],
@@ -198,9 +222,14 @@ panel.set_title(f"a {label}, read as a {guess}")
 panel.set_axis_off()
 panels = right.subplots(2, 5)
 ranked = predicted.argsort(descending=True).tolist()
-for row, images, color in ((panels[0], ranked[:5], BLUE), (panels[1], ranked[-1:-6:-1], ORANGE)):
+for row, images, color in (
+    (panels[0], ranked[:5], BLUE),
+    (panels[1], ranked[-1:-6:-1], ORANGE),
+):
     for panel, image in zip(row, images, strict=True):
         panel.imshow(pixels[image].reshape(8, 8), cmap="gray_r")
-        panel.set_title(f"a {labels[image]}: {actual[image]:+.3f}", color=color, fontsize=10)
+        panel.set_title(
+            f"a {labels[image]}: {actual[image]:+.3f}", color=color, fontsize=10
+        )
         panel.set_axis_off()
 plt.show()

@@ -90,7 +90,9 @@ torch.testing.assert_close(push(state, velocity(state)[:, None])[1][:, 0], carri
 TRAJECTORIES, STEPS, EVERY = 500, 4000, 5
 
 torch.manual_seed(0)
-states = torch.randn(TRAJECTORIES, 3, dtype=torch.float64) + torch.tensor([0.0, 0.0, 25.0])
+states = torch.randn(TRAJECTORIES, 3, dtype=torch.float64) + torch.tensor(
+    [0.0, 0.0, 25.0]
+)
 for _ in range(1000):  # until all of them are on the attractor
     states = vmap(runge_kutta)(states)
 
@@ -155,13 +157,23 @@ stretches = torch.stack(path[EVERY * (skipped - 1) :]).unfold(
 )  # [periods, 4, 3, EVERY + 1]
 stretches = stretches[:, :, [0, 2]].flatten(0, 1).mT  # [periods * 4, EVERY + 1, (x, z)]
 lines = LineCollection(
-    stretches.numpy(), array=rates[:, :4, 0].flatten().numpy(), cmap="managua_r", linewidth=1
+    stretches.numpy(),
+    array=rates[:, :4, 0].flatten().numpy(),
+    cmap="managua_r",
+    linewidth=1,
 )
 lines.set_clim(-12, 12)
 panel.add_collection(lines)
 panel.autoscale()
-panel.set(xlabel="x", ylabel="z", title="Where nearby states part and where they close in")
-figure.colorbar(lines, ax=panel, label="growth of the first tangent (per unit of time)", extend="both")
+panel.set(
+    xlabel="x", ylabel="z", title="Where nearby states part and where they close in"
+)
+figure.colorbar(
+    lines,
+    ax=panel,
+    label="growth of the first tangent (per unit of time)",
+    extend="both",
+)
 
 # %%
 # And the means, as they converge to what is published:
@@ -173,7 +185,12 @@ figure, (upper, lower) = plt.subplots(
 )
 for index, color in enumerate((BLUE, GREEN, ORANGE)):
     panel = (upper, upper, lower)[index]
-    panel.plot(times, means[:, index], color=color, label=f"$\\lambda_{index + 1}$ = {exponents[index]:.4f}")
+    panel.plot(
+        times,
+        means[:, index],
+        color=color,
+        label=f"$\\lambda_{index + 1}$ = {exponents[index]:.4f}",
+    )
     panel.axhline(published[index], color="0.3", linewidth=1, linestyle="--")
 upper.plot([], [], color="0.3", linewidth=1, linestyle="--", label="published")
 upper.set(title=f"Means over {TRAJECTORIES} trajectories", ylim=(-0.25, 1.25))

@@ -73,7 +73,11 @@ RATE = 0.01  # alpha, as in the paper
 
 torch.manual_seed(0)
 model = torch.nn.Sequential(
-    torch.nn.Linear(1, 40), torch.nn.ReLU(), torch.nn.Linear(40, 40), torch.nn.ReLU(), torch.nn.Linear(40, 1)
+    torch.nn.Linear(1, 40),
+    torch.nn.ReLU(),
+    torch.nn.Linear(40, 40),
+    torch.nn.ReLU(),
+    torch.nn.Linear(40, 1),
 ).requires_grad_(False)
 
 
@@ -88,7 +92,9 @@ def adapt(params: Params, x: Tensor, y: Tensor, steps: int = 1) -> Params:
     return params
 
 
-def meta_loss(params: Params, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> Tensor:
+def meta_loss(
+    params: Params, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor
+) -> Tensor:
     return loss(adapt(params, x, y), x_test, y_test)
 
 
@@ -111,7 +117,9 @@ def mean_meta_loss(params: Params, tasks: Tasks) -> Tensor:
 
 
 def mean_plain_loss(params: Params, tasks: Tasks) -> Tensor:
-    per_task = vmap(loss, in_dims=(None, 0, 0))(params, tasks.x_test, tasks.y(tasks.x_test))
+    per_task = vmap(loss, in_dims=(None, 0, 0))(
+        params, tasks.x_test, tasks.y(tasks.x_test)
+    )
     return per_task.mean()
 
 
@@ -123,15 +131,21 @@ def mean_plain_loss(params: Params, tasks: Tasks) -> Tensor:
 # compared with two others, in float64: with central differences along a random direction, and with one that plain
 # ``torch.autograd`` computes for one task after the other.
 
-some = Tasks(*(column.double() for column in draw_tasks(3, torch.Generator().manual_seed(1))))
+some = Tasks(
+    *(column.double() for column in draw_tasks(3, torch.Generator().manual_seed(1)))
+)
 params64 = {name: value.double() for name, value in model.named_parameters()}
 meta_gradient, _ = ravel(grad(mean_meta_loss)(params64, some))
 
 vector, unravel = ravel(params64)
 direction = torch.randn_like(vector)
-ahead, behind = (mean_meta_loss(unravel(vector + h * direction), some) for h in (1e-6, -1e-6))
+ahead, behind = (
+    mean_meta_loss(unravel(vector + h * direction), some) for h in (1e-6, -1e-6)
+)
 difference = ((ahead - behind) / 2e-6).item()
-print(f"along a direction: grad of grad {meta_gradient @ direction:.9f}, central difference {difference:.9f}")
+print(
+    f"along a direction: grad of grad {meta_gradient @ direction:.9f}, central difference {difference:.9f}"
+)
 assert abs(meta_gradient @ direction - difference) < 1e-6 * abs(difference)
 
 
@@ -141,13 +155,18 @@ def by_autograd(tasks: Tasks) -> Tensor:
     for amplitude, phase, x, x_test in zip(*tasks, strict=True):
         inner = loss(leaves, x, amplitude * torch.sin(x - phase))
         slopes = torch.autograd.grad(inner, list(leaves.values()), create_graph=True)
-        adapted = {name: value - RATE * g for (name, value), g in zip(leaves.items(), slopes, strict=True)}
+        adapted = {
+            name: value - RATE * g
+            for (name, value), g in zip(leaves.items(), slopes, strict=True)
+        }
         total = total + loss(adapted, x_test, amplitude * torch.sin(x_test - phase))
     (total / len(tasks.x)).backward()
     return ravel({name: value.grad for name, value in leaves.items()})[0]
 
 
-print(f"largest difference from torch.autograd: {(meta_gradient - by_autograd(some)).abs().max():.1e}")
+print(
+    f"largest difference from torch.autograd: {(meta_gradient - by_autograd(some)).abs().max():.1e}"
+)
 torch.testing.assert_close(meta_gradient, by_autograd(some), rtol=1e-10, atol=1e-12)
 
 # %%
@@ -185,7 +204,10 @@ new = draw_tasks(1000, torch.Generator().manual_seed(3))
 STEPS = range(11)
 errors = {}  # of each network: [steps, tasks]
 for name, params in trained.items():
-    own, after_steps = {key: value.expand(len(new.x), *value.shape) for key, value in params.items()}, []
+    own, after_steps = (
+        {key: value.expand(len(new.x), *value.shape) for key, value in params.items()},
+        [],
+    )
     for _ in STEPS:
         after_steps.append(vmap(loss)(own, new.x_test, new.y(new.x_test)))
         own = vmap(adapt)(own, new.x, new.y(new.x))
@@ -204,25 +226,48 @@ assert meta[10].mean() < 0.5 * plain[10].mean()
 # the first step, and keeps gaining after it, although only one step was trained. Above is a task
 # whose points lie in the left half of the range alone: what was learnt from other tasks is the shape of the wave.
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, which every eye tells apart
+BLUE, ORANGE = (
+    "#0072B2",
+    "#D55E00",
+)  # of Okabe and Ito's palette, which every eye tells apart
 
 figure, panels = plt.subplot_mosaic(
     [["meta", "plain"], ["errors", "errors"]], figsize=(8, 7), layout="constrained"
 )
 grid = torch.linspace(-5, 5, 200)
 shown = draw_tasks(1, torch.Generator().manual_seed(4))
-shown = shown._replace(amplitude=torch.tensor([[3.5]]), phase=torch.tensor([[1.0]]), x=shown.x / 2 - 2.5)
+shown = shown._replace(
+    amplitude=torch.tensor([[3.5]]), phase=torch.tensor([[1.0]]), x=shown.x / 2 - 2.5
+)
 for panel, (name, params), color in zip(
     (panels["meta"], panels["plain"]), trained.items(), (BLUE, ORANGE), strict=True
 ):
-    panel.plot(grid, shown.y(grid)[0], color="0.3", linewidth=1, linestyle="--", label="the wave")
+    panel.plot(
+        grid,
+        shown.y(grid)[0],
+        color="0.3",
+        linewidth=1,
+        linestyle="--",
+        label="the wave",
+    )
     for steps, style in ((0, ":"), (1, "-."), (10, "-")):
         adapted = adapt(params, shown.x[0], shown.y(shown.x)[0], steps)
         label = "before" if steps == 0 else f"after {steps} step{'s' * (steps > 1)}"
         panel.plot(
-            grid, functional_call(model, adapted, (grid[:, None],)), color=color, linestyle=style, label=label
+            grid,
+            functional_call(model, adapted, (grid[:, None],)),
+            color=color,
+            linestyle=style,
+            label=label,
         )
-    panel.plot(shown.x[0], shown.y(shown.x)[0], "o", color="black", markersize=5, label="points given")
+    panel.plot(
+        shown.x[0],
+        shown.y(shown.x)[0],
+        "o",
+        color="black",
+        markersize=5,
+        label="points given",
+    )
     panel.set(xlabel="x", ylabel="y", ylim=(-5, 8.5), title=name.capitalize())
     panel.legend(frameon=False, ncols=2, loc="upper center", fontsize=9)
 
