@@ -1,100 +1,351 @@
-"""torch.compile over the transforms: one graph, eager's numbers, and nothing left behind."""
+"""torch.compile over the transforms: one graph, right numbers, compiled once, and nothing left behind."""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss, scaled_dot_product_attention
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_structure
 
 import autodiff as ad
 from autodiff import functional
+from autodiff.core import _torch
+from autodiff.errors import OptionError, RuleError
+from every_transform import FIRST, SECOND, Every, T, W, cubic
 from scenarios import assert_close
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.skipif(
-    torch.torch_version.TorchVersion(torch.__version__) < (2, 13),
-    reason="older tracers do not know what the transforms are made of",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        torch.torch_version.TorchVersion(torch.__version__) < (2, 13),
+        reason="older tracers do not know what the transforms are made of",
+    ),
+    # What torch warns of while it traces is its own business.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
 X = torch.tensor([0.5, -0.75, 1.25])
 BATCH = torch.stack([X, X.sin(), 2 * X, X.cos()])
-PARAMS = {"w": torch.tensor([0.3, -0.2, 0.9]), "b": torch.tensor(0.1), "power": 2}
-NORM, LINEAR = torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)
-WEIGHTS = {"weight": torch.stack([X, X.cos()])}
-
-
-def scalar(x: torch.Tensor) -> torch.Tensor:
-    return (x.sin() * x.flip(0)).sum()
-
-
-def loss(params: dict[str, Any], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return ((params["w"] * x).sum().tanh() + params["b"] - y) ** params["power"]
-
-
-def vector(x: torch.Tensor) -> torch.Tensor:
-    return x.exp() * x.roll(1)
-
-
-def of_norm(params: dict[str, Any], x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    output, buffers = ad.functional_call(NORM, params, (x,), return_buffers=True)
-    return output.square().sum(), buffers
-
-
-def of_linear(params: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
-    return ad.functional_call(LINEAR, params, (x,)).exp().sum()
-
-
-CASES: dict[str, Callable[[], Any]] = {
-    "grad": lambda: (ad.grad(scalar), (X,)),
-    "grad of a tree": lambda: (ad.grad(loss), (PARAMS, X, X[0])),
-    "value_and_grad": lambda: (ad.value_and_grad(scalar), (X,)),
-    "vjp": lambda: (lambda x: ad.vjp(vector, x)[1](x)[0], (X,)),
-    "jvp": lambda: (lambda x: ad.jvp(vector, (x,), (x,))[1], (X,)),
-    "linearize": lambda: (lambda x: ad.linearize(vector, x)[1](x), (X,)),
-    "jacrev": lambda: (ad.jacrev(vector), (X,)),
-    "jacrev in chunks": lambda: (ad.jacrev(vector, chunk_size=2), (X,)),
-    "jacfwd": lambda: (ad.jacfwd(vector), (X,)),
-    "hessian": lambda: (ad.hessian(scalar), (X,)),
-    "hvp": lambda: (lambda x: ad.hvp(scalar, (x,), (x,))[1], (X,)),
-    "hessian_diagonal": lambda: (ad.hessian_diagonal(loss), (PARAMS, X, X[0])),
-    "hessian_block_diagonal": lambda: (ad.hessian_block_diagonal(loss), (PARAMS, X, X[0])),
-    "hessian_trace": lambda: (ad.hessian_trace(scalar, chunk_size=2), (X,)),
-    "hessian_eigenvalues": lambda: (ad.hessian_eigenvalues(loss, 2), (PARAMS, X, X[0])),
-    "hessian_eigenvalues, restricted": lambda: (
-        ad.hessian_eigenvalues(loss, 1, iterations=2),
-        ({"w": torch.linspace(-1, 1, 20), "b": X[1], "power": 2}, torch.linspace(0, 2, 20), X[0]),
+inductor = pytest.param(
+    "inductor",
+    marks=pytest.mark.skipif(
+        not any(map(shutil.which, ("g++", "clang++", "c++"))),
+        reason="inductor compiles C++, and no compiler is here",
     ),
-    "vmap": lambda: (ad.vmap(vector, out_dims=1), (BATCH,)),
-    "vmap of grad": lambda: (ad.vmap(ad.grad(scalar)), (BATCH,)),
-    "vmap of jvp": lambda: (ad.vmap(lambda x: ad.jvp(vector, (x,), (x,))[1]), (BATCH,)),
-    "per-sample gradients": lambda: (ad.vmap(ad.grad(loss), (None, 0, 0)), (PARAMS, BATCH, BATCH[:, 0])),
-    "per-sample Hessians": lambda: (ad.vmap(ad.hessian(loss), (None, 0, 0)), (PARAMS, BATCH, BATCH[:, 0])),
-    "functional_call": lambda: (ad.vmap(ad.hessian(of_linear), (None, 0)), (WEIGHTS, BATCH)),
-    "buffers": lambda: (ad.grad(of_norm, has_aux=True), ({"weight": X}, BATCH)),
-    "buffers of samples": lambda: (
-        ad.vmap(ad.grad(of_norm, has_aux=True), (None, 0)),
-        ({"weight": X}, torch.stack([BATCH, BATCH.exp()])),
-    ),
-    "functional.hessian": lambda: (lambda x: functional.hessian(scalar, x), (X,)),
-    "functional.vhp": lambda: (lambda x: functional.vhp(scalar, x, x), (X,)),
-}
+)
 
 
 @pytest.fixture(autouse=True)
 def fresh_tracer() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        yield
+    torch.compiler.reset()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", CASES)
-def test_one_graph_gives_eagers_numbers(name: str, backend: str) -> None:
-    func, arguments = CASES[name]()
-    expected = func(*arguments)
+def copied(tree: Any) -> Any:
+    """The same arguments in other tensors."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), tree)
+
+
+def assert_compiles_once(func: Callable[..., Any], arguments: Any, expected: Any, backend: str) -> None:
+    """One graph, the expected numbers, and none compiled for a second call with other tensors of the same shapes."""
     compiled = torch.compile(func, backend=backend, fullgraph=True)
-    assert_close(compiled(*arguments), expected, loose=True)
-    assert_close(compiled(*arguments), expected, loose=True)
+    first = compiled(*copied(arguments))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        second = compiled(*copied(arguments))
+    leaves, spec = tree_flatten(expected)
+    for result in (first, second):
+        assert tree_structure(result) == spec
+        assert_close(tree_leaves(result), leaves, loose=True)
+
+
+# Each transform, and vmap of it, against closed forms in float64.
+
+TRANSFORMS = {
+    every.name: every
+    for every in [
+        *FIRST,
+        *SECOND,
+        Every("jacfwd-2", lambda f, x: ad.jacfwd(f, chunk_size=2)(x), FIRST[0].expected),
+    ]
+}
+BY_INDUCTOR = (
+    *("grad", "value_and_grad", "grad_and_value", "vjp", "jvp", "linearize"),
+    *("jacrev", "jacfwd", "jacobian", "hessian", "hvp"),
+)
+over_transforms = pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, "aot_eager") for name in TRANSFORMS]
+    + [pytest.param(name, *inductor.values, marks=inductor.marks) for name in BY_INDUCTOR],
+)
+
+
+@over_transforms
+def test_transform_compiles_to_its_closed_form(name: str, backend: str) -> None:
+    every = TRANSFORMS[name]
+    assert_compiles_once(lambda x: every.apply(cubic, x), (T,), every.expected(T, W), backend)
+
+
+@over_transforms
+def test_vmap_of_transform_compiles_to_its_closed_form(name: str, backend: str) -> None:
+    every, batch = TRANSFORMS[name], torch.stack([T, 1.5 * T])
+    expected = torch.stack([every.expected(sample, W) for sample in batch])
+    assert_compiles_once(ad.vmap(lambda x: every.apply(cubic, x)), (batch,), expected, backend)
+
+
+# What people write with them, against eager mode.
+
+
+@ad.pytree.register_dataclass
+@dataclass
+class Line:
+    w: Tensor
+    b: Tensor
+    power: int = 2
+
+
+PARAMS = {"w": torch.tensor([0.3, -0.2, 0.9]), "b": torch.tensor(0.1), "power": 2}
+LINE = Line(PARAMS["w"], PARAMS["b"])
+NORM, LINEAR = nn.BatchNorm1d(3), nn.Linear(3, 2)
+WEIGHTS = {"weight": torch.stack([X, X.cos()])}
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    NETWORK = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+STATE = {name: param.detach() for name, param in NETWORK.named_parameters()}
+
+
+def scalar(x: Tensor) -> Tensor:
+    return (x.sin() * x.flip(0)).sum()
+
+
+def vector(x: Tensor) -> Tensor:
+    return x.exp() * x.roll(1)
+
+
+def loss(params: dict[str, Any], x: Tensor, y: Tensor) -> Tensor:
+    return ((params["w"] * x).sum().tanh() + params["b"] - y) ** params["power"]
+
+
+def of_line(line: Line, x: Tensor, y: Tensor) -> Tensor:
+    return loss(vars(line), x, y)
+
+
+def with_aux(x: Tensor) -> tuple[Tensor, Any]:
+    return scalar(x), {"doubled": 2 * x, "name": "any", "count": 3, "nothing": None}
+
+
+def of_norm(params: dict[str, Any], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    output, buffers = ad.functional_call(NORM, params, (x,), return_buffers=True)
+    return output.square().sum(), buffers
+
+
+def of_linear(params: dict[str, Any], x: Tensor) -> Tensor:
+    return ad.functional_call(LINEAR, params, (x,)).exp().sum()
+
+
+def residual(state: dict[str, Tensor], points: Tensor) -> Tensor:
+    """How far a network is from a solution of a Poisson equation."""
+
+    def network(x: Tensor) -> Tensor:
+        return ad.functional_call(NETWORK, state, (x,)).squeeze()
+
+    curvatures = ad.vmap(ad.hessian(network))(points)
+    return (curvatures.diagonal(dim1=1, dim2=2).sum(1) - points.sum(1)).square().mean()
+
+
+def step(state: dict[str, Tensor], points: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    value, slope = ad.value_and_grad(residual)(state, points)
+    return {name: param - 0.1 * slope[name] for name, param in state.items()}, value
+
+
+def attending(x: Tensor) -> Tensor:
+    return scaled_dot_product_attention(x, x.sin(), x.cos()).pow(3).sum()
+
+
+def legacy(name: str, func: Callable[..., Tensor], *v: Tensor, **options: Any) -> tuple[Any, Any]:
+    return lambda x: getattr(functional, name)(func, x, *v, **options), (X,)
+
+
+CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "grad of a tree": (ad.grad(loss), (PARAMS, X, X[0])),
+    "grad by names": (lambda p, x, y: ad.grad(loss, ("params", "x"))(p, x=x, y=y), (PARAMS, X, X[0])),
+    "grad with aux": (ad.grad(with_aux, has_aux=True), (X,)),
+    "jvp with aux": (lambda x: ad.jvp(with_aux, (x,), (x,), has_aux=True), (X,)),
+    "jacfwd with aux": (ad.jacfwd(with_aux, has_aux=True), (X,)),
+    "jvp of the gradient of mse_loss": (
+        lambda x: ad.jvp(ad.grad(lambda x: mse_loss(x, x.cos())), (x,), (x,))[1],
+        (X,),
+    ),
+    "vmap of hessian of logdet": (
+        ad.vmap(ad.hessian(torch.logdet, mode="forward-over-reverse")),
+        (torch.diag_embed(BATCH.exp()) + 0.1,),
+    ),
+    "hessian of attention": (ad.hessian(attending), (BATCH.expand(1, 1, 4, 3),)),
+    "third derivative": (ad.vmap(ad.grad(ad.grad(ad.grad(lambda x: x.sin() * x**3)))), (X,)),
+    "holomorphic": (ad.jacfwd(lambda z: z**3, holomorphic=True), (torch.complex(X, X.cos()),)),
+    "hessian_eigenvalues, restricted": (
+        ad.hessian_eigenvalues(loss, 1, iterations=2),
+        ({"w": torch.linspace(-1, 1, 20), "b": X[1], "power": 2}, torch.linspace(0, 2, 20), X[0]),
+    ),
+    "vmap": (ad.vmap(vector, out_dims=1), (BATCH,)),
+    "vmap in chunks": (ad.vmap(ad.hessian(scalar), chunk_size=3), (BATCH,)),
+    "vmap in chunks of a learnt size": (ad.vmap(ad.hessian(scalar), chunk_size="auto"), (BATCH,)),
+    "vmap with a fallback": (ad.vmap(scalar, fallback="loop"), (BATCH,)),
+    "vmap of vmap": (ad.vmap(ad.vmap(ad.hessian(scalar))), (torch.stack([BATCH, BATCH.exp()]),)),
+    "per-sample gradients": (ad.vmap(ad.grad(loss), (None, 0, 0)), (PARAMS, BATCH, BATCH[:, 0])),
+    "per-sample Hessians": (ad.vmap(ad.hessian(loss), (None, 0, 0)), (PARAMS, BATCH, BATCH[:, 0])),
+    "per-sample Hessians of a dataclass": (
+        ad.vmap(ad.hessian(of_line), (None, 0, 0)),
+        (LINE, BATCH, BATCH[:, 0]),
+    ),
+    "functional_call": (ad.vmap(ad.hessian(of_linear), (None, 0)), (WEIGHTS, BATCH)),
+    "buffers": (ad.grad(of_norm, has_aux=True), ({"weight": X}, BATCH)),
+    "buffers of samples": (
+        ad.vmap(ad.grad(of_norm, has_aux=True), (None, 0)),
+        ({"weight": X}, torch.stack([BATCH, BATCH.exp()])),
+    ),
+    "checkpoint": (ad.grad(ad.checkpoint(scalar)), (X,)),
+    "training step through Hessians": (step, (STATE, BATCH)),
+    "functional.vjp": legacy("vjp", vector, X),
+    "functional.jvp": legacy("jvp", vector, X),
+    "functional.vhp": legacy("vhp", scalar, X),
+    "functional.hvp": legacy("hvp", scalar, X),
+    "functional.jacobian": legacy("jacobian", vector),
+    "functional.jacobian, forward": legacy("jacobian", vector, strategy="forward-mode"),
+    "functional.hessian": legacy("hessian", scalar),
+    "functional.hessian, forward": legacy("hessian", scalar, outer_jacobian_strategy="forward-mode"),
+    "functional.vhp, strict": legacy("vhp", scalar, X, strict=True),
+}
+CASES_BY_INDUCTOR = (
+    *("per-sample Hessians", "per-sample Hessians of a dataclass", "training step through Hessians"),
+    *("functional.hessian", "functional.vhp"),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, backend) for name in CASES for backend in ("eager", "aot_eager")]
+    + [pytest.param(name, *inductor.values, marks=inductor.marks) for name in CASES_BY_INDUCTOR],
+)
+def test_one_graph_gives_eagers_numbers(name: str, backend: str) -> None:
+    func, arguments = CASES[name]
+    assert_compiles_once(func, arguments, func(*arguments), backend)
+
+
+def test_result_is_differentiated_by_what_is_outside() -> None:
+    state = {name: param.clone().requires_grad_() for name, param in STATE.items()}
+    value = torch.compile(residual, backend="aot_eager", fullgraph=True)(state, BATCH)
+    value.backward()
+    # No second derivative depends on the last bias.
+    slopes = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in state.items()}
+    assert_close(slopes, ad.grad(residual)(STATE, BATCH), loose=True)
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_other_batch_sizes_recompile_at_most_once(dynamic: bool | None) -> None:
+    compiled = torch.compile(
+        ad.vmap(ad.hessian(scalar)), backend="aot_eager", fullgraph=True, dynamic=dynamic
+    )
+    batch = torch.cat([BATCH, BATCH + 1])
+    for size in (3, 4) if dynamic is None else (4,):
+        compiled(batch[:size].clone())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for size in (5, 8):
+            assert_close(
+                compiled(batch[:size].clone()), ad.vmap(ad.hessian(scalar))(batch[:size]), loose=True
+            )
+
+
+# What cannot be traced.
+
+
+def is_compiled_in_pieces(x: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return cubic(x)
+
+
+@pytest.mark.parametrize("every", [*FIRST, *SECOND], ids=lambda every: every.name)
+def test_transform_of_what_breaks_the_graph_runs_uncompiled(every: Every) -> None:
+    compiled = torch.compile(lambda x: every.apply(is_compiled_in_pieces, x), backend="aot_eager")
+    for _ in range(2):
+        assert_close(compiled(T), every.expected(T, W))
+
+
+@ad.custom_vjp
+def clipped(x: Tensor) -> Tensor:
+    return x**3
+
+
+clipped.defvjp(lambda x: (x**3, x), lambda x, c: (5 * x * c,))
+
+
+@ad.custom_jvp
+def pushed(x: Tensor) -> Tensor:
+    return x**3
+
+
+pushed.defjvp(lambda primals, tangents: (pushed(*primals), 5 * primals[0] * tangents[0]))
+
+UNTRACED: dict[str, tuple[Callable[..., Any], type[Exception], Tensor, Tensor]] = {
+    "custom_vjp": (ad.grad(lambda x: clipped(x).sum()), RuleError, X, 5 * X),
+    "custom_jvp": (ad.grad(lambda x: pushed(x).sum()), RuleError, X, 5 * X),
+    "custom_vjp in a batch": (ad.vmap(ad.grad(lambda x: clipped(x).sum())), RuleError, BATCH, 5 * BATCH),
+    "per_sample": (
+        ad.per_sample(ad.grad(lambda x: (x**3).sum())),
+        OptionError,
+        BATCH,
+        3 * BATCH**2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNTRACED)
+def test_what_cannot_be_traced_says_so_and_runs_uncompiled(name: str) -> None:
+    func, error, x, expected = UNTRACED[name]
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=rf"{error.__name__}.*torch\.compile traces"):
+        torch.compile(func, backend="eager", fullgraph=True)(x)
+    torch.compiler.reset()
+    assert_close(torch.compile(func, backend="eager")(x), expected)
+
+
+def fails_in_the_function(x: Tensor) -> Tensor:
+    raise ValueError(x.shape)
+
+
+def fails_in_a_shape(x: Tensor) -> Tensor:
+    return (x.sin() + torch.ones(7)).sum()
+
+
+def failing_backend(graph: Any, inputs: Any) -> Any:
+    raise ValueError(graph, inputs)
+
+
+@pytest.mark.parametrize(
+    "name", ["grad", "jvp", "linearize", "jacfwd", "hessian", "hvp-forward-over-reverse"]
+)
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize(
+    ("func", "backend"),
+    [
+        (is_compiled_in_pieces, "inductor"),
+        (fails_in_the_function, "aot_eager"),
+        (fails_in_a_shape, "inductor"),
+        (cubic, failing_backend),
+    ],
+)
+def test_failed_compile_leaves_nothing_behind(name: str, batched: bool, func: Any, backend: Any) -> None:
+    every = TRANSFORMS[name]
+    derivative = ad.vmap(lambda x: every.apply(func, x)) if batched else lambda x: every.apply(func, x)
+    with pytest.raises(Exception, match=r"."):
+        torch.compile(derivative, backend=backend, fullgraph=True)(torch.stack([T, 2 * T]) if batched else T)
+    assert _torch.on_ground()
+    assert torch.is_grad_enabled()
+    for after in ("jvp", "grad", "hessian"):
+        assert_close(TRANSFORMS[after].apply(cubic, T), TRANSFORMS[after].expected(T, W))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, overrides
 from torch._C import _functorch
+from torch._C._dynamo import eval_frame
 from torch._functorch import autograd_function, eager_transforms, predispatch, pyfunctorch
 from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
@@ -68,6 +69,9 @@ CONTRACTS = {
     "torch._C._set_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._is_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._set_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
+    "eval_frame._FrameAction": "test_code_can_be_kept_from_being_compiled_alone",
+    "eval_frame._FrameExecStrategy": "test_code_can_be_kept_from_being_compiled_alone",
+    "eval_frame.set_code_exec_strategy": "test_code_can_be_kept_from_being_compiled_alone",
     "torch._C._get_flash_sdp_enabled": "test_switches_of_attention_are_those_of_the_public_functions",
     "torch._C._set_sdp_use_flash": "test_switches_of_attention_are_those_of_the_public_functions",
     "torch._C._get_math_sdp_enabled": "test_switches_of_attention_are_those_of_the_public_functions",
@@ -402,6 +406,28 @@ def test_function_modes_stand_on_a_stack() -> None:
         assert overrides._get_current_function_mode_stack() == [outer, inner]
 
 
+def test_code_can_be_kept_from_being_compiled_alone() -> None:
+    """set_code_exec_strategy(code, skip) keeps a function and all it calls eager, unless its caller is traced."""
+    seen: list[bool] = []
+
+    def inside(x: Tensor) -> Tensor:
+        seen.append(torch.compiler.is_compiling())
+        return x.sin()
+
+    def marked(x: Tensor) -> Tensor:
+        return inside(x)
+
+    def calling(x: Tensor) -> Tensor:
+        return marked(x)
+
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(marked.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    torch.compile(marked, backend="eager")(X)
+    torch.compile(calling, backend="eager", fullgraph=True)(X)
+    assert seen == [False, True]
+    torch.compiler.reset()
+
+
 def test_saved_tensor_hooks_can_be_forbidden() -> None:
     """disable_saved_tensors_hooks(message) makes a hook inside a level an error with our words."""
     with (
@@ -525,6 +551,7 @@ def private_names(tree: ast.AST) -> set[str]:
         "autograd_graph",
         "torch_pytree",
         "overrides",
+        "eval_frame",
         "_python_dispatch",
     }
     names = set()
@@ -534,7 +561,10 @@ def private_names(tree: ast.AST) -> set[str]:
             continue
         if dotted[:2] in (["torch", "_C"], ["torch", "_VF"]):
             names.add(".".join(dotted[:3]))
-        elif dotted and (dotted[0] in roots or (dotted[1].startswith("_") and dotted[0] != "self")):
+        elif dotted and (
+            dotted[0] in roots
+            or (dotted[1].startswith("_") and dotted[0] != "self" and dotted[1] != "__code__")
+        ):
             names.add(".".join(dotted[:2]))
     return names - {"torch._C", "torch._VF"}
 

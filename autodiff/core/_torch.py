@@ -60,6 +60,7 @@ from autodiff.core.seam.modes import (
     function_mode,
     function_modes,
     outside_inference,
+    whole,
 )
 
 __all__ = [
@@ -109,6 +110,7 @@ __all__ = [
     "unwrap",
     "versions",
     "vmap_levels",
+    "whole",
     "without_dead_level",
     "wrap",
     "wrap_watched",

@@ -50,7 +50,6 @@ class Call:
         "name",
         "out_spec",
         "primals",
-        "root",
         "spec",
     )
 
@@ -70,12 +69,12 @@ class Call:
         self.name, self.func, self.args, self.kwargs, self.has_aux = name, func, args, kwargs, has_aux
         self._picks: list[int | str] | int | str | None
         if argnums is None:
-            self._picks, tree, self.root = None, args, "primals"
+            self._picks, tree = None, args
         elif type(argnums) is int and 0 <= argnums < len(args):
-            self._picks, tree, self.root = argnums, args[argnums], f"args[{argnums}]"
+            self._picks, tree = argnums, args[argnums]
         else:
             self._picks = _locate(name, func, args, kwargs, argnums)
-            tree, self.root = self._select()
+            tree = self._select()
         self._leaves, self.spec = trees.flatten(tree)
         self._where = [i for i, leaf in enumerate(self._leaves) if is_differentiable(leaf)]
         if not self._where:
@@ -85,12 +84,20 @@ class Call:
             self._where = _matching(name, wrt, trees.places(self.spec, skip=several), self._where)
         self.primals: list[Tensor] = [self._leaves[i] for i in self._where]
 
-    def _select(self) -> tuple[Any, str]:
+    @property
+    def root(self) -> str:
+        """What the selected arguments are called, written as code. Made for errors: no tracer writes a number."""
+        if self._picks is None:
+            return "primals"
         if isinstance(self._picks, list):
-            return tuple(self._argument(pick) for pick in self._picks), "args"
+            return "args"
+        return f"args[{self._picks}]" if isinstance(self._picks, int) else self._picks
+
+    def _select(self) -> Any:
+        if isinstance(self._picks, list):
+            return tuple(self._argument(pick) for pick in self._picks)
         assert self._picks is not None
-        shown = f"args[{self._picks}]" if isinstance(self._picks, int) else self._picks
-        return self._argument(self._picks), shown
+        return self._argument(self._picks)
 
     def _argument(self, pick: int | str) -> Any:
         return self.args[pick] if isinstance(pick, int) else self.kwargs[pick]

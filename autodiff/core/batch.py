@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Randomness: TypeAlias = Literal["error", "different", "same"]
 
 
+@_torch.whole
 def run(
     func: Callable[[list[Any]], list[Any]],
     leaves: Sequence[Any],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor, nn
 
 from autodiff.core import trees
+from autodiff.core._torch import compiling
 from autodiff.errors import (
     ArgnumsError,
     DtypeError,
@@ -59,6 +60,15 @@ def eigenvalue_count(name: str, k: int, size: int) -> None:
         raise OptionError(
             f"{name}: k={k} eigenvalues are asked for, where the Hessian has {size}: one for each number of the "
             f"differentiated leaves. Pass a smaller k, or differentiate more leaves by argnums or wrt."
+        )
+
+
+def not_traced(name: str) -> None:
+    if compiling():
+        raise OptionError(
+            f"{name}: torch.compile traces the call. Expected a call outside of what is compiled: it measures memory, "
+            f"which no tracer can. Compile with fullgraph=False, which runs it uncompiled, or compile vmap of the "
+            f"function, and call that in chunks of one size."
         )
 
 

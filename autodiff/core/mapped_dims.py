@@ -49,10 +49,14 @@ def in_dims_name(name: str, unknown: str, known: Sequence[str]) -> NoReturn:
 
 def in_dim(name: str, in_dims: object, path: str, dim: object, leaf: object) -> None:
     """A dim is None, or an int in the range of the tensor that it is for."""
-    opening = f"{name}(in_dims={in_dims}): Got in_dim={dim} for an input"
     if dim is None:
         return
-    if not isinstance(dim, int) or isinstance(dim, bool):
+    number = dim if isinstance(dim, int) and not isinstance(dim, bool) else None
+    if number is not None and isinstance(leaf, Tensor) and -leaf.dim() <= number < leaf.dim():
+        return
+    # Written for the error alone: no tracer writes a number that may be another one the next time.
+    opening = f"{name}(in_dims={in_dims}): Got in_dim={dim} for an input"
+    if number is None:
         raise BatchError(
             f"{opening} but in_dim must be either an integer dimension or None. It is for {path}."
         )
@@ -61,12 +65,11 @@ def in_dim(name: str, in_dims: object, path: str, dim: object, leaf: object) -> 
             f"{opening} but the input is of type {type(leaf)}. We cannot vmap over non-Tensor arguments, "
             f"please use None as the respective in_dim. It is {path}."
         )
-    if not -leaf.dim() <= dim < leaf.dim():
-        raise BatchError(
-            f"{name}(in_dims={in_dims}): Got in_dim={dim} for some input, but that input is a Tensor of "
-            f"dimensionality {leaf.dim()} so expected in_dim to satisfy -{leaf.dim()} <= in_dim < "
-            f"{leaf.dim()}. It is {path}, of shape {tuple(leaf.shape)}."
-        )
+    raise BatchError(
+        f"{name}(in_dims={in_dims}): Got in_dim={dim} for some input, but that input is a Tensor of "
+        f"dimensionality {leaf.dim()} so expected in_dim to satisfy -{leaf.dim()} <= in_dim < "
+        f"{leaf.dim()}. It is {path}, of shape {tuple(leaf.shape)}."
+    )
 
 
 def batch_sizes(name: str, where: Sequence[str], sizes: Sequence[int]) -> None:

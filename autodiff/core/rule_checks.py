@@ -45,6 +45,14 @@ def only_positional(name: str, func: str, names: Sequence[str]) -> NoReturn:
     )
 
 
+def not_traced(name: str, func: str) -> NoReturn:
+    raise RuleError(
+        f"{name}: torch.compile traces a call of {func}. Expected a call outside of what is compiled: no tracer can "
+        f"follow a rule, and it would differentiate {func} in its place. Compile with fullgraph=False, which runs the "
+        f"transform around {func} uncompiled, or compile what does not need the rule."
+    )
+
+
 def has_rule(name: str, func: str, how: str) -> NoReturn:
     raise RuleError(
         f"{name}: {func} is differentiated, but has no rule. Expected one, set by {func}.{how}, before the first "

@@ -10,10 +10,12 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autodiff.core import _torch, attention, graph
 from autodiff.errors import BatchedPullError, InPlaceError
@@ -157,6 +159,7 @@ class Tape(ABC):
         """Whether somebody outside can see a derivative of what this tape gives."""
 
 
+@_torch.whole
 def record(
     func: Recordable,
     primals: Sequence[Tensor],
@@ -173,7 +176,7 @@ def record(
     no other way to: then they need no view to be told apart by.
     """
     if _torch.compiling():
-        return _TracedTape(func, primals)
+        return _TracedTape(func, primals, twice or inner)
     if _torch.on_ground():
         return _GroundTape(func, primals, private, twice, inner)
     return _LevelTape(func, primals, twice)
@@ -325,15 +328,21 @@ class _TracedTape(Tape):
 
     __slots__ = ("_pullback",)
 
-    def __init__(self, func: Recordable, primals: Sequence[Tensor]) -> None:
-        recorded: Any = torch.func.vjp(returning_tuples(func), *primals, has_aux=True)
-        outputs, self._pullback, aux = recorded
-        self.outputs, self.aux, self.ends, self.inputs = (
-            list(outputs),
-            list(aux),
-            list(outputs),
-            list(primals),
-        )
+    def __init__(self, func: Recordable, primals: Sequence[Tensor], twice: bool) -> None:
+        inside: list[Any] = []
+
+        def of_inputs(*inputs: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+            outputs, inside[:] = func(inputs, None)
+            # It takes nothing but tensors for aux.
+            return tuple(outputs), tuple(leaf for leaf in inside if isinstance(leaf, Tensor))
+
+        # The tracer knows this switch, and turns it back.
+        with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
+            recorded: Any = torch.func.vjp(of_inputs, *primals, has_aux=True)
+        outputs, self._pullback, tensors = recorded
+        coming = iter(tensors)
+        self.outputs, self.ends, self.inputs = list(outputs), list(outputs), list(primals)
+        self.aux = [next(coming) if isinstance(leaf, Tensor) else leaf for leaf in inside]
 
     def pull(
         self,
@@ -408,13 +417,3 @@ def _enter(primal: Tensor) -> Tensor:
         return _torch.outside_inference(primal).detach().requires_grad_()
     # A sparse tensor has no views.
     return primal.view_as(primal) if primal.layout is torch.strided else primal.clone()
-
-
-def returning_tuples(func: Recordable) -> Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]:
-    """A function of flat lists as torch.func takes one: inputs as arguments, outputs and aux as tuples."""
-
-    def of_inputs(*inputs: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        outputs, aux = func(inputs, None)
-        return tuple(outputs), tuple(aux)
-
-    return of_inputs

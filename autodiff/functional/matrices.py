@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from autodiff.core import trees
+from autodiff.core._torch import compiling
 from autodiff.core.batch import remember_randomness
 from autodiff.errors import OptionError, StrategyError, StrictModeError
 from autodiff.functional.contract import Contract
@@ -159,6 +160,9 @@ def _jacobian(contract: Contract, func: Callable[..., Any], vectorize: bool, str
 
 def _forward(contract: Contract, func: Callable[..., Any]) -> Any:
     """Columns by forward mode; rows, in the same dtypes, where it lacks a rule or func wants a graph."""
+    if compiling():
+        with contract.modes():
+            return _by_mode(contract, func, "forward")
     dtypes: list[Any] = []
 
     def noting_dtypes(*args: Any) -> Any:

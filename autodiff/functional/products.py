@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from autodiff.core import checks, graph
+from autodiff.core._torch import compiling
 from autodiff.core.arguments import is_differentiable
 from autodiff.core.batch import remember_randomness
 from autodiff.core.dual import push
@@ -139,7 +140,7 @@ def jvp(
     contract = Contract("jvp", inputs, create_graph, strict)
     tangents = contract.input_vector(v)
     with contract.modes():
-        if not (strict or create_graph):
+        if not (strict or create_graph or compiling()):
             rewind = remember_randomness()
             try:
                 return _pushed(contract.call(as_forward_sees(func)), tangents)
@@ -239,7 +240,9 @@ def hvp(
         custom: list[bool] = []
         hooks = HookWatch()
         call, tape, output = _second_order(
-            contract, hooks.over(func), lambda value: custom.append(graph.has_custom_gradient(value.ends))
+            contract,
+            hooks.over(func),
+            lambda value: custom.append(not compiling() and graph.has_custom_gradient(value.ends)),
         )
         if strict or custom[0] or hooks.seen:
             pushed = transpose(tape, _looking_for_independence(contract, _JACOBIAN_INDEPENDENT))(vector)
@@ -262,7 +265,7 @@ def _second_order(
     call = contract.call_of_scalar(func)
     with contract.words(_OUTPUT_INDEPENDENT):
         tape = gradient_tape(call, strict=contract.strict, look=look)
-    constant = graph.first_constant(tape.ends) if contract.strict else None
+    constant = graph.first_constant(tape.ends) if contract.strict and not compiling() else None
     if constant is not None:
         contract.refuse(GRADIENT_CONSTANT, input=constant)
     _, output = tape.aux

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from autodiff.core import checks
+from autodiff.core._torch import whole
 from autodiff.core.memory import parse
 from autodiff.per_sample.progress import Progress
 from autodiff.per_sample.run import Options, Run
@@ -163,6 +164,7 @@ class PerSample:
         """
         return self._collected(reduce, args, kwargs, out)
 
+    @whole
     def stream(self, *args: Any, **kwargs: Any) -> Iterator[Chunk]:
         """The results, chunk by chunk, as a :class:`.Chunk` each.
 
@@ -176,11 +178,14 @@ class PerSample:
         Returns:
             An iterator of chunks, in the order of the samples.
         """
+        checks.not_traced("per_sample")
         return self._run(args, kwargs, held=1 + self._options.as_matrix, assembled=2).stream()
 
+    @whole
     def _collected(
         self, reduce: Callable[[Any], Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> Any:
+        checks.not_traced("per_sample")
         # What is reduced is a matrix besides its blocks.
         held = 0 if reduce is None else int(self._options.as_matrix)
         assembled = 0 if reduce is None else 1

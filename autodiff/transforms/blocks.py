@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, assert_ne
 import torch
 
 from autodiff.core import basis, checks, graph
-from autodiff.core._torch import bottom, compiling, quiet_fallbacks
+from autodiff.core._torch import bottom, compiling, quiet_fallbacks, whole
 from autodiff.core.arguments import Call, wraps
 from autodiff.core.batch import over_rows, remember_randomness, the_same_for_all
 from autodiff.core.chunks import Chunks, Sizes, sizes_for
@@ -130,6 +130,7 @@ class Recipe:
         checks.complex_pairing(self.name, call.primals, self.holomorphic, "inputs")
         return call
 
+    @whole
     def blocks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Blocks, list[Any]]:
         """The call, a block for each output and primal, and the leaves of aux."""
         if self.others is tuple or compiling():
@@ -144,9 +145,9 @@ class Recipe:
     def _blocks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Blocks, list[Any]]:
         call = self.call(args, kwargs)
         match self.mode:
-            case "forward":
+            case "forward" if not compiling():
                 return call, *_columns(self, call)
-            case "reverse" | "auto":
+            case "reverse" | "auto" | "forward":
                 return call, *_rows(self, call)
             case _:
                 assert_never(self.mode)
@@ -196,11 +197,15 @@ def _puller(recipe: Recipe, tape: Tape) -> Product:
 
 
 def _rows(recipe: Recipe, call: Call) -> tuple[Blocks, list[Any]]:
-    """One evaluation, then the rows by pulls, or with "auto" the columns where there are fewer."""
+    """One evaluation, then the rows by pulls, or the columns: with "auto" where there are fewer.
+
+    Forward mode comes here while torch.compile traces; see `push`.
+    """
     tape = _recorded(recipe, call)
     outputs = tape.outputs
     sizes = sizes_for(recipe.chunk_size, call.primals)
-    if recipe.mode == "auto" and basis.size_of(call.primals) < basis.size_of(outputs):
+    fewer = recipe.mode == "auto" and basis.size_of(call.primals) < basis.size_of(outputs)
+    if fewer or recipe.mode == "forward":
         move = transpose(tape)
 
         def without_last(tangents: list[Tensor], *, last: bool) -> list[Tensor | None]:
@@ -324,7 +329,7 @@ def _columns(recipe: Recipe, call: Call) -> tuple[Blocks, list[Any]]:
                 if tangent is None:
                     checks.depends(call.name, call.path_of_output(position), call.root, output=position)
         seen[:] = result.outputs
-        aux[:] = result.aux if compiling() else the_same_for_all(result.aux, tangents)
+        aux[:] = the_same_for_all(result.aux, tangents)
         return result.tangents
 
     draws: Randomness = "error" if recipe.randomness == "error" else "same"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from autodiff.core import checks
+from autodiff.core._torch import whole
 from autodiff.core.arguments import Call, wraps
 from autodiff.core.tape import conjugated, record
 
@@ -180,6 +181,7 @@ class Differentiated(NamedTuple):
     aux: Any
 
 
+@whole
 def differentiate(
     name: str,
     func: Callable[..., Any],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from torch import Tensor
 
 from autodiff.core import batch, checks, mapped_dims, trees
+from autodiff.core._torch import compiling, whole
 from autodiff.core.agreement import Agreement, is_same
 from autodiff.core.arguments import parameter_names, wraps
 from autodiff.core.chunks import Chunks, Sizes, sizes_for
@@ -100,7 +101,7 @@ def vmap(
     @wraps(func)
     def batched(*args: Any, **kwargs: Any) -> Any:
         mapped = Mapped(func, in_dims, out_dims, args, kwargs)
-        if fallback is None:
+        if fallback is None or compiling():
             try:
                 return mapped.run(randomness, sizes_of(mapped))
             except RuntimeError as error:
@@ -190,6 +191,7 @@ class Mapped:
             if isinstance(leaf, Tensor)
         )
 
+    @whole
     def run(self, randomness: Randomness, sizes: Sizes) -> Any:
         """All samples, in one batch or in chunks of it."""
         chunks = Chunks(self.size, sizes)
@@ -199,7 +201,8 @@ class Mapped:
         def compute(start: int, stop: int) -> list[Any]:
             if rewind is not None:
                 rewind()
-            self._where = f"samples {start} to {stop - 1}" if stop - start > 1 else f"sample {start}"
+            if self._agreement is not None:
+                self._where = f"samples {start} to {stop - 1}" if stop - start > 1 else f"sample {start}"
             return self.of_samples(start, stop, randomness)
 
         last: list[Any] = []

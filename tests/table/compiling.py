@@ -38,6 +38,23 @@ def compiled_hessians_per_sample(library: Any) -> None:
 
 
 @COMPILING.row(
+    "`torch.compile` of `jvp(grad(mse_loss))`",
+    torch="fails to trace; with the backend aot_eager the process ends",
+    fails="RuntimeError: ZeroTensors are immutable|the process ends by signal",
+    ours="one graph, right",
+    over={"eager": "eager", "aot_eager": "aot_eager"},
+    needs="2.13",
+    alone=(),
+)
+def compiled_product_with_the_hessian_of_mse_loss(library: Any, backend: str) -> None:
+    def product(x: Tensor) -> Tensor:
+        return library.jvp(library.grad(lambda x: mse_loss(x, W)), (x,), (W,))[1]
+
+    result = torch.compile(product, fullgraph=True, backend=backend)(X[0])
+    assert_close(result, 2 / 3 * W, loose=True)
+
+
+@COMPILING.row(
     "a `jvp` after `torch.compile` of `jvp(grad(mse_loss))`, failed or not",
     torch="every later `jvp` of the process fails",
     fails="RuntimeError: Nested forward mode AD is not supported",

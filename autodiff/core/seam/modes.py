@@ -6,14 +6,19 @@ Imports nothing from the package.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import overrides
 from torch._C import _functorch
+from torch._C._dynamo import eval_frame
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
+
+F = TypeVar("F", bound="Callable[..., Any]")
 
 # Whether torch.compile or torch.export traces the caller.
 compiling = torch.compiler.is_compiling
@@ -29,6 +34,17 @@ function_modes = overrides._get_current_function_mode_stack
 # Attention by a fused kernel and by a formula: whether it is on, and the switch.
 FLASH_ATTENTION = torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash
 MATH_ATTENTION = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math
+
+
+def whole(func: F) -> F:
+    """``func``, traced by torch.compile as a part of its caller alone.
+
+    Where something in it cannot be traced, and the caller runs uncompiled, so does all of it. torch would compile it
+    in pieces, of which some believe that they are traced and others that they are not.
+    """
+    code, skip = func.__code__, eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
+    return func
 
 
 def on_stack(kind: _functorch.TransformType) -> bool:
