@@ -94,3 +94,11 @@ def test_nothing_watched_gives_no_grad_fn() -> None:
 def test_output_not_reached_by_a_piecewise_constant_branch() -> None:
     _, pushforward = ad.linearize(lambda x: torch.floor(x) + x * 0, X)
     assert_close(pushforward(T), torch.zeros_like(X))
+
+
+def test_pullback_that_is_linear_by_way_of_logarithms() -> None:
+    """torch's pullback of logcumsumexp takes the logarithm of the cotangent."""
+    x, t = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, -2.0, 0.25])
+    weights = torch.tril(x.exp().expand(3, 3))
+    _, pushforward = ad.linearize(lambda x: x.logcumsumexp(0), x)
+    assert_close(pushforward(t), weights @ t / weights.sum(1))

@@ -364,12 +364,16 @@ class _TracedTape(Tape):
 
 
 def transpose(
-    tape: Tape, look: Callable[[list[Tensor | None]], None] = lambda _: None
+    tape: Tape,
+    look: Callable[[list[Tensor | None]], None] = lambda _: None,
+    origin: Callable[[Tensor], Tensor] = torch.ones_like,
 ) -> Callable[[Sequence[Tensor | None]], list[Tensor | None]]:
     """The tape's derivative as a function of tangents: the pullback of its pullback.
 
     Conjugate twice: the engine's pullback is the conjugate transpose, and so is its own pullback.
-    ``look`` is shown what the first pullback gives, None where no output depends on an input.
+    ``look`` is shown what the first pullback gives, None where no output depends on an input. ``origin`` is the
+    cotangent that this is taken at, which a hook that is not linear tells; at zeros the pullback of logcumsumexp, which
+    takes the logarithm, has no derivative.
     """
 
     def pull(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
@@ -377,7 +381,7 @@ def transpose(
         look(pulled)
         return pulled
 
-    return transposed(pull, [torch.zeros_like(output) for output in tape.outputs], private=tape.inputs)
+    return transposed(pull, [origin(output) for output in tape.outputs], private=tape.inputs)
 
 
 def transposed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from autodiff.core import checks, graph
@@ -151,7 +152,9 @@ def jvp(
         call = contract.call(func)
         tape = record(call.evaluate, call.primals, twice=True)
         _check_outputs_of_jvp(call, tape.outputs)
-        pushed = transpose(tape, _looking_for_independence(contract, _OUTPUT_INDEPENDENT))(tangents)
+        pushed = transpose(tape, _looking_for_independence(contract, _OUTPUT_INDEPENDENT), torch.zeros_like)(
+            tangents
+        )
         with contract.words(_ENTRY_INDEPENDENT):
             product = call.like_output(dense_tangents(call, tape.outputs, pushed, strict))
     if strict and create_graph:
@@ -245,7 +248,9 @@ def hvp(
             lambda value: custom.append(not compiling() and graph.has_custom_gradient(value.ends)),
         )
         if strict or custom[0] or hooks.seen:
-            pushed = transpose(tape, _looking_for_independence(contract, _JACOBIAN_INDEPENDENT))(vector)
+            pushed = transpose(
+                tape, _looking_for_independence(contract, _JACOBIAN_INDEPENDENT), torch.zeros_like
+            )(vector)
         else:
             pushed = tape.pull(vector)
         with contract.words(_HESSIAN_ENTRY_INDEPENDENT):
