@@ -81,8 +81,8 @@ def _machine(about: dict[str, Any]) -> str:
         f"torch {about['torch']}",
         *([f"JAX {about['JAX']}"] if "JAX" in about else []),
         "one thread",
-        f"{about['matrix rate, operations/s'] / 1e9:.0f} billion operations/s in matrix products, "
-        f"{about['of torch.mm'] / 1e9:.0f} in torch.mm",
+        f"{about['matrix rate, operations/s'] / 1e9:.0f} billion operations/s in matrix products",
+        f"{about['of torch.mm'] / 1e9:.0f} of them in torch.mm",
     ]
     if "JAX" in about:
         parts.append(f"{about[JAX_RATE] / 1e9:.0f} in JAX's")

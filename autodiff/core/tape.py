@@ -182,6 +182,7 @@ def record(
     return _LevelTape(func, primals, twice)
 
 
+@_torch.whole
 def record_pull(func: Recordable, primals: Sequence[Tensor], pull: Pulling) -> Tape:
     """The tape of ``pull``, which pulls cotangents through the tape of ``func``.
 
