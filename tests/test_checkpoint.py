@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -255,3 +256,25 @@ def test_a_question_for_requires_grad_has_the_answer_of_the_caller() -> None:
 
     assert_close(ad.vmap(ad.grad(of_w))(W[None])[0], X**3)
     assert asked == [True, True]
+
+
+def test_only_what_is_differentiated_gets_a_cotangent() -> None:
+    # Under vmap a cotangent of shared weights would be one for every sample.
+    weights, x = torch.randn(64, 64, dtype=T.dtype) / 8, torch.randn(512, 64, dtype=T.dtype)
+
+    def layer(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (w @ x).tanh()
+
+    def loss(call: Any, w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return call(w, x).sum()
+
+    gradients = {
+        call: ad.vmap(ad.grad(partial(loss, call), argnums="x"), (None, 0))
+        for call in (layer, ad.checkpoint(layer))
+    }
+    plain, kept = gradients.values()
+    with Meter(torch.device("cpu")) as of_plain:
+        expected = plain(weights, x)
+    with Meter(torch.device("cpu")) as of_kept:
+        assert_close(kept(weights, x), expected)
+    assert of_kept.peak < 4 * of_plain.peak

@@ -147,11 +147,13 @@ class _ByPullback(Rules):
     def __init__(self, func: Flat) -> None:
         self._func = func
 
-    def pull(self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def pull(
+        self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
         given, seeds = _without_none(cotangents)
 
         def pulled(tensors: Sequence[Tensor]) -> list[Any]:
-            tape, where = record_anew(self._func, tensors[: len(saved)])
+            tape, where = record_anew(self._func, tensors[: len(saved)], wanted)
             result = tape.pull(spread(tensors[len(saved) :], given, len(cotangents)))
             return list(spread(result, where, len(saved)))
 
@@ -164,7 +166,9 @@ class _ByPullback(Rules):
             moved = spread(tensors[len(saved) :], given, len(saved))
             try:
                 with _torch.NoForward() if not _torch.is_nested() else nullcontext():
-                    tape, where = record_anew(self._func, tensors[: len(saved)], twice=True)
+                    tape, where = record_anew(
+                        self._func, tensors[: len(saved)], [True] * len(saved), twice=True
+                    )
                     return transpose(tape)([moved[i] for i in where])
             except (RuntimeError, NotImplementedError) as error:
                 checks.advise("forward mode", error, ("",), f"{self._func.__name__} {_WAY_OUT}")

@@ -7,6 +7,7 @@ which a rule differentiates a function. Never sees a tree; imports `_torch`, `ar
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -35,8 +36,10 @@ class Rules(ABC):
     """
 
     @abstractmethod
-    def pull(self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """A cotangent for each of ``saved``."""
+    def pull(
+        self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """A cotangent for each of ``saved``; what is given where it is not ``wanted`` is of no use."""
 
     @abstractmethod
     def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -75,9 +78,15 @@ def times_written(leaves: Iterable[Any]) -> list[int]:
         return _torch.versions([tensor for tensor in tensors if not tensor.is_inference()])
 
 
-def record_anew(func: Flat, tensors: Sequence[Tensor], *, twice: bool = False) -> tuple[Tape, list[int]]:
-    """Run ``func`` once more, recorded; the tape, and which of the tensors are its inputs."""
-    where = [i for i, tensor in enumerate(tensors) if is_differentiable(tensor)]
+def record_anew(
+    func: Flat, tensors: Sequence[Tensor], wanted: Sequence[bool], *, twice: bool = False
+) -> tuple[Tape, list[int]]:
+    """Run ``func`` once more, recorded; the tape, and which of the tensors are its inputs: of those that are wanted.
+
+    What is not wanted costs a pull its time all the same, and under vmap a cotangent for every sample.
+    """
+    pairs = enumerate(zip(tensors, wanted, strict=True))
+    where = [i for i, (tensor, is_wanted) in pairs if is_wanted and is_differentiable(tensor)]
 
     def recordable(primals: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
         return [leaf for leaf in func(refilled(tensors, where, primals, lift)) if is_differentiable(leaf)], []
@@ -135,7 +144,7 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         # The level that recorded them may be gone, and is not to be taken for one that still watches.
         saved = [_torch.without_dead_level(tensor) for tensor in ctx.saved_tensors]
-        return (None, *ctx.ruled.rules.pull(saved, cotangents))
+        return (None, *ctx.ruled.rules.pull(saved, cotangents, ctx.needs_input_grad[1:]))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -158,9 +167,11 @@ class _Batched(Rules):
     def __init__(self, rules: Rules, dims: Sequence[int | None], size: int, randomness: Randomness) -> None:
         self._rules, self._dims, self._size, self._randomness = rules, dims, size, randomness
 
-    def pull(self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def pull(
+        self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
         dims = [None if cotangent is None else 0 for cotangent in cotangents]
-        pulled = self._run(self._rules.pull, saved, cotangents, dims)
+        pulled = self._run(partial(self._rules.pull, wanted=wanted), saved, cotangents, dims)
         return [
             None if one is None else one.sum(0) if dim is None else one.movedim(0, dim)
             for one, dim in zip(pulled, self._dims, strict=True)

@@ -133,8 +133,10 @@ class _Rerun(Rules):
     def __init__(self, rerun: Callable[[Sequence[Tensor]], list[Any]]) -> None:
         self._rerun = rerun
 
-    def pull(self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        tape, where = record_anew(self._rerun, saved)
+    def pull(
+        self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        tape, where = record_anew(self._rerun, saved, wanted)
         return spread(tape.pull(cotangents), where, len(saved))
 
     def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

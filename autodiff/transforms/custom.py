@@ -327,7 +327,8 @@ class _ByPullback(Rules):
         self._where = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.residuals: list[Tensor] = [self._leaves[i].detach() for i in self._where]
 
-    def pull(self, saved: Sequence[Tensor], cotangents: Vectors) -> Vectors:
+    def pull(self, saved: Sequence[Tensor], cotangents: Vectors, wanted: Sequence[bool]) -> Vectors:
+        del wanted  # JAX's rules give all
         assert self._custom.bwd is not None
         count = len(self._use.saved)
         primals, tensors = saved[:count], saved[count:]
@@ -344,7 +345,8 @@ class _ByPullback(Rules):
         return [*self._use.cotangents(pulled), *[None] * len(tensors)]
 
     def push(self, saved: Sequence[Tensor], tangents: Vectors) -> Vectors:
-        return transposed(partial(self.pull, saved), self._output.zeros())(tangents)
+        pull = partial(self.pull, saved, wanted=[True] * len(saved))
+        return transposed(pull, self._output.zeros())(tangents)
 
 
 class CustomJvp(Custom):
@@ -396,7 +398,8 @@ class _ByPushforward(Rules):
         rule_checks.rule_gives_pair(*name, "jvp rule", "(output, tangent)", pair)
         return self._output.tangents(pair[1])
 
-    def pull(self, saved: Sequence[Tensor], cotangents: Vectors) -> Vectors:
+    def pull(self, saved: Sequence[Tensor], cotangents: Vectors, wanted: Sequence[bool]) -> Vectors:
+        del wanted  # a rule for tangents is transposed as a whole
         count = len(self._use.where)
         origin = [torch.zeros_like(tensor) for tensor in saved[:count]]
         pulled = transposed(partial(self.push, saved), origin)(cotangents)

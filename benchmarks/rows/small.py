@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,15 +139,20 @@ def _of_functional(name: str) -> Row:
 
 def _of_chain(length: int) -> list[Row]:
     func, jax_name = chain(length), f"chain_{length}"
-    # torch.compile unrolls a chain: one of 1000 operations takes it minutes.
-    compiles = (AUTODIFF, TORCH_FUNC) if length < 1000 else ()
+    # Compilers unroll a chain: one of 1000 operations takes them minutes.
+    compilers = length < 1000
+
+    def sides(place: Place, of: Callable[[Place, Any, str], Sides]) -> Sides:
+        all_sides = of(place, func, jax_name)
+        return all_sides if compilers else {c: side for c, side in all_sides.items() if c != JAX}
+
     return [
         Row(
             f"chain of {length}, {name}",
             2,
-            lambda place, of=of: of(place, func, jax_name),
+            partial(sides, of=of),
             short=length == 100,
-            compiles=compiles,
+            compiles=(AUTODIFF, TORCH_FUNC) if compilers else (),
         )
         for name, of in (("grad", _grad), ("hvp", _hvp), ("hessian", _hessian))
     ]

@@ -166,9 +166,7 @@ print(", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()))
 # -----------------------
 #
 # A checkpointed function may stand under every transform. Here is the derivative of each sample's output with respect
-# to that sample, by ``vmap(grad(...))``: the same numbers, and as much less memory. The weights are captured, not
-# passed. Inside other transforms every tensor that is passed gets a cotangent, wanted or not, and here that would be
-# one of all weights for every sample.
+# to that sample, by ``vmap(grad(...))``: the same numbers, and as much less memory.
 
 
 def output(x: Tensor) -> Tensor:
