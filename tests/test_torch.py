@@ -69,6 +69,7 @@ CONTRACTS = {
     "torch._C._set_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._is_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._set_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
+    "torch._dynamo": "test_graph_can_be_broken_with_words",
     "eval_frame._FrameAction": "test_code_can_be_kept_from_being_compiled_alone",
     "eval_frame._FrameExecStrategy": "test_code_can_be_kept_from_being_compiled_alone",
     "eval_frame.set_code_exec_strategy": "test_code_can_be_kept_from_being_compiled_alone",
@@ -425,6 +426,19 @@ def test_code_can_be_kept_from_being_compiled_alone() -> None:
     torch.compile(marked, backend="eager")(X)
     torch.compile(calling, backend="eager", fullgraph=True)(X)
     assert seen == [False, True]
+    torch.compiler.reset()
+
+
+def test_graph_can_be_broken_with_words() -> None:
+    """graph_break(msg=...) is nothing outside of a trace, and raises our words where there has to be one graph."""
+
+    def broken(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break(msg="our words")
+        return x.sin()
+
+    assert torch.equal(broken(X), X.sin())
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="our words"):
+        torch.compile(broken, backend="eager", fullgraph=True)(X)
     torch.compiler.reset()
 
 

@@ -60,6 +60,7 @@ from autodiff.core.seam.modes import (
     function_mode,
     function_modes,
     outside_inference,
+    stop_tracing,
     whole,
 )
 
@@ -105,6 +106,7 @@ __all__ = [
     "register_with_torch",
     "remove_batch",
     "requires_grad_at_any_depth",
+    "stop_tracing",
     "torch_registry",
     "unpack_dual",
     "unwrap",

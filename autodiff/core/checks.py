@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor, nn
 
 from autodiff.core import trees
-from autodiff.core._torch import compiling
+from autodiff.core._torch import compiling, stop_tracing
 from autodiff.errors import (
     ArgnumsError,
     DtypeError,
@@ -65,7 +65,7 @@ def eigenvalue_count(name: str, k: int, size: int) -> None:
 
 def not_traced(name: str) -> None:
     if compiling():
-        raise OptionError(
+        stop_tracing(
             f"{name}: torch.compile traces the call. Expected a call outside of what is compiled: it measures memory, "
             f"which no tracer can. Compile with fullgraph=False, which runs it uncompiled, or compile vmap of the "
             f"function, and call that in chunks of one size."

@@ -1,6 +1,6 @@
 """Floor 1: every check of a custom rule. `func` is the name of the function that has it.
 
-As in `checks`, the first parameter is the public name that the user called. Imports `trees` and `errors`.
+As in `checks`, the first parameter is the public name that the user called. Imports `_torch`, `trees` and `errors`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from torch import Tensor
 
 from autodiff.core import trees
+from autodiff.core._torch import compiling, stop_tracing
 from autodiff.errors import ArgnumsError, RuleError
 
 if TYPE_CHECKING:
@@ -45,12 +46,13 @@ def only_positional(name: str, func: str, names: Sequence[str]) -> NoReturn:
     )
 
 
-def not_traced(name: str, func: str) -> NoReturn:
-    raise RuleError(
-        f"{name}: torch.compile traces a call of {func}. Expected a call outside of what is compiled: no tracer can "
-        f"follow a rule, and it would differentiate {func} in its place. Compile with fullgraph=False, which runs the "
-        f"transform around {func} uncompiled, or compile what does not need the rule."
-    )
+def not_traced(name: str, func: str) -> None:
+    if compiling():
+        stop_tracing(
+            f"{name}: torch.compile traces a call of {func}. Expected a call outside of what is compiled: no tracer "
+            f"can follow a rule, and it would differentiate {func} in its place. Compile with fullgraph=False, which "
+            f"runs the transform around {func} uncompiled, or compile what does not need the rule."
+        )
 
 
 def has_rule(name: str, func: str, how: str) -> NoReturn:

@@ -47,6 +47,14 @@ def whole(func: F) -> F:
     return func
 
 
+def stop_tracing(message: str) -> None:
+    """Where torch.compile traces: break the graph, or with ``fullgraph=True`` raise with these words.
+
+    An error of our own would leave the transform around it uncompiled for the rest of the process.
+    """
+    torch._dynamo.graph_break(msg=message)
+
+
 def on_stack(kind: _functorch.TransformType) -> bool:
     """Whether a level of this kind is on this thread's stack of transforms."""
     stack = _functorch.get_interpreter_stack()
