@@ -7,7 +7,7 @@ inside which torch takes the formula. Imports only `_torch`.
 from __future__ import annotations
 
 import threading
-from contextlib import ContextDecorator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from torch.backends import cuda, mha
@@ -30,7 +30,7 @@ if cuda.is_built():
     ]
 
 
-class _Unfused(ContextDecorator):
+class _Unfused(AbstractContextManager[None]):
     """The switches belong to the process: the first user turns them, and the last one turns them back.
 
     The lock is never held while user code runs. Every second derivative comes by, so that this is written

@@ -41,7 +41,6 @@ class _Here(threading.local):
 
 
 _here = _Here()
-_backward_unfused = attention.unfused(_torch.backward)
 
 
 class Tape(ABC):
@@ -135,14 +134,12 @@ class Tape(ABC):
         if create_graph and any(map(torch.is_inference, seeds)):
             with _torch.NormalMode():
                 seeds = [_torch.outside_inference(seed) for seed in seeds]
-        backward = _backward_unfused if self._unfused else _torch.backward
-        pulled = backward(
-            ends,
-            seeds,
-            inputs,
-            retain_graph=retain_graph or create_graph,
-            create_graph=create_graph,
-        )
+        arguments = ends, seeds, inputs, retain_graph or create_graph, create_graph
+        if self._unfused:
+            with attention.unfused:
+                pulled = _torch.backward(*arguments)
+        else:
+            pulled = _torch.backward(*arguments)
         return [_torch.detached(one) for one in pulled] if forced else pulled
 
     def _unbatched(self, cotangents: Sequence[Tensor | None]) -> bool:

@@ -35,7 +35,6 @@ def backward(
     outputs: Sequence[Tensor],
     cotangents: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    *,
     retain_graph: bool,
     create_graph: bool,
 ) -> list[Tensor | None]:
