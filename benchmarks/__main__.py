@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
+import logging
 import platform
 import shlex
 import sys
@@ -29,6 +30,7 @@ def main() -> int:
     options = _options()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    logging.getLogger("torch").setLevel(logging.CRITICAL)  # what does not compile is told in the table
     place = Place(device=options.device)
     chosen = [
         row

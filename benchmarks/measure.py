@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import memory
 from benchmarks.check import check
@@ -52,6 +53,8 @@ def measured(
                 clocks[column], compiling[column] = _compiled(row, column, sides[eager], reference, place)
             except Exception as error:  # noqa: BLE001  whatever the compiler raises is what it does here
                 failed[column] = _first_line(error)
+                # It remembers operations wrongly after that, and cannot compile others.
+                FakeTensorMode.cache_clear()
     if jax is not None and isinstance(of_jax := sides.get(JAX), OfJax):
         try:
             result, compiling[JAX] = jax.make(of_jax)

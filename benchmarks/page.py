@@ -19,9 +19,8 @@ _OPENING = """\
 # Benchmarks
 
 autodiff beside what torch ships, beside raw `torch.autograd` as somebody writes it by hand who knows it well, and
-beside JAX. The problems and all sides are in
-[benchmarks/rows](https://github.com/autodiff/autodiff/tree/main/benchmarks/rows); this page is made of what the
-command measured, by `python -m benchmarks.page`.
+beside JAX. The problems and all sides are in `benchmarks/rows`; `python -m nox -s bench -- --full` measures them, and
+`python -m benchmarks.page` makes this page of what was measured.
 
 How it is measured: every result is first checked against the same derivative by hand in float64. Times are medians of
 interleaved runs in one process, on one thread; JAX answers from a process of its own. Peaks are the most bytes that

@@ -73,7 +73,12 @@ def _run_traced(
     mapped = [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is not None]
     in_dims = tuple(dim for dim in dims if dim is not None)
     coming = iter(torch.func.vmap(of_samples, in_dims, randomness=randomness)(*mapped))
-    return [output if dim is None else next(coming).movedim(0, dim) for output, dim in kept]
+    return [output if dim is None else _moved(next(coming), dim) for output, dim in kept]
+
+
+def _moved(output: Tensor, dim: int) -> Tensor:
+    # Each operation that is left out is one less to trace.
+    return output.movedim(0, dim) if dim else output
 
 
 def over_rows(
