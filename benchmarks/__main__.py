@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
-import logging
 import platform
 import shlex
 import sys
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +28,25 @@ def main() -> int:
     options = _options()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    logging.getLogger("torch").setLevel(logging.CRITICAL)  # what does not compile is told in the table
     place = Place(device=options.device)
     chosen = [
         row
         for row in ROWS
         if (options.rows is None and (options.full or row.short)) or row.number in (options.rows or ())
     ]
-    with Jax(options.jax) if options.jax else nullcontext() as jax:
-        at_most = rates(options.device)
-        results: dict[str, Any] = {"about": _about(at_most, options.device, jax)}
-        results |= {"rows": [], "growth": [], "promises": []}
-        print(json.dumps(results["about"], indent=1))
-        if jax is None and options.full:
-            print("JAX is left out: --jax wants the Python of an environment that has it.")
-        lines = Lines()
-        for row in chosen:
-            one = measured(
-                row,
-                place,
-                at_most,
-                rounds=21 if options.full else 11,
-                compiled=options.full,
-                jax=jax if options.device == "cpu" else None,
-            )
-            results["rows"].append(one)
-            lines.add(one)
+    at_most = rates(options.device)
+    jax = options.jax if options.device == "cpu" else ""
+    results: dict[str, Any] = {"about": _about(at_most, options.device, jax)}
+    results |= {"rows": [], "growth": [], "promises": []}
+    print(json.dumps(results["about"], indent=1))
+    if options.full and not jax:
+        print("JAX is left out: --jax wants the Python of an environment that has it.")
+    lines = Lines()
+    rounds = 21 if options.full else 11
+    for row in chosen:
+        one = measured(row, place, at_most, rounds=rounds, compiled=options.full, jax=jax)
+        results["rows"].append(one)
+        lines.add(one)
     if options.full and (options.rows is None or 9 in options.rows):
         for one in growth.GROWTHS:
             for of_column in growth.measured(one, place, rounds=5):
@@ -76,11 +67,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     parser.add_argument("--rows", type=int, nargs="+", help="the rows of these numbers only")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--jax", metavar="PYTHON", help="the Python of an environment that has JAX")
+    parser.add_argument(
+        "--jax", metavar="PYTHON", default="", help="the Python of an environment that has JAX"
+    )
     return parser.parse_args()
 
 
-def _about(at_most: Rates, device: str, jax: Jax | None) -> dict[str, Any]:
+def _about(at_most: Rates, device: str, python: str) -> dict[str, Any]:
     about = {
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "command": shlex.join(["python", "-m", "benchmarks", *_shown(sys.argv[1:])]),
@@ -94,8 +87,9 @@ def _about(at_most: Rates, device: str, jax: Jax | None) -> dict[str, Any]:
     }
     if device != "cpu":
         about["card"] = torch.cuda.get_device_name()
-    if jax is not None:
-        about |= {"JAX": jax.version, "JAX's matrix rate, operations/s": jax.matrix_rate()}
+    if python:
+        with Jax(python) as jax:
+            about |= {"JAX": jax.version, "JAX's matrix rate, operations/s": jax.matrix_rate()}
     return about
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import memory
 from benchmarks.check import check
 from benchmarks.clock import Here, medians
-from benchmarks.jax_client import JaxError
+from benchmarks.jax_client import Jax, JaxError
 from benchmarks.limits import needs
+from benchmarks.rows import ROWS
 from benchmarks.rows.row import (
     AUTODIFF,
     BY_HAND,
@@ -26,19 +30,36 @@ from benchmarks.rows.row import (
 
 if TYPE_CHECKING:
     from benchmarks.clock import Timed
-    from benchmarks.jax_client import Jax
     from benchmarks.limits import Rates
     from benchmarks.rows.row import Row
 
 
 def measured(
-    row: Row, place: Place, rates: Rates, *, rounds: int, compiled: bool, jax: Jax | None
+    row: Row, place: Place, rates: Rates, *, rounds: int, compiled: bool, jax: str
 ) -> dict[str, Any]:
     """Seconds and bytes of each column, seconds to compile, and the least seconds by the machine's rates.
 
     A side that raises, or is off the result in float64, is an error; but what torch or JAX cannot compile is noted.
+    Each row has a process of its own: what torch.func cannot compile leaves torch unable to compile others.
     """
-    torch._dynamo.reset()  # what earlier rows compiled would be tried first
+    with ProcessPoolExecutor(1, memory.PROCESSES) as process:
+        timed = process.submit(_timed, row.name, place, rates, rounds, compiled, jax).result()
+    peaks = {c: memory.peak("benchmarks.rows", row.name, c, place) for c in EAGER if c in row.sides(place)}
+    return {"row": row.name, "number": row.number, **timed, "bytes": peaks}
+
+
+def _timed(name: str, place: Place, rates: Rates, rounds: int, compiled: bool, python: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch").setLevel(logging.CRITICAL)  # what does not compile is told in the table
+    (row,) = (row for row in ROWS if row.name == name)
+    with Jax(python) if python and JAX in row.sides(place) else nullcontext() as jax:
+        return _timed_here(row, place, rates, rounds, compiled, jax)
+
+
+def _timed_here(
+    row: Row, place: Place, rates: Rates, rounds: int, compiled: bool, jax: Jax | None
+) -> dict[str, Any]:
     reference = row.sides(Place(torch.float64, place.device))[BY_HAND].run()
     sides = row.sides(place)
     clocks: dict[str, Timed] = {}
@@ -53,8 +74,6 @@ def measured(
                 clocks[column], compiling[column] = _compiled(row, column, sides[eager], reference, place)
             except Exception as error:  # noqa: BLE001  whatever the compiler raises is what it does here
                 failed[column] = _first_line(error)
-                # It remembers operations wrongly after that, and cannot compile others.
-                FakeTensorMode.cache_clear()
     if jax is not None and isinstance(of_jax := sides.get(JAX), OfJax):
         try:
             result, compiling[JAX] = jax.make(of_jax)
@@ -65,10 +84,7 @@ def measured(
     seconds = medians(clocks, rounds)
     need = needs(sides[AUTODIFF])
     return {
-        "row": row.name,
-        "number": row.number,
         "seconds": seconds,
-        "bytes": {c: memory.peak("benchmarks.rows", row.name, c, place) for c in EAGER if c in sides},
         "seconds to compile": compiling,
         "does not compile": failed,
         "operations": need.operations,

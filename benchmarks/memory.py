@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from benchmarks.rows.row import Place, Side
 
 # Forks of a process that has imported all of this, and has run nothing.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["benchmarks.growth"])
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["benchmarks.growth", "benchmarks.measure"])
 
 
 def peak(module: str, name: str, column: str, place: Place) -> int:
     """The most bytes that a run of a side holds at a time, its arguments aside, of a row in this module's ROWS."""
-    with _processes.Pool(1) as pool:
+    with PROCESSES.Pool(1) as pool:
         return pool.apply(_peak_of, (module, name, column, place))
 
 
