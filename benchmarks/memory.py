@@ -7,6 +7,7 @@ events; on a GPU the allocator counts itself. So a peak is exact, and the same e
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ def peak(module: str, name: str, column: str, place: Place) -> int:
 
 def _peak_of(module: str, name: str, column: str, place: Place) -> int:
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     (row,) = (row for row in import_module(module).ROWS if row.name == name)
     return peak_here(row.sides(place)[column], place.device)
 

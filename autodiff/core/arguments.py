@@ -76,7 +76,12 @@ class Call:
             self._picks = _locate(name, func, args, kwargs, argnums)
             tree = self._select()
         self._leaves, self.spec = trees.flatten(tree)
-        self._where = [i for i, leaf in enumerate(self._leaves) if is_differentiable(leaf)]
+        self._where = [
+            i
+            for i, leaf in enumerate(self._leaves)
+            # `is_differentiable`, written out: every leaf comes by.
+            if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+        ]
         if not self._where:
             checks.no_differentiable_leaf(name, self.spec, self._leaves, self.root)
         if wrt is not None:

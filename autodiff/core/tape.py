@@ -230,12 +230,19 @@ class _GroundTape(Tape):
         recording = torch.is_grad_enabled()
         with _torch.Recording():
             self.inputs, views, watched = [], [], False
+            me = weakref.ref(self)
             for primal in primals:
-                entered = primal if inner else _enter(primal)
+                if inner:
+                    entered = primal
+                    watched = watched or primal.requires_grad
+                elif primal.requires_grad:
+                    # Connected where somebody outside watches it. A sparse tensor has no views.
+                    entered = primal.view_as(primal) if primal.layout is torch.strided else primal.clone()
+                    watched = True
+                else:
+                    entered = _torch.outside_inference(primal).detach().requires_grad_()
+                    entered.autodiff_tape = me  # type: ignore[attr-defined]
                 self.inputs.append(entered)
-                watched = watched or primal.requires_grad
-                if entered.is_leaf and not inner:
-                    entered.autodiff_tape = weakref.ref(self)  # type: ignore[attr-defined]
                 # torch refuses writes to a leaf and to a view of one.
                 if not primal.is_leaf:
                     views.append(entered)
@@ -411,11 +418,3 @@ def _refuse_written(views: Sequence[Tensor], versions: Sequence[int]) -> None:
             f"{[tuple(view.shape) for view in views]}: a leaf Variable that requires grad is being used in "
             "an in-place operation. Expected a function that leaves its inputs as they are; write to a clone."
         )
-
-
-def _enter(primal: Tensor) -> Tensor:
-    """The primal as an input of a graph: connected where somebody outside watches it."""
-    if not primal.requires_grad:
-        return _torch.outside_inference(primal).detach().requires_grad_()
-    # A sparse tensor has no views.
-    return primal.view_as(primal) if primal.layout is torch.strided else primal.clone()
