@@ -93,18 +93,9 @@ def jax_python(session: nox.Session) -> str:
     folder = Path(session.create_tmp()) / "jax"
     python = folder / "bin" / "python"
     session.run("python", "-m", "venv", str(folder), silent=True)
-    installed = session.run(
-        str(python),
-        "-m",
-        "pip",
-        "install",
-        "jax",
-        "-c",
-        str(CONSTRAINTS),
-        external=True,
-        success_codes=[0, 1],
-    )
-    return str(python) if installed is not False and (folder / "lib").glob("*/site-packages/jax") else ""
+    command = [str(python), "-m", "pip", "install", "jax", "-c", str(CONSTRAINTS)]
+    session.run(*command, external=True, success_codes=[0, 1])
+    return str(python) if any(folder.glob("lib/*/site-packages/jax")) else ""
 
 
 @nox.session
