@@ -68,9 +68,9 @@ class corrected(TorchFunctionMode):  # noqa: N801  used like a function
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _KNOWN or type(func) in _OPERATORS:
-            return _known(func, args, kwargs or {})
         try:
+            if func in _KNOWN or type(func) in _OPERATORS:
+                return _known(func, args, kwargs or {})
             return func(*args, **kwargs) if kwargs else func(*args)
         except NotImplementedError as error:
             if _NO_RULE not in str(error) or str(getattr(func, "__name__", "")).endswith("_"):

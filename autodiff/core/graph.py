@@ -72,6 +72,11 @@ def writes_over_cotangents(kinds: Iterable[str]) -> bool:
     return not _WRITE_IN_PLACE.isdisjoint(kinds)
 
 
+def takes_logarithm(kinds: Iterable[str]) -> bool:
+    """Whether the pullback of one of the nodes takes the logarithm of its cotangent."""
+    return "LogcumsumexpBackward0" in kinds
+
+
 def is_wrong_in_batches(kinds: Iterable[str]) -> bool:
     """Whether one of the nodes has a batching rule that is silently wrong in torch."""
     return not _WRONG_IN_BATCHES.isdisjoint(kinds)

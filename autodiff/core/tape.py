@@ -371,15 +371,19 @@ class _TracedTape(Tape):
 def transpose(
     tape: Tape,
     look: Callable[[list[Tensor | None]], None] = lambda _: None,
-    origin: Callable[[Tensor], Tensor] = torch.ones_like,
+    origin: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[Sequence[Tensor | None]], list[Tensor | None]]:
     """The tape's derivative as a function of tangents: the pullback of its pullback.
 
     Conjugate twice: the engine's pullback is the conjugate transpose, and so is its own pullback.
-    ``look`` is shown what the first pullback gives, None where no output depends on an input. ``origin`` is the
-    cotangent that this is taken at, which a hook that is not linear tells; at zeros the pullback of logcumsumexp, which
-    takes the logarithm, has no derivative.
+    ``look`` is shown what the first pullback gives, None where no output depends on an input. ``origin`` makes the
+    cotangent that this is taken at, which a hook that is not linear tells. It is zero, where every pullback is defined
+    (that of eig asks for invariance under phases); but that of logcumsumexp, which takes the logarithm, has no
+    derivative there. A tracer's graph does not tell.
     """
+    if origin is None:
+        at_ones = _torch.compiling() or graph.takes_logarithm(tape.kinds())
+        origin = torch.ones_like if at_ones else torch.zeros_like
 
     def pull(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
         pulled = tape.pull(cotangents, retain_graph=True)
