@@ -22,6 +22,8 @@ _TIMES = {
     ("chain of 100, hessian", TORCH_FUNC): 0.6,
     ("tiny functional.jvp", FUNCTIONAL): 0.9,
     ("tiny functional.hvp", FUNCTIONAL): 0.9,
+    ("chain of 100, functional.jvp", FUNCTIONAL): 0.7,
+    ("chain of 100, functional.hvp", FUNCTIONAL): 0.55,
     ("input Hessians, MLP 32-256-256-1, 64 samples", TORCH_FUNC): 0.7,
     ("per_sample of input Hessians, MLP 32-256-256-1, 64 samples", TORCH_FUNC): 0.7,
     ("per_sample of parameter Hessians, MLP 8-16-16-1, 64 samples", TORCH_FUNC): 0.65,

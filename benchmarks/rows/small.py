@@ -113,28 +113,31 @@ def _hessian(place: Place, func: Callable[[Tensor], Tensor], jax_name: str) -> S
     }
 
 
-def _of_functional(name: str) -> Row:
+_PRODUCTS_BY_HAND = {
+    "vjp": by_hand.vjp,
+    "jvp": by_hand.jvp,
+    "vhp": by_hand.hvp,
+    "hvp": by_hand.hvp,
+    "jacobian": by_hand.jacobian_row_by_row,
+    "hessian": by_hand.hessian_row_by_row,
+}
+
+
+def _of_functional(name: str, number: int, title: str, func: Callable[[Tensor], Tensor]) -> Row:
     """A function of autodiff.functional beside its model."""
-    rows_by_hand = {
-        "vjp": by_hand.vjp,
-        "jvp": by_hand.jvp,
-        "vhp": by_hand.hvp,
-        "hvp": by_hand.hvp,
-        "jacobian": by_hand.jacobian_row_by_row,
-        "hessian": by_hand.hessian_row_by_row,
-    }
 
     def sides(place: Place) -> Sides:
-        func = tiny_vector if name in {"vjp", "jvp", "jacobian"} else tiny
         x, v = place.numbers(4), place.numbers(4, seed=1)
-        args = (func, x) if name in {"jacobian", "hessian"} else (func, x, v)
+        # The cotangent of one number may be left out.
+        alone = name in {"jacobian", "hessian"} or (name == "vjp" and func(x).dim() == 0)
+        args = (func, x) if alone else (func, x, v)
         return {
             AUTODIFF: Side(getattr(functional, name), args),
             FUNCTIONAL: Side(getattr(legacy, name), args),
-            BY_HAND: Side(rows_by_hand[name], args),
+            BY_HAND: Side(_PRODUCTS_BY_HAND[name], args),
         }
 
-    return Row(f"tiny functional.{name}", 1, sides, short=True, compiles=())
+    return Row(f"{title} functional.{name}", number, sides, short=True, compiles=())
 
 
 def _of_chain(length: int) -> list[Row]:
@@ -164,6 +167,8 @@ ROWS = [
     Row("tiny jvp", 1, lambda place: _jvp(place, tiny_vector, "tiny_vector"), short=True),
     Row("tiny hvp", 1, lambda place: _hvp(place, tiny, "tiny"), short=True),
     Row("tiny hessian", 1, lambda place: _hessian(place, tiny, "tiny"), short=True),
-    *map(_of_functional, ("vjp", "jvp", "vhp", "hvp", "jacobian", "hessian")),
+    *(_of_functional(name, 1, "tiny", tiny_vector) for name in ("vjp", "jvp", "jacobian")),
+    *(_of_functional(name, 1, "tiny", tiny) for name in ("vhp", "hvp", "hessian")),
     *(row for length in (10, 100, 1000) for row in _of_chain(length)),
+    *(_of_functional(name, 2, "chain of 100,", chain(100)) for name in ("vjp", "jvp", "vhp", "hvp")),
 ]
