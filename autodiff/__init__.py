@@ -32,7 +32,7 @@ from autodiff.transforms.curvature import hessian_eigenvalues as hessian_eigenva
 from autodiff.transforms.vmap import vmap as vmap
 
 # Many samples, in bounded memory.
-from autodiff.per_sample.api import per_sample as per_sample
+from autodiff.samples.api import per_sample as per_sample
 
 # Derivatives of one's own, and memory for time.
 from autodiff.transforms.custom import custom_vjp as custom_vjp
@@ -54,4 +54,4 @@ from autodiff import errors as errors
 from torch.func import functionalize as functionalize
 from torch.func import replace_all_batch_norm_modules_ as replace_all_batch_norm_modules_
 from torch.func import debug_unwrap as debug_unwrap
-from autodiff.core._torch import rearrange as rearrange
+from autodiff._torch import rearrange as rearrange

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from autodiff.core import checks, trees
-from autodiff.core.arguments import is_differentiable
+from autodiff import checks
+from autodiff.core import trees
+from autodiff.core.call import is_differentiable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

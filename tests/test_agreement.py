@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import autodiff as ad
-from autodiff.core.agreement import is_same
+from autodiff.checks.consistency import is_same
 from autodiff.errors import BatchError
 from scenarios import assert_close
 

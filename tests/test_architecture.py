@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import autodiff as ad
-from autodiff.per_sample.api import PerSample
-from autodiff.per_sample.report import Report
-from autodiff.per_sample.run import Chunk
+from autodiff.samples.api import PerSample
+from autodiff.samples.report import Report
+from autodiff.samples.run import Chunk
 
 ROOT = Path(ad.__file__).parent
 MODULES = {
@@ -22,12 +22,16 @@ MODULES = {
 }
 
 
-def listed_floors() -> list[tuple[int, str]]:
-    """Floor and module of every line of the list in docs/architecture.md, lowest first."""
+def listed_modules() -> list[str]:
+    """The modules of the list in docs/architecture.md, lowest first."""
     text = (ROOT.parent / "docs" / "architecture.md").read_text()
     blocks = [block.split("```")[0].splitlines() for block in text.split("```text\n")[1:]]
-    (lines,) = [block[1:] for block in blocks if block[0].strip() == "floors:"]
-    return [(int(line.split()[0]), line.split()[1]) for line in lines if line.strip()]
+    (lines,) = [block[1:] for block in blocks if block[0].strip() == "rooms:"]
+    modules = []
+    for line in lines:
+        room, _, files = line.partition(":")
+        modules += [f"autodiff.{room}.{file}" for file in files.split()] or [f"autodiff.{room}"]
+    return modules
 
 
 def imports_of(path: Path) -> set[str]:
@@ -53,25 +57,30 @@ def runtime_imports_of(path: Path) -> set[str]:
     return {name for name in imports_of(path) if name in stripped or name.rpartition(".")[2] in stripped}
 
 
-def test_list_of_floors_is_complete_and_sorted() -> None:
-    floors = listed_floors()
-    assert [floor for floor, _ in floors] == sorted(floor for floor, _ in floors)
-    names = [name for _, name in floors]
+PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+
+
+def test_list_of_rooms_is_complete() -> None:
+    names = listed_modules()
     assert len(set(names)) == len(names)
-    # Packages and the map hold no logic of their own.
-    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
-    assert set(MODULES) - packages <= set(names), "a module without a floor"
-    assert set(names) <= set(MODULES), "a floor for a module that is not there"
+    # Packages are maps, and hold no logic of their own.
+    assert set(MODULES) - PACKAGES == set(names)
 
 
-@pytest.mark.parametrize("name", [name for name, path in MODULES.items() if path.name != "__init__.py"])
+@pytest.mark.parametrize("name", sorted(set(MODULES) - PACKAGES))
 def test_module_imports_only_from_below(name: str) -> None:
-    order = [listed for _, listed in listed_floors()]
+    order = listed_modules()
     below = set(order[: order.index(name)])
     imported = runtime_imports_of(MODULES[name])
-    packages = {package for package, path in MODULES.items() if path.name == "__init__.py"}
-    assert imported - below == set(), f"{name} imports from above or from a package"
-    assert not imported & packages
+    # A room is imported by its map where all of it is lower.
+    lower = {room for room in PACKAGES if {one for one in order if one.startswith(f"{room}.")} <= below}
+    assert imported - below - lower == set(), f"{name} imports from above"
+
+
+@pytest.mark.parametrize("room", sorted(PACKAGES - {"autodiff"}))
+def test_room_is_a_map_without_logic(room: str) -> None:
+    tree = ast.parse(MODULES[room].read_text())
+    assert all(isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr)) for node in tree.body)
 
 
 def dotted_names(path: Path) -> set[str]:
@@ -99,7 +108,7 @@ def dotted_names(path: Path) -> set[str]:
                 "torch.autograd.graph",
                 "torch.utils._pytree",
             ),
-            "autodiff.core.seam.",
+            "autodiff._torch.",
         ),
         (("optree", "torch.utils._cxx_pytree"), "autodiff.core.trees"),
     ],
@@ -117,7 +126,7 @@ def test_seam_is_the_only_place_that_names(forbidden: tuple[str, ...], home: str
 
 def test_private_torch_reaches_the_package_only_through_the_seam() -> None:
     for name, path in MODULES.items():
-        if name.startswith(("autodiff.core.seam.", "autodiff.core.trees")):
+        if name.startswith(("autodiff._torch.", "autodiff.core.trees")):
             continue
         private = {used for used in dotted_names(path) if used.startswith("torch.") and "._" in used}
         assert private == set(), f"{name} names {sorted(private)}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import autodiff as ad
-from autodiff.core.arguments import Call, is_differentiable, parameter_names
+from autodiff.core.call import Call, is_differentiable, parameter_names
 from scenarios import assert_close
 
 X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autodiff as ad
 from autodiff import functional
-from autodiff.core import attention
+from autodiff.torch_fixes import attention
 from scenarios import assert_close, difference
 
 if TYPE_CHECKING:

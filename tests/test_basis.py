@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autodiff.core import basis
+from autodiff.core import seeds
 
 LEAVES = [torch.zeros(2, 3), torch.zeros((), dtype=torch.float64), torch.zeros(0), torch.zeros(2)]
 TOTAL = 9
@@ -16,7 +16,7 @@ def test_chunks_of_the_basis_make_the_identity(size: int) -> None:
     rows = []
     for start in range(0, TOTAL, size):
         stop = min(start + size, TOTAL)
-        parts = basis.standard_basis(LEAVES, start, stop)
+        parts = seeds.standard_basis(LEAVES, start, stop)
         assert [p.dtype for p in parts] == [leaf.dtype for leaf in LEAVES]
         assert [p.shape for p in parts] == [(stop - start, *leaf.shape) for leaf in LEAVES]
         rows.append(torch.cat([p.reshape(stop - start, -1).double() for p in parts], 1))
@@ -26,7 +26,7 @@ def test_chunks_of_the_basis_make_the_identity(size: int) -> None:
 def test_row_blocks_split_by_output_and_keep_the_input_shape() -> None:
     matrix = torch.arange(5.0 * 6).reshape(5, 2, 3)
     outputs = [torch.zeros(2, 2), torch.zeros(())]
-    first, second = basis.row_blocks(matrix, outputs, torch.zeros(2, 3))
+    first, second = seeds.row_blocks(matrix, outputs, torch.zeros(2, 3))
     assert torch.equal(first, matrix[:4].reshape(2, 2, 2, 3))
     assert torch.equal(second, matrix[4])
 
@@ -34,7 +34,7 @@ def test_row_blocks_split_by_output_and_keep_the_input_shape() -> None:
 def test_column_blocks_split_by_input_and_keep_the_output_shape() -> None:
     columns = torch.arange(7.0 * 2).reshape(7, 2)
     primals = [torch.zeros(3, 2), torch.zeros(())]
-    first, second = basis.column_blocks(columns, torch.zeros(2), primals)
+    first, second = seeds.column_blocks(columns, torch.zeros(2), primals)
     for out in range(2):
         assert torch.equal(first[out], columns[:6, out].reshape(3, 2))
     assert torch.equal(second, columns[6])
@@ -42,8 +42,8 @@ def test_column_blocks_split_by_input_and_keep_the_output_shape() -> None:
 
 def test_missing_rows_and_columns_are_zeros_of_the_right_dtype() -> None:
     single, double = torch.zeros(2, 3), torch.zeros(4, dtype=torch.float64)
-    (row,) = basis.row_blocks(None, [double], single)
-    (column,) = basis.column_blocks(None, double, [single])
+    (row,) = seeds.row_blocks(None, [double], single)
+    (column,) = seeds.column_blocks(None, double, [single])
     assert row.shape == column.shape == (4, 2, 3)
     assert (row.dtype, column.dtype) == (torch.float32, torch.float64)
     assert not row.any()
@@ -51,5 +51,5 @@ def test_missing_rows_and_columns_are_zeros_of_the_right_dtype() -> None:
 
 
 def test_size_of_counts_numbers() -> None:
-    assert basis.size_of(LEAVES) == TOTAL
-    assert basis.size_of([]) == 0
+    assert seeds.size_of(LEAVES) == TOTAL
+    assert seeds.size_of([]) == 0

@@ -13,8 +13,7 @@ from torch.nn.functional import mse_loss, scaled_dot_product_attention
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_structure
 
 import autodiff as ad
-from autodiff import functional
-from autodiff.core import _torch
+from autodiff import _torch, functional
 from every_transform import FIRST, SECOND, Every, T, W, cubic
 from scenarios import assert_close
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import autodiff as ad
-from autodiff.core.dual import push
+from autodiff.core.forward import push
 from every_transform import T, X
 from scenarios import assert_close
 

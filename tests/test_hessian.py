@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import autodiff as ad
-from autodiff.core import _torch
+from autodiff import _torch
 from autodiff.core.memory import Meter
 from disguises import (
     CHUNKS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autodiff.core.quotients import copied, in_double, same_draws, start
+from autodiff.testing.differences import copied, in_double, same_draws, start
 from scenarios import SCENARIOS, Scenario, assert_close, leaves_of, map_tree, pushed
 
 DEFAULT = (None, None, None)

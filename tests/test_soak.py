@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import autodiff as ad
-from autodiff.core import attention
+from autodiff.torch_fixes import attention
 from soak import machine
 from soak.compositions import MAKERS, compose
 from soak.containers import active, mapped

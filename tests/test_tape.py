@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import autodiff as ad
-from autodiff.core import _torch
-from autodiff.core.tape import record
+from autodiff import _torch
+from autodiff.core.reverse import record
 from autodiff.errors import InPlaceError
 from every_transform import EVERY, Every, T, W, X, cubic, each_derivative, gradient
 from scenarios import assert_close

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import autodiff as ad
-from autodiff.core.seam import forward
+from autodiff._torch import forward_level as forward
 from autodiff.errors import ForwardLevelError
 from every_transform import EVERY, Every, T, W, X, cubic
 from scenarios import assert_close

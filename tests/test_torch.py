@@ -1,6 +1,6 @@
 """Contracts of torch's private parts: each test says which symbol, and what it does for us.
 
-When a new torch breaks one of these, the place to mend is autodiff/core/seam alone (or trees.py
+When a new torch breaks one of these, the place to mend is autodiff/_torch alone (or trees.py
 for the last). The final test fails when that file names a symbol that has no contract here.
 """
 
@@ -27,10 +27,10 @@ from torch.utils import _pytree as torch_pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autodiff as ad
-from autodiff.core import _torch
+from autodiff import _torch
 
 X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-SOURCES = sorted(Path(_torch.__file__).parent.glob("seam/*.py"))
+SOURCES = sorted(Path(_torch.__file__).parent.glob("[!_]*.py"))
 
 # Every private symbol of the seam, and the test here that pins it.
 CONTRACTS = {

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from autodiff.core import _torch, memory
+from autodiff import _torch
+from autodiff.core import memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

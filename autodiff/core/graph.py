@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from autodiff.core import _torch
+from autodiff import _torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from autodiff.core._torch import DispatchMode, is_zero_tensor
+from autodiff._torch import DispatchMode, is_zero_tensor
 from autodiff.errors import OptionError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import optree
 import torch.utils._cxx_pytree  # noqa: F401  registers torch's classes with optree
 from torch import Tensor
 
-from autodiff.core._torch import compiling, register_with_torch, torch_registry
+from autodiff._torch import compiling, register_with_torch, torch_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

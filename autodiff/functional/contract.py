@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from autodiff._torch import Recording, compiling, on_ground
 from autodiff.core import trees
-from autodiff.core._torch import Recording, compiling, on_ground
-from autodiff.core.arguments import Call, is_differentiable
+from autodiff.core.call import Call, is_differentiable
 from autodiff.errors import (
     IndependenceError,
     LeafError,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from autodiff.core._torch import SWITCH_OF_GRAD_MODE, Recording
-from autodiff.core.corrections import corrected
+from autodiff._torch import SWITCH_OF_GRAD_MODE, Recording
+from autodiff.torch_fixes.forward_mode import corrected
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from autodiff._torch import compiling
 from autodiff.core import trees
-from autodiff.core._torch import compiling
 from autodiff.core.batch import remember_randomness
 from autodiff.errors import OptionError, StrategyError, StrictModeError
 from autodiff.functional.contract import Contract

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from autodiff.core import checks, graph
-from autodiff.core._torch import compiling
-from autodiff.core.arguments import is_differentiable
+from autodiff import checks
+from autodiff._torch import compiling
+from autodiff.core import graph
 from autodiff.core.batch import remember_randomness
-from autodiff.core.dual import push
-from autodiff.core.tape import record, transpose
+from autodiff.core.call import is_differentiable
+from autodiff.core.forward import push
+from autodiff.core.reverse import record, transpose
 from autodiff.errors import OutputError
 from autodiff.functional.contract import Contract
 from autodiff.functional.forward import BackwardOnlyError, HookWatch, as_forward_sees
@@ -24,8 +25,8 @@ from autodiff.transforms.jvp import dense_tangents
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from autodiff.core.arguments import Call
-    from autodiff.core.tape import Tape
+    from autodiff.core.call import Call
+    from autodiff.core.reverse import Tape
 
 _OUTPUT_INDEPENDENT = (
     "The output of the user-provided function is independent of input {input}. This is not allowed in "

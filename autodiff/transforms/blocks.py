@@ -11,24 +11,25 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, assert_ne
 
 import torch
 
-from autodiff.core import basis, checks, graph
-from autodiff.core._torch import bottom, compiling, quiet_fallbacks, whole
-from autodiff.core.arguments import Call, wraps
+from autodiff import checks
+from autodiff._torch import bottom, compiling, quiet_fallbacks, whole
+from autodiff.core import graph, seeds
 from autodiff.core.batch import over_rows, remember_randomness, the_same_for_all
+from autodiff.core.call import Call, wraps
 from autodiff.core.chunks import Chunks, Sizes, sizes_for
-from autodiff.core.dual import push
-from autodiff.core.tape import conjugated, record, transpose
-from autodiff.transforms.orders import first_that_has_rules
+from autodiff.core.forward import push
+from autodiff.core.reverse import conjugated, record, transpose
+from autodiff.transforms.mode_combinations import first_that_has_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from autodiff.core.arguments import Argnums, Wrt
     from autodiff.core.batch import Randomness
+    from autodiff.core.call import Argnums, Wrt
     from autodiff.core.chunks import ChunkSize
-    from autodiff.core.tape import Tape
+    from autodiff.core.reverse import Tape
 
 JacobianMode: TypeAlias = Literal["auto", "reverse", "forward"]
 
@@ -167,7 +168,7 @@ class Recipe:
                 sizes = Sizes(1) if alone else sizes_for(self.chunk_size, call.primals)
                 rows = stacked(pull, [output], sizes, bounds=(first, last))
                 blocks = [
-                    basis.zeros(primal, (last - first, *primal.shape)) if of_primal is None else of_primal
+                    seeds.zeros(primal, (last - first, *primal.shape)) if of_primal is None else of_primal
                     for of_primal, primal in zip(rows, call.primals, strict=True)
                 ]
                 strips.append(Strip(position, first, blocks))
@@ -204,7 +205,7 @@ def _rows(recipe: Recipe, call: Call) -> tuple[Blocks, list[Any]]:
     tape = _recorded(recipe, call)
     outputs = tape.outputs
     sizes = sizes_for(recipe.chunk_size, call.primals)
-    fewer = recipe.mode == "auto" and basis.size_of(call.primals) < basis.size_of(outputs)
+    fewer = recipe.mode == "auto" and seeds.size_of(call.primals) < seeds.size_of(outputs)
     if fewer or recipe.mode == "forward":
         move = transpose(tape)
 
@@ -214,7 +215,7 @@ def _rows(recipe: Recipe, call: Call) -> tuple[Blocks, list[Any]]:
 
         columns = stacked(without_last, call.primals, sizes)
         return _by_columns(call, outputs, columns), tape.aux
-    if not compiling() and basis.size_of(outputs) > 1 and graph.is_wrong_in_batches(tape.kinds()):
+    if not compiling() and seeds.size_of(outputs) > 1 and graph.is_wrong_in_batches(tape.kinds()):
         sizes = Sizes(1)
     pull = _puller(recipe, tape)
     if recipe.frugal is not None and not compiling():
@@ -238,7 +239,7 @@ def _groups(tape: Tape, primals: Sequence[Tensor]) -> list[slice]:
     if len(outputs) == 1 or compiling():
         return [slice(0, len(outputs))]
     # What a row's pull computes, which inside a batch the graph does not tell of, is no less than the row.
-    width = max(basis.size_of(primals), graph.bytes_of_a_pull(tape.ends)[0] // 4)
+    width = max(seeds.size_of(primals), graph.bytes_of_a_pull(tape.ends)[0] // 4)
     groups, start, waiting = [], 0, 0
     for position, output in enumerate(outputs):
         strip = bottom(output).numel() * width
@@ -269,7 +270,7 @@ def of_group(pull: Product, group: slice, count: int, *, is_last: bool = True) -
 
 def _by_rows(rows: Sequence[Tensor | None], outputs: Sequence[Tensor], primals: Sequence[Tensor]) -> Blocks:
     by_input = [
-        basis.row_blocks(of_primal, outputs, primal) for of_primal, primal in zip(rows, primals, strict=True)
+        seeds.row_blocks(of_primal, outputs, primal) for of_primal, primal in zip(rows, primals, strict=True)
     ]
     return [list(of_output) for of_output in zip(*by_input, strict=True)]
 
@@ -353,11 +354,11 @@ def stacked(
     is called for the ``last`` time. ``keep`` is shown the products of each chunk and the number of its
     first vector, and says what to keep of them before the next chunk is made.
     """
-    first, end = (0, basis.size_of(leaves)) if bounds is None else bounds
+    first, end = (0, seeds.size_of(leaves)) if bounds is None else bounds
     chunks = Chunks(end - first, sizes)
 
     def of_rows(start: int, stop: int) -> list[Tensor | None]:
-        vectors = basis.standard_basis(leaves, first + start, max(first + stop, 1))
+        vectors = seeds.standard_basis(leaves, first + start, max(first + stop, 1))
         # A chunk of a learnt size may have to be repeated.
         last = bounds is None and stop == chunks.total and not sizes.adapts
         if stop - start > 1:
@@ -384,7 +385,7 @@ def stacked(
 
 def _by_columns(call: Call, outputs: Sequence[Tensor], columns: Sequence[Tensor | None]) -> Blocks:
     return [
-        basis.column_blocks(of_output, output, call.primals)
+        seeds.column_blocks(of_output, output, call.primals)
         for of_output, output in zip(columns, outputs, strict=True)
     ]
 

@@ -9,16 +9,17 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from autodiff.core import _torch, batch, trees
-from autodiff.core.arguments import is_differentiable, refilled, spread, wraps
-from autodiff.core.dual import push
-from autodiff.core.operation import Rules, is_watched, operate, record_anew, times_written
+from autodiff import _torch
+from autodiff.core import batch, trees
+from autodiff.core.call import is_differentiable, refilled, spread, wraps
+from autodiff.core.forward import push
+from autodiff.core.rules import Rules, is_watched, operate, record_anew, times_written
 from autodiff.errors import CaptureError, InPlaceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from autodiff.core.arguments import Lift
+    from autodiff.core.call import Lift
 
 
 def checkpoint(func: Callable[..., Any]) -> Callable[..., Any]:

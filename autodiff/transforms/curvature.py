@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
 
 import torch
 
-from autodiff.core import basis, checks
-from autodiff.core.arguments import Call, wraps
+from autodiff import checks
+from autodiff.core import seeds
 from autodiff.core.batch import over_rows
+from autodiff.core.call import Call, wraps
 from autodiff.core.chunks import Sizes, sizes_for
 from autodiff.transforms.blocks import of_group, stacked
 from autodiff.transforms.hessian import gradient_tape
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from autodiff.core.arguments import Argnums, Wrt
+    from autodiff.core.call import Argnums, Wrt
     from autodiff.core.chunks import ChunkSize
-    from autodiff.core.tape import Tape
+    from autodiff.core.reverse import Tape
     from autodiff.transforms.blocks import Product
 
 Which: TypeAlias = Literal["LA", "SA", "LM"]
@@ -136,7 +137,7 @@ def hessian_block_diagonal(
         rows = _own_rows(call, tape, chunk_size, lambda rows, _: rows)
         # H: [tree(in), *in_shape, *in_shape]
         pairs = zip(rows, call.primals, strict=True)
-        return call.like_arguments([basis.row_blocks(of_leaf, [leaf], leaf)[0] for of_leaf, leaf in pairs])
+        return call.like_arguments([seeds.row_blocks(of_leaf, [leaf], leaf)[0] for of_leaf, leaf in pairs])
 
     return _of_gradient("hessian_block_diagonal", func, argnums, has_aux, wrt, blocks)
 
@@ -245,7 +246,7 @@ def hessian_eigenvalues(
         checks.positive(name, "iterations", iterations, f"None takes {_BLOCKS}.")
 
     def eigenvalues(call: Call, tape: Tape) -> Tensor:
-        size = basis.size_of(call.primals)
+        size = seeds.size_of(call.primals)
         checks.eigenvalue_count(name, k, size)
         dtype = reduce(torch.promote_types, (leaf.dtype for leaf in call.primals))
         # torch has no factorisations in half precision.
@@ -313,7 +314,7 @@ def _diagonals(call: Call, tape: Tape, chunk_size: ChunkSize) -> list[Tensor]:
 
     pairs = zip(_own_rows(call, tape, chunk_size, on_diagonal), call.primals, strict=True)
     return [
-        basis.zeros(leaf, tuple(leaf.shape)) if kept is None else kept.reshape(leaf.shape)
+        seeds.zeros(leaf, tuple(leaf.shape)) if kept is None else kept.reshape(leaf.shape)
         for kept, leaf in pairs
     ]
 
@@ -351,7 +352,7 @@ class _Matrix:
         # rows[k]: [count, *leaves[k].shape] -> [count, P]
         """
         strips = [
-            basis.zeros(leaf, (count, leaf.numel())) if part is None else part.reshape((count, leaf.numel()))
+            seeds.zeros(leaf, (count, leaf.numel())) if part is None else part.reshape((count, leaf.numel()))
             for part, leaf in zip(rows, self.leaves, strict=True)
         ]
         return torch.cat(strips, 1).to(self.dtype)

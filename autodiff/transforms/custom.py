@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from autodiff.core import batch, rule_checks, trees
-from autodiff.core._torch import whole
-from autodiff.core.arguments import is_differentiable, spread, wraps
-from autodiff.core.operation import Rules, Shape, is_watched, operate, times_written
-from autodiff.core.tape import transposed
+from autodiff._torch import whole
+from autodiff.core import batch, trees
+from autodiff.core.call import is_differentiable, spread, wraps
+from autodiff.core.reverse import transposed
+from autodiff.core.rules import Rules, Shape, is_watched, operate, times_written
+from autodiff.transforms import custom_checks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -136,7 +137,7 @@ class Custom(ABC):
             self._signature = None
         parameters = {} if self._signature is None else self._signature.parameters
         more = self._signature is None or any(one.kind is one.VAR_POSITIONAL for one in parameters.values())
-        self.nondiff = rule_checks.nondiff_argnums(self.name, nondiff_argnums, list(parameters), more=more)
+        self.nondiff = custom_checks.nondiff_argnums(self.name, nondiff_argnums, list(parameters), more=more)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """As a method: the instance is the first argument, a static one."""
@@ -145,7 +146,7 @@ class Custom(ABC):
     @whole
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's value, which knows its derivatives."""
-        rule_checks.not_traced(self.name, self.shown)
+        custom_checks.not_traced(self.name, self.shown)
         use = Use(self, self._positional(args, kwargs))
         if not any(map(is_watched, use.saved)):
             return self.func(*use.args)
@@ -159,12 +160,12 @@ class Custom(ABC):
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         if self._signature is None:
             if kwargs:
-                rule_checks.only_positional(self.name, self.shown, list(kwargs))
+                custom_checks.only_positional(self.name, self.shown, list(kwargs))
             return args
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         if bound.kwargs:
-            rule_checks.only_positional(self.name, self.shown, list(bound.kwargs))
+            custom_checks.only_positional(self.name, self.shown, list(bound.kwargs))
         return bound.args
 
 
@@ -208,7 +209,7 @@ class Use:
         before = times_written(constants[: len(self.where)])
         result = func(*self.all_args(constants))
         if before != times_written(constants[: len(self.where)]):
-            rule_checks.leaves_arguments(self.custom.name, self.custom.shown)
+            custom_checks.leaves_arguments(self.custom.name, self.custom.shown)
         return result
 
     def tangents(self, vectors: Vectors) -> tuple[Any, ...]:
@@ -221,7 +222,7 @@ class Use:
     def cotangents(self, tree: Any) -> list[Tensor | None]:
         """What a rule gave for the differentiated arguments, as one cotangent for each of ``saved``."""
         if not isinstance(tree, tuple) or len(tree) != self.count:
-            rule_checks.rule_gives_tuple(self.custom.name, self.custom.shown, tree, self.count)
+            custom_checks.rule_gives_tuple(self.custom.name, self.custom.shown, tree, self.count)
         leaves = _like(self.custom, "cotangent", tree, self._spec, "args")
         pairs = [(leaves[i], self._leaves[i], i) for i in self.where]
         return [
@@ -233,7 +234,7 @@ class Use:
         for position in self._constant:
             if is_watched(self._leaves[position]):
                 path = trees.paths(self._nondiff_spec, "nondiff")[position - self._border]
-                rule_checks.nondiff_is_constant(self.custom.name, self.custom.shown, path)
+                custom_checks.nondiff_is_constant(self.custom.name, self.custom.shown, path)
 
 
 class Output:
@@ -244,7 +245,7 @@ class Output:
         self.leaves, self.spec = trees.flatten(tree)
         self.where = [i for i, leaf in enumerate(self.leaves) if is_differentiable(leaf)]
         if any(is_watched(leaf) for leaf in self.leaves if isinstance(leaf, Tensor)):
-            rule_checks.captures_nothing(custom.name, custom.shown)
+            custom_checks.captures_nothing(custom.name, custom.shown)
         self._shapes = [Shape.of(self.leaves[i]) for i in self.where]
 
     def zeros(self) -> list[Tensor]:
@@ -272,7 +273,7 @@ class Output:
 def _like(custom: Custom, kind: str, tree: Any, spec: Spec, root: str) -> list[Any]:
     values = trees.broadcast(tree, spec)
     if values is None or any(value is not None and not exact for value, exact in values):
-        rule_checks.rule_gives_structure(custom.name, custom.shown, kind, trees.structure(tree), spec, root)
+        custom_checks.rule_gives_structure(custom.name, custom.shown, kind, trees.structure(tree), spec, root)
     return [value for value, _ in values]
 
 
@@ -283,7 +284,7 @@ def _vector(
         return None
     if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
         path = trees.paths(spec, "args" if kind == "cotangent" else "output")[position]
-        rule_checks.rule_gives_like(custom.name, custom.shown, kind, path, value, like)
+        custom_checks.rule_gives_like(custom.name, custom.shown, kind, path, value, like)
     return value
 
 
@@ -303,10 +304,10 @@ class CustomVjp(Custom):
 
     def _differentiated(self, use: Use) -> Any:
         if self.fwd is None or self.bwd is None:
-            rule_checks.has_rule(self.name, self.shown, "defvjp(fwd, bwd)")
+            custom_checks.has_rule(self.name, self.shown, "defvjp(fwd, bwd)")
         state = batch.random_state()
         pair = use.evaluate(self.fwd)
-        rule_checks.rule_gives_pair(self.name, self.shown, "fwd", "(output, residuals)", pair)
+        custom_checks.rule_gives_pair(self.name, self.shown, "fwd", "(output, residuals)", pair)
         output, residuals = Output(self, pair[0]), trees.flatten(pair[1])
         rules = _ByPullback(self, use, output, residuals, state)
         return output.tied(rules, [*use.saved, *rules.residuals])
@@ -364,7 +365,7 @@ class CustomJvp(Custom):
 
     def defjvps(self, *rules: Callable[..., Any] | None) -> None:
         """Set a rule for each argument, ``rule(tangent, output, *args)``; the tangents are added."""
-        rule_checks.no_nondiff(self.name, self.shown, self.nondiff)
+        custom_checks.no_nondiff(self.name, self.shown, self.nondiff)
 
         def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
             output = self(*primals)
@@ -380,7 +381,7 @@ class CustomJvp(Custom):
 
     def _differentiated(self, use: Use) -> Any:
         if self.rule is None:
-            rule_checks.has_rule(self.name, self.shown, "defjvp(rule)")
+            custom_checks.has_rule(self.name, self.shown, "defjvp(rule)")
         output = Output(self, use.evaluate(self.func))
         return output.tied(_ByPushforward(self, use, output), use.saved)
 
@@ -394,7 +395,7 @@ class _ByPushforward(Rules):
         nondiff, primals = self._use.parts(saved)
         pair = self._custom.rule(*nondiff, primals, self._use.tangents(tangents))
         name = self._custom.name, self._custom.shown
-        rule_checks.rule_gives_pair(*name, "jvp rule", "(output, tangent)", pair)
+        custom_checks.rule_gives_pair(*name, "jvp rule", "(output, tangent)", pair)
         return self._output.tangents(pair[1])
 
     def pull(self, saved: Sequence[Tensor], cotangents: Vectors, wanted: Sequence[bool]) -> Vectors:

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from autodiff.core import checks
-from autodiff.core._torch import whole
-from autodiff.core.arguments import Call, wraps
-from autodiff.core.tape import conjugated, record
+from autodiff import checks
+from autodiff._torch import whole
+from autodiff.core.call import Call, wraps
+from autodiff.core.reverse import conjugated, record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from autodiff.core.arguments import Argnums, Wrt
+    from autodiff.core.call import Argnums, Wrt
 
 
 def grad(

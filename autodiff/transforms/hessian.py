@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
 
 import torch
 
-from autodiff.core import checks
-from autodiff.core._torch import compiling
-from autodiff.core.arguments import Call
-from autodiff.core.dual import push
-from autodiff.core.tape import lifted_by, record, record_pull
+from autodiff import checks
+from autodiff._torch import compiling
+from autodiff.core.call import Call
+from autodiff.core.forward import push
+from autodiff.core.reverse import lifted_by, record, record_pull
 from autodiff.transforms.blocks import by_mode
 from autodiff.transforms.grad import dense
-from autodiff.transforms.orders import ORDERS, first_that_has_rules
+from autodiff.transforms.mode_combinations import ORDERS, first_that_has_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from autodiff.core.arguments import Argnums, Lift, Wrt
+    from autodiff.core.call import Argnums, Lift, Wrt
     from autodiff.core.chunks import ChunkSize
-    from autodiff.core.tape import Tape
+    from autodiff.core.reverse import Tape
     from autodiff.transforms.blocks import JacobianMode
 
 HessianMode: TypeAlias = Literal[

@@ -9,8 +9,8 @@ from autodiff.transforms.blocks import by_mode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from autodiff.core.arguments import Argnums, Wrt
     from autodiff.core.batch import Randomness
+    from autodiff.core.call import Argnums, Wrt
     from autodiff.core.chunks import ChunkSize
     from autodiff.transforms.blocks import JacobianMode
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from autodiff.core import checks
-from autodiff.core.arguments import Call
-from autodiff.core.dual import push
+from autodiff import checks
+from autodiff.core.call import Call
+from autodiff.core.forward import push
 
 if TYPE_CHECKING:
     from collections.abc import Callable

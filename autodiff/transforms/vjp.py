@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from autodiff.core import checks
-from autodiff.core.arguments import Call
-from autodiff.core.tape import record
+from autodiff import checks
+from autodiff.core.call import Call
+from autodiff.core.reverse import record
 from autodiff.transforms.grad import dense
 
 if TYPE_CHECKING:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from autodiff.core import batch, checks, mapped_dims, trees
-from autodiff.core._torch import compiling, whole
-from autodiff.core.agreement import Agreement, is_same
-from autodiff.core.arguments import parameter_names, wraps
+from autodiff import checks
+from autodiff._torch import compiling, whole
+from autodiff.checks import batching
+from autodiff.checks.consistency import Agreement, is_same
+from autodiff.core import batch, trees
+from autodiff.core.call import parameter_names, wraps
 from autodiff.core.chunks import Chunks, Sizes, sizes_for
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ def vmap(
     checks.chunk_size("vmap", chunk_size)
     checks.randomness("vmap", randomness)
     checks.allowed("vmap", "fallback", fallback, (None, "loop"))
-    mapped_dims.out_dims_type("vmap", out_dims)
+    batching.out_dims_type("vmap", out_dims)
     # What was learnt for arguments of the last call's shapes.
     learnt: dict[Any, Sizes] = {}
 
@@ -155,7 +157,7 @@ class Mapped:
             for path, leaf, dim in zip(where, self.leaves, self.dims, strict=True)
             if dim is not None
         ]
-        mapped_dims.batch_sizes(self._name, [path for path, _ in mapped], [size for _, size in mapped])
+        batching.batch_sizes(self._name, [path for path, _ in mapped], [size for _, size in mapped])
         self.size = mapped[0][1]
         # Where chunks are put together: what they have to agree in, and the samples of the one that is computed.
         self._agreement: Agreement | None = None
@@ -241,7 +243,7 @@ class Mapped:
             results = self._call(self._each(Tensor.select, sample))
             if randomness == "error" and batch.has_drawn(state):
                 batch.set_random_state(state)
-                mapped_dims.no_random_numbers(self._name)
+                batching.no_random_numbers(self._name)
             return results
 
         def keep(sample: int, after: int, results: list[Any]) -> None:
@@ -286,7 +288,7 @@ class Mapped:
             dims = result.dim() + 1
             if dim is None or not -dims <= dim < dims:
                 path = trees.paths(self.out_spec, "output")[position]
-                mapped_dims.out_dim(self._name, path, dim, result, batched[position])
+                batching.out_dim(self._name, path, dim, result, batched[position])
             self.out_dims.append(dim if dim is None else dim % dims)
         return self.out_dims
 
@@ -299,7 +301,7 @@ class Mapped:
             prefix = prefix[0]
         values = trees.broadcast(prefix, self.out_spec)
         if values is None:
-            mapped_dims.out_dims_fit(self._name, self._out_dims, self.out_spec)
+            batching.out_dims_fit(self._name, self._out_dims, self.out_spec)
         return [dim for dim, _ in values]
 
 
@@ -307,9 +309,9 @@ def _batched_leaves(
     name: str, func: Callable[..., Any], in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Any], list[int | None], Spec, list[str]]:
     """The leaves of ``(args, kwargs)``, the dim and the path of each, and the structure."""
-    mapped_dims.in_dims_type(name, in_dims)
+    batching.in_dims_type(name, in_dims)
     if not args and not kwargs:
-        mapped_dims.no_inputs(name)
+        batching.no_inputs(name)
     leaves, spec = trees.flatten((args, kwargs))
     args_spec, kwargs_spec = spec.children()
     if isinstance(in_dims, dict):
@@ -319,9 +321,9 @@ def _batched_leaves(
     of_args = trees.broadcast(positions, args_spec)
     of_kwargs = trees.broadcast(named, kwargs_spec)
     if of_args is None:
-        mapped_dims.in_dims_fit(name, in_dims, positions, args_spec)
+        batching.in_dims_fit(name, in_dims, positions, args_spec)
     if of_kwargs is None:
-        mapped_dims.in_dims_fit(name, in_dims, named, kwargs_spec)
+        batching.in_dims_fit(name, in_dims, named, kwargs_spec)
     where = trees.paths(args_spec, "args") + trees.paths(kwargs_spec, "kwargs")
     dims: list[int | None] = []
     alone = [child.is_leaf() for child in args_spec.children() for _ in range(child.num_leaves)]
@@ -334,7 +336,7 @@ def _batched_leaves(
         if not isinstance(leaf, Tensor) and not exact and not top:
             dims.append(None)
             continue
-        mapped_dims.in_dim(name, in_dims, path, dim, leaf)
+        batching.in_dim(name, in_dims, path, dim, leaf)
         dims.append(dim if dim is None else dim % leaf.dim())
     return leaves, dims, spec, where
 
@@ -350,6 +352,6 @@ def _by_name(
     names = parameter_names(func)[: len(args)]
     for unknown in in_dims:
         if unknown not in names and unknown not in kwargs:
-            mapped_dims.in_dims_name(name, unknown, [*names, *kwargs])
+            batching.in_dims_name(name, unknown, [*names, *kwargs])
     positions = [in_dims.get(name) for name in names] + [None] * (len(args) - len(names))
     return tuple(positions), {key: in_dims.get(key) for key in kwargs}

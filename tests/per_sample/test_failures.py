@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import autodiff as ad
-from autodiff.core import _torch, memory
+from autodiff import _torch
+from autodiff.core import memory
 from autodiff.errors import BatchError, BudgetError, BudgetWarning, OptionError, SampleError, ShapeError
-from autodiff.per_sample import sources
+from autodiff.samples import sources
 
 W = torch.tensor([1.0, 2.0, -1.0])
 X = torch.arange(30.0).view(10, 3) / 10

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import autodiff as ad
-from autodiff.core import _torch
+from autodiff import _torch
 from autodiff.core.memory import Meter
 from autodiff.errors import DtypeError, OptionError, ResumeError
-from autodiff.per_sample import files
-from autodiff.per_sample.fingerprint import fingerprint
+from autodiff.samples import files
+from autodiff.samples.fingerprint import fingerprint
 
 W = torch.tensor([1.0, 2.0, -1.0])
 X = torch.arange(60.0).view(20, 3) / 10
@@ -126,7 +126,7 @@ def test_a_reduced_run_resumes_where_a_sample_begins(stop: int, tmp_path: Path, 
 RUN = """
 import sys, time, torch
 import autodiff as ad
-from autodiff.per_sample import files
+from autodiff.samples import files
 files.SECONDS_BETWEEN_COMMITS = 0.0
 torch.set_num_threads(1)
 torch.manual_seed(int(sys.argv[2]))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autodiff.core import attention, tape
-from autodiff.core.seam import forward
+from autodiff._torch import forward_level as forward
+from autodiff.core import reverse
+from autodiff.torch_fixes import attention
 from conftest import state_of_torch
 from soak.compositions import Composition, compose
 from soak.containers import Draw, Tree, active_leaves, distance, leaves, ravel, weights
@@ -60,7 +61,7 @@ def state() -> dict[str, Any]:
         "users of the forward-mode level": forward.dual_level._users,
         "forward-mode level owned": forward.dual_level.owned,
         "forward-mode lock": forward.dual_level._lock.locked(),
-        "recordings": tape._here.recording,
+        "recordings": reverse._here.recording,
         "users of attention's formula": attention.unfused._users,
         "attention's lock": attention.unfused._lock.locked(),
     }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch.backends import cuda, mha
 
-from autodiff.core import _torch
+from autodiff import _torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 
+from autodiff._torch import compiling, stop_tracing
 from autodiff.core import trees
-from autodiff.core._torch import compiling, stop_tracing
 from autodiff.errors import (
     ArgnumsError,
     DtypeError,

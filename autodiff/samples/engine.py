@@ -14,16 +14,16 @@ import torch
 
 from autodiff.core import memory
 from autodiff.errors import AutodiffError, BudgetError, SampleError
-from autodiff.per_sample.results import Result, Rows, is_finite, template_of
+from autodiff.samples.results import Result, Rows, is_finite, template_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from autodiff.core.memory import Meter
-    from autodiff.per_sample.plan import Plan
-    from autodiff.per_sample.report import Report
-    from autodiff.per_sample.results import Template
-    from autodiff.per_sample.work import Work
+    from autodiff.samples.plan import Plan
+    from autodiff.samples.report import Report
+    from autodiff.samples.results import Template
+    from autodiff.samples.work import Work
     from autodiff.transforms.vmap import Mapped
 
 R = TypeVar("R")

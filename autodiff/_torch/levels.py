@@ -14,8 +14,8 @@ from torch._functorch import predispatch, pyfunctorch
 from torch.autograd import forward_ad
 from torch.autograd import graph as autograd_graph
 
-from autodiff.core.seam import forward
-from autodiff.core.seam.modes import NormalMode, Recording, on_stack
+from autodiff._torch import forward_level as forward
+from autodiff._torch.modes import NormalMode, Recording, on_stack
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -15,16 +15,18 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from autodiff.core import _torch, checks, formulas, trees
-from autodiff.core.arguments import is_differentiable, spread
-from autodiff.core.operation import Rules, is_watched, operate, record_anew
-from autodiff.core.tape import transpose
+from autodiff import _torch, checks
+from autodiff.core import trees
+from autodiff.core.call import is_differentiable, spread
+from autodiff.core.reverse import transpose
+from autodiff.core.rules import Rules, is_watched, operate, record_anew
 from autodiff.errors import ForwardRuleError
+from autodiff.torch_fixes import formulas
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from autodiff.core.operation import Flat
+    from autodiff.core.rules import Flat
 
 # torch 2.13 in forward mode: the rule for products gives zeros, the one for a triangle takes the other half.
 _ALWAYS: frozenset[Any] = frozenset({Tensor.triangular_solve, torch.triangular_solve})

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from autodiff.core import checks
-from autodiff.core._torch import whole
+from autodiff import checks
+from autodiff._torch import whole
 from autodiff.core.memory import parse
-from autodiff.per_sample.progress import Progress
-from autodiff.per_sample.run import Options, Run
-from autodiff.per_sample.work import Work, name_of
+from autodiff.samples.progress import Progress
+from autodiff.samples.run import Options, Run
+from autodiff.samples.work import Work, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from autodiff.core.batch import Randomness
     from autodiff.core.chunks import ChunkSize
-    from autodiff.per_sample.engine import OnError
-    from autodiff.per_sample.report import Report
-    from autodiff.per_sample.run import Chunk
+    from autodiff.samples.engine import OnError
+    from autodiff.samples.report import Report
+    from autodiff.samples.run import Chunk
 
 
 def per_sample(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from autodiff.core._torch import copy_of_scripted
+from autodiff._torch import copy_of_scripted
 from autodiff.errors import TwinError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from torch._C import _functorch
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
-from autodiff.core.seam.modes import ForwardGrad, NormalMode, on_stack
+from autodiff._torch.modes import ForwardGrad, NormalMode, on_stack
 from autodiff.errors import ForwardLevelError
 
 if TYPE_CHECKING:

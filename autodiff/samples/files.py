@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autodiff.errors import DtypeError, OptionError, ResumeError
-from autodiff.per_sample.results import Kind, with_tensors
-from autodiff.per_sample.sinks import Sink
+from autodiff.samples.results import Kind, with_tensors
+from autodiff.samples.sinks import Sink
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autodiff.per_sample.results import Result, Rows, Template
+    from autodiff.samples.results import Result, Rows, Template
 
 # Entries are written to the journal, and files to the disk, at most so often.
 SECONDS_BETWEEN_COMMITS = 1.0

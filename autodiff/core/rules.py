@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from autodiff.core import _torch, batch
-from autodiff.core.arguments import is_differentiable, refilled
-from autodiff.core.tape import record
+from autodiff import _torch
+from autodiff.core import batch
+from autodiff.core.call import is_differentiable, refilled
+from autodiff.core.reverse import record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from autodiff.core.arguments import Lift
     from autodiff.core.batch import Randomness
-    from autodiff.core.tape import Tape
+    from autodiff.core.call import Lift
+    from autodiff.core.reverse import Tape
 
     # From all tensors that an operation depends on to the leaves of its result.
     Flat: TypeAlias = Callable[[Sequence[Tensor]], list[Any]]

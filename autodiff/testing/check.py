@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
 import torch
 from torch import Tensor
 
-from autodiff.core import checks, trees
-from autodiff.core.quotients import copied, double, explained, in_double, same_draws, start
+from autodiff import checks
+from autodiff.core import trees
 from autodiff.errors import DerivativeError, OutputError
+from autodiff.testing.differences import copied, double, explained, in_double, same_draws, start
 from autodiff.transforms.jvp import jvp
 from autodiff.transforms.vjp import vjp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from autodiff.core.quotients import Point
+    from autodiff.testing.differences import Point
 
 __all__ = ["check_grads", "check_jvp", "check_vjp"]
 

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from autodiff.core import basis, trees
-from autodiff.core.arguments import wraps
+from autodiff.core import seeds, trees
 from autodiff.core.batch import random_state, set_random_state
+from autodiff.core.call import wraps
 from autodiff.errors import OptionError
-from autodiff.per_sample.results import Kind, Matrix, Plain, Result, Rows, Template
+from autodiff.samples.results import Kind, Matrix, Plain, Result, Rows, Template
 from autodiff.transforms.vmap import Mapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from autodiff.core.arguments import Call
     from autodiff.core.batch import Randomness
+    from autodiff.core.call import Call
     from autodiff.transforms.blocks import Recipe
 
 
@@ -102,14 +102,14 @@ class Work:
         if self._recipe is None or self._recipe.name != "hessian" or batch.size == 0:
             return None
         primals = self._recipe.call(*batch.sample(0)).primals
-        count = basis.size_of(primals)
+        count = seeds.size_of(primals)
         return count * primals[0].element_size(), count
 
     def rows_in(self, batch: Mapped, template: Template) -> int:
         """How many rows one sample's Jacobian has."""
         assert self._recipe is not None
         numbers = sum(prod(kind.shape) for kind in template.kinds())
-        return numbers // max(basis.size_of(self._recipe.call(*batch.sample(0)).primals), 1)
+        return numbers // max(seeds.size_of(self._recipe.call(*batch.sample(0)).primals), 1)
 
     @property
     def random_state(self) -> Any:
@@ -151,7 +151,7 @@ class Work:
             dtype = dtypes[0]
             for other in dtypes:
                 dtype = torch.promote_types(dtype, other)
-            shape = sum(size for _, size in shapes), basis.size_of(primals)
+            shape = sum(size for _, size in shapes), seeds.size_of(primals)
             return Template(trees.LEAF, [Kind(shape, dtype, primals[0].device)]), []
         numbered = [[(i, j) for j in range(len(primals))] for i in range(len(shapes))]
         boxed = [call.like_arguments([_Box(*pair) for pair in row]) for row in numbered]

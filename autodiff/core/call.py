@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from autodiff.core import checks, trees
+from autodiff import checks
+from autodiff.core import trees
 
 if TYPE_CHECKING:
     from autodiff.core.trees import Spec

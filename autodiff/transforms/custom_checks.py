@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor
 
+from autodiff._torch import compiling, stop_tracing
 from autodiff.core import trees
-from autodiff.core._torch import compiling, stop_tracing
 from autodiff.errors import ArgnumsError, RuleError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from autodiff.core.operation import Shape
+    from autodiff.core.rules import Shape
     from autodiff.core.trees import Spec
 
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from autodiff.core import held, trees
-from autodiff.core._torch import compiling, on_ground
+from autodiff._torch import compiling, on_ground
+from autodiff.core import trees
 from autodiff.core.batch import copy_for_every_sample
-from autodiff.core.twins import Twins
 from autodiff.errors import BufferWarning, OptionError, StructureError
+from autodiff.nn import state
+from autodiff.nn.clone import Twins
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -91,9 +92,9 @@ def functional_call(
     (tensor([0.5700]), tensor(2))
     """
     dicts = _dicts(module, parameter_and_buffer_dicts)
-    given = held.merged(dicts)
+    given = state.merged(dicts)
     if strict:
-        held.check_names(module, given)
+        state.check_names(module, given)
     arguments = () if args is None else args if isinstance(args, tuple) else (args,)
     call = _traced_call if compiling() else _twin_call
     result, buffers, lost = call(module, given, arguments, kwargs or {}, tie_weights, return_buffers)
@@ -160,7 +161,7 @@ def _batch_of_one(tree: Any) -> Any:
 
 def _refuse_batch_statistics(module: nn.Module) -> None:
     for name, layer in module.named_modules():
-        if isinstance(layer, held.BATCH_NORMS) and (layer.training or layer.running_mean is None):
+        if isinstance(layer, state.BATCH_NORMS) and (layer.training or layer.running_mean is None):
             raise OptionError(
                 f"sample_loss: {name or 'the module'} is a {type(layer).__name__} that normalises by the statistics of "
                 f"the batch, so that no sample has a loss of its own. Expected running statistics: call module.eval(), "
@@ -251,14 +252,14 @@ def _twin_call(
     return_buffers: bool,
 ) -> Called:
     """A call of the module's twin."""
-    own = list(held.held(module))
-    held.check_initialized(own, given)
-    tensors = held.by_identity(own, given, tie_weights)
-    watched: list[tuple[held.Held, Tensor, int]] = []
+    own = list(state.held(module))
+    state.check_initialized(own, given)
+    tensors = state.by_identity(own, given, tie_weights)
+    watched: list[tuple[state.Held, Tensor, int]] = []
     if return_buffers:
-        held.copy_buffers(own, tensors)
+        state.copy_buffers(own, tensors)
     else:
-        watched = list(held.cloned_buffers(own, tensors))
+        watched = list(state.cloned_buffers(own, tensors))
     twins = Twins(module, tensors, Tensor.clone)
     names = {one.name for one in own}
     for name in given.keys() - names:
@@ -275,13 +276,13 @@ def _twin_call(
     lost = [
         one.name
         for one, clone, before in watched
-        if held.writes(clone) != before or getattr(twins.of(one.owner), one.key, None) is not clone
+        if state.writes(clone) != before or getattr(twins.of(one.owner), one.key, None) is not clone
     ]
     return result, {}, lost
 
 
 def _untie(
-    root: nn.Module, own: Iterable[held.Held], given: Mapping[str, Tensor], return_buffers: bool
+    root: nn.Module, own: Iterable[state.Held], given: Mapping[str, Tensor], return_buffers: bool
 ) -> None:
     """Set by name the tensors that have several: they need not stay the same."""
     count = Counter(id(one.tensor) for one in own)
@@ -314,7 +315,7 @@ def _set(root: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _assigned_anew(
-    twins: Twins, own: Iterable[held.Held], given: Mapping[str, Tensor]
+    twins: Twins, own: Iterable[state.Held], given: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """The given tensors for which ``forward`` assigned others, by name."""
     for one in own:

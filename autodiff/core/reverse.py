@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autodiff.core import _torch, attention, graph
+from autodiff import _torch
+from autodiff.core import graph
 from autodiff.errors import BatchedPullError, InPlaceError
+from autodiff.torch_fixes import attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from autodiff.core.arguments import Lift
+    from autodiff.core.call import Lift
 
     # From the inputs, and what to do with every other tensor among the arguments, to the outputs and
     # the leaves of aux.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from autodiff.core._torch import versions
+from autodiff._torch import versions
 from autodiff.core.batch import copy_for_every_sample
 from autodiff.errors import OptionError, StructureError
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from autodiff.core import mapped_dims, trees
+from autodiff.checks import batching
+from autodiff.core import trees
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,13 +48,13 @@ class Agreement:
             # Dicts agree whatever their order.
             ordered = trees.match(self._spec, trees.unflatten(spec, leaves))
             if ordered is None:
-                mapped_dims.outputs_structure(self._name, where, spec, self._spec)
+                batching.outputs_structure(self._name, where, spec, self._spec)
             leaves = ordered
         for position, (first, leaf) in enumerate(zip(self._first, leaves, strict=True)):
             came = _Shape(leaf.shape) if isinstance(leaf, self._tensors) else leaf
             if not is_same(came, first):
                 path = trees.paths(self._spec, "output")[position]
-                mapped_dims.outputs_agree(self._name, path, where, came, first)
+                batching.outputs_agree(self._name, path, where, came, first)
         return leaves, self._spec
 
 

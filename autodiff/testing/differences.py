@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autodiff.core import checks, trees
-from autodiff.core.arguments import Call, is_differentiable
+from autodiff import checks
+from autodiff.core import trees
 from autodiff.core.batch import random_state, remember_randomness, set_random_state
+from autodiff.core.call import Call, is_differentiable
 from autodiff.errors import DerivativeError, DtypeError, OptionError
 
 if TYPE_CHECKING:

@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from autodiff.core import _torch, memory, trees
-from autodiff.core.agreement import Agreement
+from autodiff import _torch
+from autodiff.checks.consistency import Agreement
+from autodiff.core import memory, trees
 from autodiff.errors import AutodiffError, BatchError, SampleError
-from autodiff.per_sample.engine import Engine, Samples, SomeRows
-from autodiff.per_sample.files import FileSink
-from autodiff.per_sample.fingerprint import fingerprint
-from autodiff.per_sample.plan import Plan
-from autodiff.per_sample.progress import Progress
-from autodiff.per_sample.report import Report
-from autodiff.per_sample.results import Leaf, Plain, Result, template_of, with_tensors
-from autodiff.per_sample.sinks import MemorySink
-from autodiff.per_sample.sources import calls_of
-from autodiff.per_sample.work import Work, name_of
+from autodiff.samples.engine import Engine, Samples, SomeRows
+from autodiff.samples.files import FileSink
+from autodiff.samples.fingerprint import fingerprint
+from autodiff.samples.plan import Plan
+from autodiff.samples.progress import Progress
+from autodiff.samples.report import Report
+from autodiff.samples.results import Leaf, Plain, Result, template_of, with_tensors
+from autodiff.samples.sinks import MemorySink
+from autodiff.samples.sources import calls_of
+from autodiff.samples.work import Work, name_of
 from autodiff.transforms.vmap import vmap
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 
     from autodiff.core.batch import Randomness
     from autodiff.core.chunks import ChunkSize
-    from autodiff.per_sample.engine import OnError, Piece
-    from autodiff.per_sample.results import Template
-    from autodiff.per_sample.sinks import Sink
+    from autodiff.samples.engine import OnError, Piece
+    from autodiff.samples.results import Template
+    from autodiff.samples.sinks import Sink
     from autodiff.transforms.vmap import Mapped
 
     Reduce = Callable[[Any], Any]

@@ -9,7 +9,7 @@ from autodiff.core import memory
 from autodiff.errors import OptionError
 
 if TYPE_CHECKING:
-    from autodiff.per_sample.report import Report
+    from autodiff.samples.report import Report
 
 
 class Progress:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from autodiff.core import memory, trees
 from autodiff.errors import BudgetError, OptionError, ShapeError
-from autodiff.per_sample.results import with_tensors
+from autodiff.samples.results import with_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from autodiff.per_sample.plan import Plan
-    from autodiff.per_sample.results import Result, Rows, Template
+    from autodiff.samples.plan import Plan
+    from autodiff.samples.results import Result, Rows, Template
 
 
 class Sink(ABC):

@@ -16,7 +16,7 @@ from torch.autograd import graph as autograd_graph
 from torch.utils import _python_dispatch
 from torch.utils import _pytree as torch_pytree
 
-from autodiff.core.seam.modes import NormalMode
+from autodiff._torch.modes import NormalMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autodiff.core import _torch, attention
-from autodiff.core.corrections import corrected
-from autodiff.core.tape import record, recorded_outside, transpose
+from autodiff import _torch
+from autodiff.core.reverse import record, recorded_outside, transpose
+from autodiff.torch_fixes import attention
+from autodiff.torch_fixes.forward_mode import corrected
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
-    from autodiff.core.arguments import Lift
-    from autodiff.core.tape import Recordable
+    from autodiff.core.call import Lift
+    from autodiff.core.reverse import Recordable
 
 
 class Pushed(NamedTuple):

@@ -1,0 +1,29 @@
+"""Every check at the boundary. The first parameter of each is the public name that the user called."""
+
+from autodiff.checks.boundary import advise as advise
+from autodiff.checks.boundary import allowed as allowed
+from autodiff.checks.boundary import argname_known as argname_known
+from autodiff.checks.boundary import argnum_in_range as argnum_in_range
+from autodiff.checks.boundary import argnums as argnums
+from autodiff.checks.boundary import argnums_unique as argnums_unique
+from autodiff.checks.boundary import block as block
+from autodiff.checks.boundary import chunk_size as chunk_size
+from autodiff.checks.boundary import complex_pairing as complex_pairing
+from autodiff.checks.boundary import depends as depends
+from autodiff.checks.boundary import eigenvalue_count as eigenvalue_count
+from autodiff.checks.boundary import has_aux_pair as has_aux_pair
+from autodiff.checks.boundary import jacobian_of_inputs as jacobian_of_inputs
+from autodiff.checks.boundary import like_leaf as like_leaf
+from autodiff.checks.boundary import no_differentiable_leaf as no_differentiable_leaf
+from autodiff.checks.boundary import not_traced as not_traced
+from autodiff.checks.boundary import positive as positive
+from autodiff.checks.boundary import randomness as randomness
+from autodiff.checks.boundary import real as real
+from autodiff.checks.boundary import same_structure as same_structure
+from autodiff.checks.boundary import scalar_output as scalar_output
+from autodiff.checks.boundary import shape as shape
+from autodiff.checks.boundary import tensor_outputs as tensor_outputs
+from autodiff.checks.boundary import tuple_of_primals as tuple_of_primals
+from autodiff.checks.boundary import unregistered as unregistered
+from autodiff.checks.boundary import wrt as wrt
+from autodiff.checks.boundary import wrt_matches as wrt_matches

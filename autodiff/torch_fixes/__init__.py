@@ -1,0 +1,1 @@
+"""What exists because torch is wrong, slow or lacks a rule, and nothing else."""
