@@ -111,6 +111,16 @@ def torch_versions(session: nox.Session, torch: str) -> None:
     run_tests(session)
 
 
+@nox.session
+def unneeded_fixes(session: nox.Session) -> None:
+    """Say which fixes of torch's mistakes the newest torch has made unnecessary: by hand, for it fetches several GB."""
+    pins = [pin for pin in CONSTRAINTS.read_text().splitlines() if not pin.startswith(("torch==", "setuptools=="))]
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text("\n".join([*pins, ""]))
+    session.install("-e", ".[tests]", "torch", "-c", str(constraints))
+    session.run("python", "tests/torch_fixes/unneeded.py", env=ONE_THREAD)
+
+
 def run_tests(session: nox.Session) -> None:
     """Run the suite without the operator matrix, which has a session of its own."""
     session.run("pytest", "-n", WORKERS, "--ignore=tests/ops", *session.posargs, env=ONE_THREAD)

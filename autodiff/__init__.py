@@ -26,7 +26,7 @@ from autodiff.transforms.hessian import hvp as hvp
 from autodiff.transforms.curvature import hessian_diagonal as hessian_diagonal
 from autodiff.transforms.curvature import hessian_block_diagonal as hessian_block_diagonal
 from autodiff.transforms.curvature import hessian_trace as hessian_trace
-from autodiff.transforms.curvature import hessian_eigenvalues as hessian_eigenvalues
+from autodiff.transforms.eigenvalues import hessian_eigenvalues as hessian_eigenvalues
 
 # Batches.
 from autodiff.transforms.vmap import vmap as vmap
@@ -55,3 +55,6 @@ from torch.func import functionalize as functionalize
 from torch.func import replace_all_batch_norm_modules_ as replace_all_batch_norm_modules_
 from torch.func import debug_unwrap as debug_unwrap
 from autodiff._torch import rearrange as rearrange
+
+# What mends torch registers itself.
+from autodiff import torch_fixes as torch_fixes

@@ -93,7 +93,7 @@ class BatchedPullError(AutodiffError, RuntimeError):
     >>> _, pullback = autodiff.vjp(torch.cdist, torch.ones(3, 2), torch.zeros(3, 2))
     >>> autodiff.vmap(pullback)(torch.ones(4, 3, 3))
     Traceback (most recent call last):
-    autodiff.errors.BatchedPullError: a batch of cotangents of cdist, ... is pulled back wrongly by torch, ...
+    autodiff.errors.BatchedPullError: torch pulls a batch of cotangents of cdist back wrongly. ...
     """
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import autodiff as ad
-from autodiff.core import batch
+from autodiff.core import batch, randomness
 
 
 def test_run_tells_which_outputs_are_batched() -> None:
@@ -26,7 +26,7 @@ def test_run_tells_which_outputs_are_batched() -> None:
 
 
 def test_rewind_repeats_the_same_random_numbers() -> None:
-    rewind = batch.remember_randomness()
+    rewind = randomness.remember_randomness()
     first = torch.rand(3)
     rewind()
     assert torch.equal(torch.rand(3), first)

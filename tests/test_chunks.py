@@ -39,13 +39,13 @@ def test_pieces_are_put_together_along_their_dim(dim: int, watched: bool) -> Non
         lambda start, stop: whole.narrow(dim, start, stop - start),
         lambda start, stop, piece: chunks.add(7, start, stop, piece, dim),
     )
-    result = chunks.whole(7, dim)
+    result = chunks.assembled(7, dim)
     assert torch.equal(result, whole)
     assert result.requires_grad is watched
 
 
 def test_result_without_pieces_is_none() -> None:
-    assert Chunks(3, Sizes(2)).whole(0) is None
+    assert Chunks(3, Sizes(2)).assembled(0) is None
 
 
 def test_chunked_result_is_written_in_place_once() -> None:
@@ -55,7 +55,7 @@ def test_chunked_result_is_written_in_place_once() -> None:
     chunks.each(
         lambda start, stop: rows[start:stop], lambda start, stop, piece: chunks.add(0, start, stop, piece)
     )
-    assert chunks.whole(0).shape == (6, 5)
+    assert chunks.assembled(0).shape == (6, 5)
 
 
 def test_pieces_of_different_kinds_are_put_together_right() -> None:
@@ -66,14 +66,14 @@ def test_pieces_of_different_kinds_are_put_together_right() -> None:
     for start, piece in ((0, rows[0:2]), (2, None), (4, watched), (6, rows[6:].double())):
         chunks.add(0, start, min(start + 2, 7), piece)
     expected = torch.cat([rows[0:2], torch.zeros(2, 2), rows[4:]]).double()
-    torch.testing.assert_close(chunks.whole(0), expected, check_dtype=True)
+    torch.testing.assert_close(chunks.assembled(0), expected, check_dtype=True)
 
 
 def test_a_result_that_never_comes_is_none() -> None:
     chunks = Chunks(4, Sizes(2))
     chunks.add(0, 0, 2, None)
     chunks.add(0, 2, 4, None)
-    assert chunks.whole(0) is None
+    assert chunks.assembled(0) is None
 
 
 # Learnt sizes.

@@ -29,7 +29,7 @@ def test_mode_is_there_once_and_gone_afterwards() -> None:
 
     ad.jvp(lambda x: ad.jvp(func, (x,), (T,))[1], (X,), (T,))
     ad.vmap(ad.hessian(func, mode="forward-over-forward"))(X[None])
-    assert seen == [["corrected"]] * 2
+    assert seen == [["ForwardMode"]] * 2
     assert mode_stack() == []
     with pytest.raises(ZeroDivisionError):
         ad.jvp(lambda x: x / (1 // 0), (X,), (T,))

@@ -214,7 +214,7 @@ def test_rows_of_a_large_leaf_are_pulled_alone(monkeypatch: pytest.MonkeyPatch) 
     samples = torch.randn(8, 6)
     came, produced = [], []
     for worth in (2**60, 2**10, 0):
-        monkeypatch.setattr("autodiff.transforms.blocks._WORTH_A_PULL", worth)
+        monkeypatch.setattr("autodiff.core.products._WORTH_A_PULL", worth)
         with Meter(torch.device("cpu")) as meter:
             came.append(hessians(params, samples))
         produced.append(meter.produced)

@@ -60,7 +60,6 @@ CONTRACTS = {
     "_functorch._remove_batch_dim": "test_vmap_level_hides_a_dimension",
     "_functorch.is_batchedtensor": "test_vmap_level_hides_a_dimension",
     "_functorch.maybe_get_level": "test_vmap_level_hides_a_dimension",
-    "_functorch._set_vmap_fallback_warning_enabled": "test_fallback_warning_can_be_switched",
     "forward_ad._current_level": "test_one_dual_level_per_process_by_a_global",
     "forward_ad.enter_dual_level": "test_one_dual_level_per_process_by_a_global",
     "torch._C._exit_dual_level": "test_one_dual_level_per_process_by_a_global",
@@ -155,7 +154,7 @@ def test_wrappers_are_told_and_opened() -> None:
 def test_grad_level_differentiates_by_wrapping() -> None:
     """_grad_increment_nesting and _wrap_for_grad make the level on which an inner tape records."""
     with _torch.grad_level() as level:
-        x = _torch.wrap_watched(X, level)
+        x = _torch.wrap_tracked(X, level)
         y = (x**2).sum()
         assert _functorch.maybe_get_level(x) == level
         assert not _torch.unwrap(y, level).requires_grad
@@ -168,7 +167,7 @@ def test_grad_level_differentiates_by_wrapping() -> None:
 def test_pull_after_the_level_was_left() -> None:
     """The engine may run after _grad_decrement_nesting: the tape's pull does."""
     with _torch.grad_level() as level:
-        x = _torch.wrap_watched(X, level)
+        x = _torch.wrap_tracked(X, level)
         y = (x**2).sum()
     (slope,) = torch.autograd.grad(y, x)
     torch.testing.assert_close(_torch.unwrap(slope, level), 2 * X)
@@ -182,15 +181,15 @@ def test_requires_grad_inside_a_level_must_be_allowed() -> None:
         wrapped = _torch.wrap(X, level)
         with pytest.raises(RuntimeError, match="requires_grad_"):
             wrapped.requires_grad_()
-        _torch.wrap_watched(X, level)
+        _torch.wrap_tracked(X, level)
         assert _functorch.get_inplace_requires_grad_allowed() == allowed
 
 
 def test_jvp_level_nests() -> None:
     """_jvp_increment_nesting makes forward mode over forward mode possible on torch's single level."""
-    with _torch.dual_stacked() as outer:
+    with _torch.stacked_forward_level() as outer:
         x = _torch.make_dual(X, torch.ones_like(X))
-        with _torch.dual_stacked() as inner:
+        with _torch.stacked_forward_level() as inner:
             y = _torch.make_dual(x, torch.ones_like(X)) ** 3
             _, first = _torch.unpack_dual(y)
             first = _torch.unwrap(first, inner)
@@ -221,17 +220,18 @@ def test_vmap_level_takes_randomness_by_name(randomness: str, distinct: int) -> 
     assert len(set(drawn.tolist())) == distinct
 
 
-def test_fallback_warning_can_be_switched() -> None:
-    """_set_vmap_fallback_warning_enabled silences the warning about operations without a batching rule."""
-    try:
-        _functorch._set_vmap_fallback_warning_enabled(False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            torch.func.vmap(torch.nn.functional.bilinear, (0, 0, None))(
-                torch.ones(2, 1), torch.ones(2, 1), torch.ones(1, 1, 1)
-            )
-    finally:
-        _functorch._set_vmap_fallback_warning_enabled(True)
+def test_fallback_warning_is_silenced_by_its_first_words_and_nothing_stays() -> None:
+    slope = torch.func.vmap(torch.func.grad(lambda x: torch.nn.functional.soft_margin_loss(x, torch.ones(2))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        with pytest.raises(UserWarning, match="There is a performance drop"):
+            slope(torch.ones(2, 2))
+        with _torch.quiet_fallbacks, _torch.quiet_fallbacks:
+            slope(torch.ones(2, 2))
+        assert warnings.filters == before
+        with pytest.raises(UserWarning, match="There is a performance drop"):
+            slope(torch.ones(2, 2))
 
 
 def test_one_dual_level_per_process_by_a_global() -> None:
@@ -271,7 +271,7 @@ def test_torch_func_jvp_enters_a_level_only_when_it_is_the_first() -> None:
         seen.append((eager_transforms.JVP_NESTING, forward_ad._current_level))
         return x.sin()
 
-    with _torch.dual_stacked():
+    with _torch.stacked_forward_level():
         torch.func.jvp(look, (X,), (X,))
     assert seen == [(2, 0)]
     torch.func.jvp(look, (X,), (X,))

@@ -13,20 +13,23 @@ import torch
 from torch._functorch import autograd_function
 from torch.autograd import Variable
 from torch.autograd import graph as autograd_graph
+from torch.torch_version import TorchVersion
 from torch.utils import _python_dispatch
 from torch.utils import _pytree as torch_pytree
 
-from autodiff._torch.modes import NormalMode
+from autodiff._torch.modes import OutsideInferenceMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
+# Without the local part, as in 2.13.0+cpu.
+version = TorchVersion(torch.__version__.split("+")[0])
 # Sees every operation, beneath all transforms.
 DispatchMode = _python_dispatch.TorchDispatchMode
 # What applies an autograd Function inside torch's levels, as a torch function mode sees it.
-CUSTOM_FUNCTION_CALL = autograd_function.custom_function_call
+custom_function_call = autograd_function.custom_function_call
 # torch.func has it since 2.13.
 rearrange: Any = getattr(torch.func, "rearrange", None) or import_module("functorch.einops").rearrange
 
@@ -48,7 +51,7 @@ def backward(
     arguments = tuple(outputs), tuple(cotangents), retain_graph, create_graph, tuple(inputs)
     if not torch.is_inference_mode_enabled():
         return list(run(*arguments, allow_unreachable=True, accumulate_grad=False))
-    with NormalMode():
+    with OutsideInferenceMode():
         return list(run(*arguments, allow_unreachable=True, accumulate_grad=False))
 
 

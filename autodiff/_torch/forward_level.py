@@ -17,7 +17,7 @@ from torch._C import _functorch
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
-from autodiff._torch.modes import ForwardGrad, NormalMode, on_stack
+from autodiff._torch.modes import ForwardModeAllowed, OutsideInferenceMode, on_stack
 from autodiff.errors import ForwardLevelError
 
 if TYPE_CHECKING:
@@ -196,13 +196,17 @@ def _is_gone(witness: Tensor) -> bool:
     return unpack_dual(witness)[1] is None
 
 
-class dual_ground(AbstractContextManager[None]):  # noqa: N801  used like the function below
-    """Plain forward AD in this thread, with no functorch level: half the time of `dual_stacked`."""
+class plain_forward_level(AbstractContextManager[None]):  # noqa: N801  used like the function below
+    """Plain forward AD in this thread, with no functorch level: half the time of `stacked_forward_level`."""
 
     __slots__ = ("_forward", "_level", "_normal")
 
     def __enter__(self) -> None:
-        self._normal, self._level, self._forward = NormalMode(), _InDualLevel(), ForwardGrad()
+        self._normal, self._level, self._forward = (
+            OutsideInferenceMode(),
+            _InDualLevel(),
+            ForwardModeAllowed(),
+        )
         self._normal.__enter__()
         try:
             self._level.__enter__()
@@ -223,7 +227,7 @@ class dual_ground(AbstractContextManager[None]):  # noqa: N801  used like the fu
             self._normal.__exit__()
 
 
-class NoForward(AbstractContextManager[None]):
+class ForwardModeHidden(AbstractContextManager[None]):
     """This thread is not in forward mode on the ground: for what no tangent enters."""
 
     __slots__ = ("_pushes",)
@@ -236,12 +240,12 @@ class NoForward(AbstractContextManager[None]):
 
 
 @contextmanager
-def dual_stacked() -> Iterator[int]:
+def stacked_forward_level() -> Iterator[int]:
     """A functorch forward-mode level, which nests; gives the level's number."""
-    with NormalMode(), _InDualLevel():
+    with OutsideInferenceMode(), _InDualLevel():
         level = _functorch._jvp_increment_nesting()
         try:
-            with ForwardGrad():
+            with ForwardModeAllowed():
                 yield level
         finally:
             _functorch._jvp_decrement_nesting()
@@ -250,13 +254,15 @@ def dual_stacked() -> Iterator[int]:
 def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
     """A tensor that carries a tangent; a view of the primal."""
     if not primal.is_contiguous() and 0 in primal.stride():
-        primal = (
-            primal.contiguous()
-        )  # torch lays the tangent out like the primal, which it cannot if expanded
+        # torch lays the tangent out like the primal, which it cannot do where that is expanded.
+        primal = primal.contiguous()
     return _make_dual(primal, tangent, level=0)
 
 
 def unpack_dual(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Primal and tangent, the latter None where the tensor carries none."""
+    """Primal and tangent, of one dtype; the latter None where the tensor carries none."""
     primal, tangent = _unpack_dual(tensor, level=0)
+    if tangent is not None and tangent.dtype != primal.dtype:
+        # torch promotes the tangent of a 0-dim float32 tensor times a Python float to float64.
+        tangent = tangent.to(primal.dtype)
     return primal, tangent

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd import graph as autograd_graph
 
 from autodiff._torch import forward_level as forward
-from autodiff._torch.modes import NormalMode, Recording, on_stack
+from autodiff._torch.modes import GradMode, OutsideInferenceMode, on_stack
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -27,7 +27,7 @@ _SAVED_TENSOR_HOOKS = (
 )
 
 
-def on_ground() -> bool:
+def no_transform_active() -> bool:
     """Whether no transform and no forward-mode level is active in this thread."""
     return (
         _functorch.peek_interpreter_stack() is None
@@ -73,7 +73,7 @@ def has_tangent_at_any_depth(tensor: Tensor) -> bool:
         return has_tangent_at_any_depth(_functorch.get_unwrapped(tensor) if below else tensor)
 
 
-def is_nested() -> bool:
+def inside_level() -> bool:
     """Whether a level of torch's stack is active."""
     return _functorch.peek_interpreter_stack() is not None
 
@@ -99,7 +99,7 @@ def batch_levels(tensors: Iterable[Tensor]) -> set[int]:
     return levels
 
 
-def bottom(tensor: Tensor) -> Tensor:
+def innermost(tensor: Tensor) -> Tensor:
     """The tensor inside all wrappers, with every batch dimension in sight."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
@@ -126,10 +126,10 @@ def grad_level() -> Iterator[int]:
     The level is made before grad mode is switched on: torch remembers the mode outside, and
     operations sent below the level obey that one.
     """
-    with NormalMode(), autograd_graph.disable_saved_tensors_hooks(_SAVED_TENSOR_HOOKS):
+    with OutsideInferenceMode(), autograd_graph.disable_saved_tensors_hooks(_SAVED_TENSOR_HOOKS):
         level = _functorch._grad_increment_nesting()
         try:
-            with Recording():
+            with GradMode():
                 yield level
         finally:
             _functorch._grad_decrement_nesting()
@@ -142,7 +142,7 @@ def wrap(tensor: Tensor, level: int) -> Tensor:
     return _functorch._wrap_for_grad(tensor, level)
 
 
-def wrap_watched(tensor: Tensor, level: int) -> Tensor:
+def wrap_tracked(tensor: Tensor, level: int) -> Tensor:
     """The tensor as an input of the level that the level differentiates."""
     allowed = _functorch.get_inplace_requires_grad_allowed()
     _functorch.set_inplace_requires_grad_allowed(True)
@@ -199,13 +199,3 @@ def remove_batch(tensor: Tensor, dim: int, size: int, level: int) -> Tensor:
         # torch expands such a tensor at dimension 0, whatever dim says.
         return tensor.unsqueeze(dim).expand(*tensor.shape[:dim], size, *tensor.shape[dim:])
     return _functorch._remove_batch_dim(tensor, level, size, dim)
-
-
-@contextmanager
-def quiet_fallbacks() -> Iterator[None]:
-    """No warning where vmap loops over an operation without a batching rule; torch cannot be asked what it was."""
-    _functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        _functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]

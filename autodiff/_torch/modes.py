@@ -5,6 +5,9 @@ Imports nothing from the package.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import warnings
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,19 +27,19 @@ F = TypeVar("F", bound="Callable[..., Any]")
 compiling = torch.compiler.is_compiling
 
 # What torch.no_grad and its kin call, as a torch function mode sees it.
-SWITCH_OF_GRAD_MODE = torch._C._set_grad_enabled
+set_grad_enabled = torch._C._set_grad_enabled
 # Off with torch function modes: operations run as they are.
-WithoutModes = torch._C.DisableTorchFunction
+WithoutFunctionModes = torch._C.DisableTorchFunction
 # The torch function mode that sees an operation first, None where there is none.
 function_mode = overrides._get_current_function_mode
 # All of them, the one that sees an operation first last.
 function_modes = overrides._get_current_function_mode_stack
 # Attention by a fused kernel and by a formula: whether it is on, and the switch.
-FLASH_ATTENTION = torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash
-MATH_ATTENTION = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math
+flash_attention = torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash
+math_attention = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math
 
 
-def whole(func: F) -> F:
+def never_traced_alone(func: F) -> F:
     """``func``, traced by torch.compile as a part of its caller alone.
 
     Where something in it cannot be traced, and the caller runs uncompiled, so does all of it. torch would compile it
@@ -55,13 +58,59 @@ def stop_tracing(message: str) -> None:
     torch._dynamo.graph_break(msg=message)
 
 
+class SharedSwitch(AbstractContextManager[None]):
+    """Switches of the whole process: the first user turns them, and the last one turns them back.
+
+    ``turn`` turns them, and returns what turns them back to what they were. The lock is never held while user code
+    runs. Every second derivative comes by here: without a ``with`` for the lock it takes a third less time.
+    """
+
+    def __init__(self, turn: Callable[[], Callable[[], None]]) -> None:
+        self._turn, self._lock, self._users = turn, threading.Lock(), 0
+        self._turn_back: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            self._users += 1
+            if self._users == 1:
+                self._turn_back = self._turn()
+        finally:
+            self._lock.release()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.acquire()
+        try:
+            self._users -= 1
+            if self._users == 0:
+                self._turn_back()
+        finally:
+            self._lock.release()
+
+
+def _silence_fallbacks() -> Callable[[], None]:
+    # torch's own switch cannot be asked how it stands. This filter comes and goes without touching any other.
+    warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+    ours = warnings.filters[0]
+
+    def turn_back() -> None:
+        with contextlib.suppress(ValueError):  # a catch_warnings of somebody else's has taken it away
+            warnings.filters.remove(ours)  # type: ignore[attr-defined]
+
+    return turn_back
+
+
+# No warning where vmap loops over an operation without a batching rule.
+quiet_fallbacks = SharedSwitch(_silence_fallbacks)
+
+
 def on_stack(kind: _functorch.TransformType) -> bool:
     """Whether a level of this kind is on this thread's stack of transforms."""
     stack = _functorch.get_interpreter_stack()
     return stack is not None and any(layer.key() == kind for layer in stack)
 
 
-def outside_inference(tensor: Tensor) -> Tensor:
+def outside_inference_mode(tensor: Tensor) -> Tensor:
     """The tensor, or its clone where it was made in inference mode; call with that mode off.
 
     Such a tensor can be neither watched nor saved for backward, and forward mode ignores it silently.
@@ -78,7 +127,7 @@ def _leave_inference_mode() -> ExitStack | None:
     return outside
 
 
-class Recording(AbstractContextManager[None]):
+class GradMode(AbstractContextManager[None]):
     """Grad mode on, or off, and inference mode off; what was before comes back on leaving."""
 
     __slots__ = ("_on", "_outside", "_was_recording")
@@ -97,7 +146,7 @@ class Recording(AbstractContextManager[None]):
         torch._C._set_grad_enabled(self._was_recording)
 
 
-class NormalMode(AbstractContextManager[None]):
+class OutsideInferenceMode(AbstractContextManager[None]):
     """Inference mode off, grad mode as it was: what a functorch level must see when it is made."""
 
     __slots__ = ("_outside",)
@@ -116,7 +165,7 @@ class NormalMode(AbstractContextManager[None]):
             self._outside.close()
 
 
-class ForwardGrad(AbstractContextManager[None]):
+class ForwardModeAllowed(AbstractContextManager[None]):
     """Forward mode allowed, as torch forbids it inside an autograd Function."""
 
     __slots__ = ("_before",)

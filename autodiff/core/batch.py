@@ -1,13 +1,10 @@
-"""Floor 1: the batching level.
+"""The batching level.
 
-Hands on `run`, a vmap level over flat leaves, and `remember_randomness`, by which pieces of a batch see
-the same random numbers. Never sees a tree; imports only `_torch`.
+Hands on `run`, a vmap level over flat leaves. Never sees a tree.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -16,12 +13,12 @@ from torch import Tensor
 from autodiff import _torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
 Randomness: TypeAlias = Literal["error", "different", "same"]
 
 
-@_torch.whole
+@_torch.never_traced_alone
 def run(
     func: Callable[[list[Any]], list[Any]],
     leaves: Sequence[Any],
@@ -73,15 +70,15 @@ def _run_traced(
     mapped = [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is not None]
     in_dims = tuple(dim for dim in dims if dim is not None)
     coming = iter(torch.func.vmap(of_samples, in_dims, randomness=randomness)(*mapped))
-    return [output if dim is None else _moved(next(coming), dim) for output, dim in kept]
+    return [output if dim is None else _with_batch_at(next(coming), dim) for output, dim in kept]
 
 
-def _moved(output: Tensor, dim: int) -> Tensor:
+def _with_batch_at(output: Tensor, dim: int) -> Tensor:
     # Each operation that is left out is one less to trace.
     return output.movedim(0, dim) if dim else output
 
 
-def over_rows(
+def run_rows(
     func: Callable[[list[Tensor]], list[Tensor | None]],
     rows: Sequence[Tensor],
     size: int,
@@ -95,7 +92,7 @@ def over_rows(
     return run(func, rows, [0] * len(rows), size, randomness, leading)
 
 
-def the_same_for_all(leaves: Sequence[Any], rows: Sequence[Tensor]) -> list[Any]:
+def shared_by_rows(leaves: Sequence[Any], rows: Sequence[Tensor]) -> list[Any]:
     """Leaves whose values do not depend on the row, as seen from outside the batch that ``rows`` are of.
 
     Such a leaf may be batched nonetheless: a buffer that was copied for every sample.
@@ -124,7 +121,7 @@ def copy_for_every_sample() -> Callable[[Tensor], Tensor]:
             return tensor.clone()
         if tensor.device not in masks:
             sizes = [size for _, size in levels]
-            mask = _torch.bottom(torch.zeros(sizes, dtype=torch.bool, device=tensor.device))
+            mask = _torch.innermost(torch.zeros(sizes, dtype=torch.bool, device=tensor.device))
             for level, _ in levels:
                 mask = _torch.add_batch(mask, 0, level)
             masks[tensor.device] = mask
@@ -132,42 +129,3 @@ def copy_for_every_sample() -> Callable[[Tensor], Tensor]:
         return torch.where(masks[tensor.device], tensor, tensor)
 
     return copied
-
-
-def random_state() -> dict[str, Tensor]:
-    """The state of the default generators: that of the CPU, and those of CUDA once it is in use."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states |= {f"cuda:{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
-    return states
-
-
-def set_random_state(states: Mapping[str, Tensor]) -> None:
-    """Take the generators back to where they were."""
-    for device, state in states.items():
-        if device == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, device)
-
-
-def has_drawn(since: Mapping[str, Tensor]) -> bool:
-    """Whether random numbers were drawn since the generators were in these states."""
-    now = random_state()
-    return any(not torch.equal(state, now[device]) for device, state in since.items())
-
-
-@contextmanager
-def random_numbers_from(states: Mapping[str, Tensor]) -> Iterator[None]:
-    """Draw once more what was drawn from these states on; afterwards the generators go on where they were."""
-    before = random_state()
-    set_random_state(states)
-    try:
-        yield
-    finally:
-        set_random_state(before)
-
-
-def remember_randomness() -> Callable[[], None]:
-    """A function that takes the generators back to where they are now."""
-    return partial(set_random_state, random_state())

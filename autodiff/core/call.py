@@ -1,4 +1,4 @@
-"""Floor 1: one call of a transformed function, argnums, trees and aux lifted away.
+"""One call of a transformed function: argnums, trees and aux lifted away.
 
 Hands on `Call`, which turns ``func(*args, **kwargs)`` into a function from the differentiable
 leaves of the selected arguments to the output's leaves. Imports `trees`, `checks` and `errors`.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autodiff import checks
+from autodiff._torch import MESSAGES
 from autodiff.core import trees
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ Wrt: TypeAlias = str | tuple[str, ...] | None
 Lift: TypeAlias = Callable[[Tensor], Tensor]
 
 
-# By these words torch refuses a write to what is differentiated.
-_WRITTEN = ("a leaf Variable that requires grad", "a view of a leaf Variable")
 _CLONE = "the function writes in place to an argument that is differentiated. Write to a clone, as in x = x.clone()."
 
 
@@ -118,7 +117,7 @@ class Call:
         try:
             output = self._run(trees.unflatten(self.spec, filled), lift)
         except RuntimeError as error:
-            checks.advise(self.name, error, _WRITTEN, _CLONE)
+            checks.advise(self.name, error, MESSAGES["an input was written in place"], _CLONE)
             raise
         if self.has_aux:
             checks.has_aux_pair(self.name, output)
@@ -186,9 +185,29 @@ class Call:
                 checks.like_leaf(self.name, "cotangent", path, cotangent, home, output)
         return picked
 
-    def path_of_primal(self, index: int) -> str:
-        """The place of a primal, written as code."""
-        return trees.paths(self.spec, self.root)[self._where[index]]
+    def dense_cotangents(self, pulled: Sequence[Tensor | None], strict: bool = False) -> list[Tensor]:
+        """What was pulled back to the primals, with zeros for None; an error instead where ``strict``."""
+        if strict:
+            for index, cotangent in enumerate(pulled):
+                if cotangent is None:
+                    checks.depends(self.name, "the output", self.path_of_primal(index), primal=index)
+        pairs = zip(self.primals, pulled, strict=True)
+        return [torch.zeros_like(like) if one is None else one for like, one in pairs]
+
+    def dense_tangents(
+        self, outputs: Sequence[Tensor], pushed: Sequence[Tensor | None], strict: bool = False
+    ) -> list[Tensor]:
+        """What was pushed forward to the outputs, with zeros for None; an error instead where ``strict``."""
+        if strict:
+            for index, tangent in enumerate(pushed):
+                if tangent is None:
+                    checks.depends(self.name, self.path_of_output(index), "the primals", output=index)
+        pairs = zip(outputs, pushed, strict=True)
+        return [torch.zeros_like(like) if one is None else one for like, one in pairs]
+
+    def path_of_primal(self, index: int, root: str | None = None) -> str:
+        """The place of a primal, written as code; ``root`` is a tree like the selected arguments."""
+        return trees.paths(self.spec, self.root if root is None else root)[self._where[index]]
 
     def path_of_output(self, index: int) -> str:
         """The place of an output, written as code."""

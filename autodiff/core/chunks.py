@@ -211,7 +211,7 @@ class Chunks:
         if whole is not None and filled:
             self._pieces[key].append(whole.narrow(dim, 0, filled))
 
-    def whole(self, key: int, dim: int = 0) -> Tensor | None:
+    def assembled(self, key: int, dim: int = 0) -> Tensor | None:
         """Result ``key`` put together, None where every piece of it was."""
         if key in self._wholes:
             return self._wholes[key]

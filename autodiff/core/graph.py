@@ -1,7 +1,4 @@
-"""Floor 1: what the graph that a function left tells of it.
-
-Works on the tensors that a graph ends in, those that are no tensors left aside. Imports only `_torch`.
-"""
+"""What the graph that a function recorded says about it. Imports `_torch` and `hooks`."""
 
 from __future__ import annotations
 
@@ -11,78 +8,50 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from autodiff import _torch
+from autodiff.core import hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-# cdist with three or more rows; masked_select and its double backward with a mask larger than the input.
-_WRONG_IN_BATCHES = frozenset({"CdistBackward0", "MaskedSelectBackward0", "MaskedScatterBackward0"})
-# The second derivatives of layer_norm, and of batch_norm and instance_norm.
-_WRITE_IN_PLACE = frozenset(
-    {
-        "NativeLayerNormBackwardBackward0",
-        "NativeBatchNormBackwardBackward0",
-        "CudnnBatchNormBackwardBackward0",
-        "MiopenBatchNormBackwardBackward0",
-    }
-)
+    from autodiff.core.hooks import PullPolicy
 
 
-def walk(ends: Iterable[Any]) -> tuple[list[Any], set[Any]]:
-    """The nodes where the graph that the tensors end stops, and all of its nodes."""
-    stack: list[Any] = [e.grad_fn for e in ends if isinstance(e, Tensor) and e.grad_fn is not None]
+def walk(outputs: Iterable[Any]) -> tuple[list[Any], set[Any]]:
+    """The nodes in which the graph behind the outputs begins, and all of its nodes."""
+    stack: list[Any] = [o.grad_fn for o in outputs if isinstance(o, Tensor) and o.grad_fn is not None]
     # None stands for an input that needs no gradient. 0.14 us for each node: every gradient walks its graph.
     seen: set[Any] = {None, *stack}
-    stops: list[Any] = []
+    first: list[Any] = []
     while stack:
         node = stack.pop()
         following = node.next_functions
         if not following:
-            stops.append(node)
+            first.append(node)
         for one, _ in following:
             if one not in seen:
                 seen.add(one)
                 stack.append(one)
     seen.discard(None)
-    return stops, seen
+    return first, seen
 
 
-def first_constant(ends: Sequence[Tensor]) -> int | None:
-    """The first end that no operation connects to anything watched, None where there is none."""
-    return next((i for i, end in enumerate(ends) if not end.requires_grad), None)
+def names_of(nodes: Iterable[Any]) -> set[str]:
+    """The names of the nodes' classes."""
+    return {cls.__name__ for cls in set(map(type, nodes))}
 
 
-def has_custom_gradient(ends: Sequence[Any]) -> bool:
-    """Whether an ``autograd.Function`` stands in the graph: its gradient may be no gradient at all."""
-    return any(isinstance(node, BackwardCFunction) for node in walk(ends)[1])
+def operations_under(policy: PullPolicy, names: Iterable[str]) -> list[str]:
+    """The operations for which a graph with nodes of these names is to be pulled back by the policy."""
+    found = hooks.pull_policies[policy].items()
+    return [operation for begin, operation in found if any(name.startswith(begin) for name in names)]
 
 
-def kinds(nodes: Iterable[Any]) -> set[str]:
-    """The names of the nodes."""
-    return {kind.__name__ for kind in set(map(type, nodes))}
+def has_custom_gradient(outputs: Sequence[Any]) -> bool:
+    """Whether an ``autograd.Function`` is in the graph: what it gives need not be the gradient of anything."""
+    return any(isinstance(node, BackwardCFunction) for node in walk(outputs)[1])
 
 
-def has_linalg(kinds: Iterable[str]) -> bool:
-    """Whether an operation of torch.linalg is among the nodes."""
-    return any(kind.startswith("Linalg") for kind in kinds)
-
-
-def writes_over_cotangents(kinds: Iterable[str]) -> bool:
-    """Whether the pullback of one of the nodes writes in place to what it makes of its cotangent."""
-    return not _WRITE_IN_PLACE.isdisjoint(kinds)
-
-
-def takes_logarithm(kinds: Iterable[str]) -> bool:
-    """Whether the pullback of one of the nodes takes the logarithm of its cotangent."""
-    return "LogcumsumexpBackward0" in kinds
-
-
-def is_wrong_in_batches(kinds: Iterable[str]) -> bool:
-    """Whether one of the nodes has a batching rule that is silently wrong in torch."""
-    return not _WRONG_IN_BATCHES.isdisjoint(kinds)
-
-
-def bytes_of_a_pull(ends: Sequence[Any]) -> tuple[int, int]:
+def bytes_of_a_pull(outputs: Sequence[Any]) -> tuple[int, int]:
     """The bytes of all the cotangents that a pull makes, and of the largest of them."""
-    sizes = [size for node in walk(ends)[1] for size in _torch.cotangent_sizes(node)]
+    sizes = [size for node in walk(outputs)[1] for size in _torch.cotangent_sizes(node)]
     return sum(sizes), max(sizes, default=0)

@@ -1,4 +1,4 @@
-"""Floor 1: how much memory there is, and how much a piece of work takes.
+"""How much memory there is, and how much a piece of work takes.
 
 Hands on budgets in bytes, `free`, and `Meter`, which measures the peak of what runs inside it. Never
 sees a tree of the user's; imports `_torch` and `errors`.
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from autodiff._torch import DispatchMode, is_zero_tensor
+from autodiff._torch import DispatchMode, says
+from autodiff.core import hooks
 from autodiff.errors import OptionError
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ SHARE = 0.5
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
-# By these words the CPU allocator says that there is no more.
-_CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
 
 
 def parse(name: str, memory: object) -> int:
@@ -98,7 +97,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and says(error, "out of memory")
 
 
 class Meter:
@@ -152,10 +151,9 @@ class _LiveBytes(DispatchMode):
         del types
         self.operations += 1
         self._see((args, kwargs), new=False)
-        if func is torch.ops.aten.mul.Scalar and is_zero_tensor(args[0]):
-            # A tangent without memory: inside a dispatch mode this product, and no other operation, ends the process.
-            return torch.zeros_like(args[0])
-        result = func(*args, **(kwargs or {}))
+        override = hooks.dispatch_overrides.get(func)
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs) if override is None else override(func, args, kwargs)
         self._see(result, new=True)
         return result
 

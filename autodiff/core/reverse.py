@@ -1,8 +1,7 @@
-"""Floor 1: reverse mode. Record a function once, pull cotangents back many times.
+"""Reverse mode: record a function once, pull cotangents back many times.
 
-Works on flat lists of tensors and hands on `record`, whose tape gives None for an input that the
-output does not depend on, and transposes of tapes and linear functions. Never sees a tree; imports
-`_torch`, `attention`, `graph` and `errors`.
+Works on flat lists of tensors and hands on `record`, whose tape gives None for an input that no output depends on.
+Never sees a tree.
 """
 
 from __future__ import annotations
@@ -10,17 +9,14 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autodiff import _torch
-from autodiff.core import graph
+from autodiff.core import graph, hooks
 from autodiff.errors import BatchedPullError, InPlaceError
-from autodiff.torch_fixes import attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,96 +25,111 @@ if TYPE_CHECKING:
 
     # From the inputs, and what to do with every other tensor among the arguments, to the outputs and
     # the leaves of aux.
-    Recordable: TypeAlias = Callable[[Sequence[Tensor], Lift | None], tuple[list[Any], list[Any]]]
-    # From a tape to what its pulls give and the leaves of aux.
-    Pulling: TypeAlias = Callable[["Tape"], tuple[list[Any], list[Any]]]
+    FlatFunction: TypeAlias = Callable[[Sequence[Tensor], Lift | None], tuple[list[Any], list[Any]]]
+    # From a tape to what its pulls give, and the leaves of aux.
+    Pull: TypeAlias = Callable[["Tape"], tuple[list[Any], list[Any]]]
 
-_ALL = slice(None)
+ALL = slice(None)
 
 
-class _Here(threading.local):
+class _Thread(threading.local):
     """How many functions this thread is recording, each inside the one before."""
 
     recording = 0
 
 
-_here = _Here()
+_thread = _Thread()
 
 
 class Tape(ABC):
     """What one run of a function left: its outputs, and the way back to its inputs.
 
-    ``outputs`` and ``aux`` are what the caller may show; ``ends`` and ``inputs`` are the same tensors
-    and the primals as the graph knows them, and nobody outside.
+    ``outputs`` and ``aux`` are what the caller may show; ``graph_outputs`` and ``inputs`` are the outputs and the
+    primals as the graph knows them, which nobody outside sees.
     """
 
-    __slots__ = ("__weakref__", "_kinds", "_nodes", "_unfused", "aux", "ends", "inputs", "outputs")
+    __slots__ = (
+        "__weakref__",
+        "_higher_order",
+        "_names",
+        "_nodes",
+        "aux",
+        "graph_outputs",
+        "inputs",
+        "outputs",
+    )
 
     outputs: list[Any]
     aux: list[Any]
-    ends: list[Any]
+    graph_outputs: list[Any]
     inputs: list[Tensor]
 
     def __init__(self) -> None:
         self._nodes: set[Any] | None = None
-        self._kinds: set[str] | None = None
+        self._names: set[str] | None = None
 
-    def kinds(self) -> set[str]:
+    def node_names(self) -> set[str]:
         """The names of the graph's nodes."""
-        if self._kinds is None:
-            self._kinds = graph.kinds(graph.walk(self.ends)[1] if self._nodes is None else self._nodes)
+        if self._names is None:
+            self._names = graph.names_of(
+                graph.walk(self.graph_outputs)[1] if self._nodes is None else self._nodes
+            )
             self._nodes = None
-        return self._kinds
+        return self._names
 
-    def _run(self, func: Recordable, lift: Lift, twice: bool, then: Pulling | None = None) -> list[Any]:
-        """Run the function on the inputs, keep its outputs as ends; the leaves of aux.
+    def pulled_one_at_a_time(self) -> list[str]:
+        """The operations whose cotangents must not be pulled back in a batch."""
+        return graph.operations_under("one cotangent at a time", self.node_names())
 
-        ``twice`` says that somebody may pull back what a pull of this tape gives. ``then`` is shown the tape
-        as it is after that, and gives the ends and the leaves of aux that it is to have instead.
+    def _run(self, func: FlatFunction, lift: Lift, higher_order: bool, pull: Pull | None = None) -> list[Any]:
+        """Run the function on the inputs, keep its outputs; the leaves of aux.
+
+        ``higher_order`` says that what a pull gives may be differentiated in turn. ``pull`` is shown the tape as it is
+        after that, and gives the outputs and the leaves of aux that it is to have instead.
         """
         # The thread's own dict: attributes of a threading.local take three times as long.
-        here = _here.__dict__
-        outside = here.get("recording", 0)
-        self._unfused = False
-        here["recording"] = outside + 1
+        thread = _thread.__dict__
+        outside = thread.get("recording", 0)
+        self._higher_order = False
+        thread["recording"] = outside + 1
         try:
-            if twice:
-                with attention.unfused:
-                    self.ends, aux = func(self.inputs, lift)
-                    if then is not None:
-                        self.outputs, self.aux = self.ends, aux
-                        self.ends, aux = then(self)
+            if higher_order:
+                with hooks.enter_higher_order("eager"):
+                    self.graph_outputs, aux = func(self.inputs, lift)
+                    if pull is not None:
+                        self.outputs, self.aux = self.graph_outputs, aux
+                        self.graph_outputs, aux = pull(self)
             else:
-                self.ends, aux = func(self.inputs, lift)
+                self.graph_outputs, aux = func(self.inputs, lift)
         finally:
-            here["recording"] = outside
-        # A pull runs again what stands in torch.utils.checkpoint, and has to find attention as it was here.
-        # What a nested tape recorded runs again outside of it too, where nothing can be done for it.
-        self._unfused = twice and outside == 0
+            thread["recording"] = outside
+        # A pull runs again what stands in torch.utils.checkpoint, and has to do so under the same hook. What a nested
+        # tape recorded runs again outside of it too, where nothing can be done for it.
+        self._higher_order = higher_order and outside == 0
         return aux
 
     def pull(
         self,
         cotangents: Sequence[Tensor | None],
         *,
-        only: slice = _ALL,
+        wanted: slice = ALL,
         retain_graph: bool = False,
         create_graph: bool | None = None,
     ) -> list[Tensor | None]:
         """A cotangent for each input, None where no output depends on it.
 
-        ``only`` says which inputs are asked for; nothing is computed for the others alone.
-        ``create_graph=None`` makes a graph only when somebody outside can watch the result. A pull
+        ``wanted`` says which inputs are asked for; nothing is computed for the others alone.
+        ``create_graph=None`` makes a graph only where the result can be differentiated from outside. A pull
         that makes a graph keeps the one that it reads, since the two share saved tensors.
         """
-        inputs = self.inputs if only is _ALL else self.inputs[only]
-        if _torch.is_nested() and graph.is_wrong_in_batches(self.kinds()) and self._unbatched(cotangents):
+        inputs = self.inputs if wanted is ALL else self.inputs[wanted]
+        if _torch.inside_level() and (names := self.pulled_one_at_a_time()) and self._is_batch(cotangents):
             raise BatchedPullError(
-                "a batch of cotangents of cdist, or of masked_select, is pulled back wrongly by torch, without a word. "
-                "Expected one at a time: pull them in a loop, or take jacrev, which does."
+                f"torch pulls a batch of cotangents of {' or '.join(names)} back wrongly. Expected one cotangent at a "
+                f"time: pull them back in a loop, or use jacrev, which does so."
             )
         ends, seeds = [], []
-        for end, cotangent in zip(self.ends, cotangents, strict=True):
+        for end, cotangent in zip(self.graph_outputs, cotangents, strict=True):
             if cotangent is not None and end.requires_grad:
                 ends.append(end)
                 seeds.append(cotangent)
@@ -127,72 +138,81 @@ class Tape(ABC):
         forced = False
         if create_graph is None:
             create_graph = torch.is_grad_enabled() and (
-                self._watched() or any(map(_torch.requires_grad_at_any_depth, seeds))
+                self._is_tracked() or any(map(_torch.requires_grad_at_any_depth, seeds))
             )
-            if not create_graph and self._needs_grad_mode():
+            if not create_graph and self._needs_graph():
                 create_graph = True
-                # A push detaches what it gives when it is through.
+                # A push detaches what it gives when it is done.
                 forced = not torch.is_grad_enabled() and not _torch.forward_level_active()
         if create_graph and any(map(torch.is_inference, seeds)):
-            with _torch.NormalMode():
-                seeds = [_torch.outside_inference(seed) for seed in seeds]
+            with _torch.OutsideInferenceMode():
+                seeds = [_torch.outside_inference_mode(seed) for seed in seeds]
         arguments = ends, seeds, inputs, retain_graph or create_graph, create_graph
-        if self._unfused:
-            with attention.unfused:
+        if self._higher_order:
+            with hooks.enter_higher_order("eager"):
                 pulled = _torch.backward(*arguments)
         else:
             pulled = _torch.backward(*arguments)
         return [_torch.detached(one) for one in pulled] if forced else pulled
 
-    def _unbatched(self, cotangents: Sequence[Tensor | None]) -> bool:
-        """Whether the cotangents are a batch of which the inputs know nothing."""
+    def _is_batch(self, cotangents: Sequence[Tensor | None]) -> bool:
+        """Whether the cotangents carry a batch that the inputs do not."""
         given = [cotangent for cotangent in cotangents if cotangent is not None]
         return not _torch.batch_levels(given) <= _torch.batch_levels(self.inputs)
 
-    def _needs_grad_mode(self) -> bool:
-        """Whether some backward formula is right only where a graph is made, though nobody watches."""
+    def _needs_graph(self) -> bool:
+        """Whether the pull makes a graph though nothing tracks its result."""
         return False
 
     @abstractmethod
-    def _watched(self) -> bool:
-        """Whether somebody outside can see a derivative of what this tape gives."""
+    def _is_tracked(self) -> bool:
+        """Whether what this tape gives can be differentiated from outside."""
 
 
-@_torch.whole
+@_torch.never_traced_alone
 def record(
-    func: Recordable,
+    func: FlatFunction,
     primals: Sequence[Tensor],
     *,
-    private: Sequence[Tensor] = (),
-    twice: bool = False,
-    inner: bool = False,
+    own_leaves: Sequence[Tensor] = (),
+    higher_order: bool = False,
+    inside_tape: bool = False,
 ) -> Tape:
     """Run ``func`` once on the primals, and keep the way back.
 
-    ``private`` are inputs of other tapes that belong to the same transform: a graph that ends in one
-    of them is watched by nobody. ``twice`` says that a pull of the tape will be pulled back itself.
-    ``inner`` says that the primals are the inputs of another tape of the same transform, which ``func`` has
-    no other way to: then they need no view to be told apart by.
+    ``own_leaves`` are inputs of other tapes that belong to the same transform: a graph that begins in one of them is
+    not tracked from outside. ``higher_order`` says that a pull of the tape will be differentiated in turn.
+    ``inside_tape`` says that the primals are the inputs of another tape of the same transform, to which ``func`` has no
+    other way: then they need no views of their own.
     """
     if _torch.compiling():
-        return _TracedTape(func, primals, twice or inner)
-    if _torch.on_ground():
-        return _GroundTape(func, primals, private, twice, inner)
-    return _LevelTape(func, primals, twice)
+        return _TracedTape(func, primals, higher_order or inside_tape)
+    if _torch.no_transform_active():
+        return _EagerTape(func, primals, own_leaves, higher_order, inside_tape)
+    return _LevelTape(func, primals, higher_order)
 
 
-@_torch.whole
-def record_pull(func: Recordable, primals: Sequence[Tensor], pull: Pulling) -> Tape:
+@_torch.never_traced_alone
+def record_pull(func: FlatFunction, primals: Sequence[Tensor], pull: Pull) -> Tape:
     """The tape of ``pull``, which pulls cotangents through the tape of ``func``.
 
-    On the ground both are one and the same, which takes 0.85 x as long as a tape inside a tape.
+    Eagerly both are one tape, which takes 0.85 x as long as a tape inside a tape.
     """
-    if _torch.compiling() or not _torch.on_ground():
-        return record(lambda leaves, lift: pull(record(lifted_by(lift, func), leaves, inner=True)), primals)
-    return _GroundTape(func, primals, then=pull)
+    if _torch.compiling() or not _torch.no_transform_active():
+        return record(pulling(func, pull), primals)
+    return _EagerTape(func, primals, pull=pull)
 
 
-def lifted_by(outer: Lift | None, func: Recordable) -> Recordable:
+def pulling(func: FlatFunction, pull: Pull) -> FlatFunction:
+    """What ``pull`` makes of the tape of ``func``, as a function of the primals."""
+
+    def pulled(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+        return pull(record(lifted_by(lift, func), leaves, inside_tape=True))
+
+    return pulled
+
+
+def lifted_by(outer: Lift | None, func: FlatFunction) -> FlatFunction:
     """``func`` inside two levels: what the outer lifts, the inner one lifts on."""
     if outer is None:
         return func
@@ -210,79 +230,82 @@ def conjugated(pulled: Sequence[Tensor | None]) -> list[Tensor | None]:
 def recorded_outside(leaves: Sequence[Tensor]) -> bool:
     """Whether an outer tape of this thread, or a graph that a leaf belongs to, records what happens here."""
     return torch.is_grad_enabled() and (
-        _here.recording > 0 or any(map(_torch.requires_grad_at_any_depth, leaves))
+        _thread.recording > 0 or any(map(_torch.requires_grad_at_any_depth, leaves))
     )
 
 
-class _GroundTape(Tape):
+class _EagerTape(Tape):
     """Plain autograd, where no transform is active around this one."""
 
-    __slots__ = ("_known", "_private")
+    __slots__ = ("_own_leaves", "_tracked")
 
     def __init__(
         self,
-        func: Recordable,
+        func: FlatFunction,
         primals: Sequence[Tensor],
-        private: Sequence[Tensor] = (),
-        twice: bool = False,
-        inner: bool = False,
-        then: Pulling | None = None,
+        own_leaves: Sequence[Tensor] = (),
+        higher_order: bool = False,
+        inside_tape: bool = False,
+        pull: Pull | None = None,
     ) -> None:
         super().__init__()
         recording = torch.is_grad_enabled()
-        with _torch.Recording():
-            self.inputs, views, watched = [], [], False
-            me = weakref.ref(self)
+        with _torch.GradMode():
+            self.inputs, views, requires_grad = [], [], False
+            this = weakref.ref(self)
             for primal in primals:
-                if inner:
+                if inside_tape:
                     entered = primal
-                    watched = watched or primal.requires_grad
+                    requires_grad = requires_grad or primal.requires_grad
                 elif primal.requires_grad:
-                    # Connected where somebody outside watches it. A sparse tensor has no views.
+                    # Connected to the graph outside. A sparse tensor has no views.
                     entered = primal.view_as(primal) if primal.layout is torch.strided else primal.clone()
-                    watched = True
+                    requires_grad = True
                 else:
-                    entered = _torch.outside_inference(primal).detach().requires_grad_()
-                    entered.autodiff_tape = me  # type: ignore[attr-defined]
+                    entered = _torch.outside_inference_mode(primal).detach().requires_grad_()
+                    entered.autodiff_tape = this  # type: ignore[attr-defined]
                 self.inputs.append(entered)
                 # torch refuses writes to a leaf and to a view of one.
                 if not primal.is_leaf:
                     views.append(entered)
-            self._private = private
+            self._own_leaves = own_leaves
             versions = _torch.versions(views) if views else []
-            # While ``then`` pulls, the graph that it makes is watched: by this tape.
-            self._known: bool | None = True
-            twice = twice or then is not None or (recording and (watched or _here.recording > 0))
-            aux = self._run(func, _torch.outside_inference, twice, then)
-            self._known = watched or None
+            # While ``pull`` runs, the graph that it makes is tracked: by this tape.
+            self._tracked: bool | None = True
+            higher_order = (
+                higher_order or pull is not None or (recording and (requires_grad or _thread.recording > 0))
+            )
+            aux = self._run(func, _torch.outside_inference_mode, higher_order, pull)
+            self._tracked = requires_grad or None
             if views:
                 _refuse_written(views, versions)
-        if recording and self._watched():
-            self.outputs, self.aux = self.ends, aux
+        if recording and self._is_tracked():
+            self.outputs, self.aux = self.graph_outputs, aux
         else:
-            self.outputs = [_torch.detached(end) for end in self.ends]
+            self.outputs = [_torch.detached(output) for output in self.graph_outputs]
             self.aux = [
-                leaf if recording and self._foreign([leaf]) else _torch.detached(leaf) for leaf in aux
+                leaf if recording and self._has_foreign_leaf([leaf]) else _torch.detached(leaf)
+                for leaf in aux
             ]
 
-    def _watched(self) -> bool:
-        if self._known is None:
-            self._known = self._foreign(self.ends)
-        return self._known
+    def _is_tracked(self) -> bool:
+        if self._tracked is None:
+            self._tracked = self._has_foreign_leaf(self.graph_outputs)
+        return self._tracked
 
-    def _foreign(self, ends: Sequence[Any]) -> bool:
-        """Whether the graph of ``ends`` ends in a leaf that is not this tape's own.
+    def _has_foreign_leaf(self, outputs: Sequence[Any]) -> bool:
+        """Whether the outputs depend on a leaf that requires grad and is not this tape's own.
 
         The walk costs 1 to 5 % of a gradient (chains of 1 to 1000 operations, a transformer layer).
         """
-        stops, self._nodes = graph.walk(ends)
+        first, self._nodes = graph.walk(outputs)
         # Only the node that accumulates into a leaf has a variable.
-        leaves = [leaf for leaf in (getattr(node, "variable", None) for node in stops) if leaf is not None]
-        leaves += [end for end in ends if isinstance(end, Tensor) and end.is_leaf and end.requires_grad]
-        own = {id(leaf) for leaf in (*self.inputs, *self._private)}
+        leaves = [leaf for leaf in (getattr(node, "variable", None) for node in first) if leaf is not None]
+        leaves += [one for one in outputs if isinstance(one, Tensor) and one.is_leaf and one.requires_grad]
+        own = {id(leaf) for leaf in (*self.inputs, *self._own_leaves)}
         for leaf in leaves:
             if id(leaf) not in own:
-                # The leaf of a tape that is gone, as of a transform inside this one, is nobody's either.
+                # The leaf of a tape that is gone, as of a transform inside this one, is not tracked either.
                 tape = getattr(leaf, "autodiff_tape", None)
                 if tape is None or tape() is not None:
                     return True
@@ -298,32 +321,33 @@ class _LevelTape(Tape):
 
     __slots__ = ()
 
-    def __init__(self, func: Recordable, primals: Sequence[Tensor], twice: bool) -> None:
+    def __init__(self, func: FlatFunction, primals: Sequence[Tensor], higher_order: bool) -> None:
         super().__init__()
-        twice = (
-            twice or recorded_outside(primals) or _torch.grad_level_active() or _torch.forward_level_active()
+        higher_order = (
+            higher_order
+            or recorded_outside(primals)
+            or _torch.grad_level_active()
+            or _torch.forward_level_active()
         )
         with _torch.grad_level() as level:
-            self.inputs = [_torch.wrap_watched(primal, level) for primal in primals]
-            aux = self._run(func, lambda tensor: _torch.wrap(tensor, level), twice)
-            self.outputs = [_torch.unwrap(end, level) for end in self.ends]
+            self.inputs = [_torch.wrap_tracked(primal, level) for primal in primals]
+            aux = self._run(func, lambda tensor: _torch.wrap(tensor, level), higher_order)
+            self.outputs = [_torch.unwrap(output, level) for output in self.graph_outputs]
             self.aux = [_torch.unwrap(leaf, level) for leaf in aux]
 
     def pull(self, cotangents: Sequence[Tensor | None], **options: Any) -> list[Tensor | None]:
-        if graph.writes_over_cotangents(self.kinds()):
-            # vmap refuses where what is written to is not batched and what is written is.
+        if graph.operations_under("cotangents batched like outputs", self.node_names()):
             pairs = zip(cotangents, self.outputs, strict=True)
             cotangents = [None if c is None else c + torch.zeros_like(output) for c, output in pairs]
         return super().pull(cotangents, **options)
 
-    def _needs_grad_mode(self) -> bool:
-        # Without grad mode, linalg's formulas reuse the factors that forward saved, and silu, mish and
-        # group_norm use a fused backward. Neither carries a tangent; and with factors of the outer of two
-        # batches and a right-hand side of the inner one torch's solve is silently wrong, as in
-        # vmap(hessian(logdet)).
-        return _torch.forward_level_active() or graph.has_linalg(self.kinds())
+    def _needs_graph(self) -> bool:
+        names = self.node_names()
+        if _torch.forward_level_active() and graph.operations_under("with a graph in forward mode", names):
+            return True
+        return bool(graph.operations_under("with a graph", names))
 
-    def _watched(self) -> bool:
+    def _is_tracked(self) -> bool:
         return _torch.grad_level_active() or any(
             isinstance(output, Tensor) and _torch.requires_grad_at_any_depth(output)
             for output in self.outputs
@@ -335,27 +359,29 @@ class _TracedTape(Tape):
 
     __slots__ = ("_pullback",)
 
-    def __init__(self, func: Recordable, primals: Sequence[Tensor], twice: bool) -> None:
+    def __init__(self, func: FlatFunction, primals: Sequence[Tensor], higher_order: bool) -> None:
         inside: list[Any] = []
 
         def of_inputs(*inputs: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
             outputs, inside[:] = func(inputs, None)
-            # It takes nothing but tensors for aux.
+            # It takes only tensors for aux.
             return tuple(outputs), tuple(leaf for leaf in inside if isinstance(leaf, Tensor))
 
-        # The tracer knows this switch, and turns it back.
-        with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
-            recorded: Any = torch.func.vjp(of_inputs, *primals, has_aux=True)
+        if higher_order:
+            with hooks.enter_higher_order("traced"):
+                recorded: Any = torch.func.vjp(of_inputs, *primals, has_aux=True)
+        else:
+            recorded = torch.func.vjp(of_inputs, *primals, has_aux=True)
         outputs, self._pullback, tensors = recorded
         coming = iter(tensors)
-        self.outputs, self.ends, self.inputs = list(outputs), list(outputs), list(primals)
+        self.outputs, self.graph_outputs, self.inputs = list(outputs), list(outputs), list(primals)
         self.aux = [next(coming) if isinstance(leaf, Tensor) else leaf for leaf in inside]
 
     def pull(
         self,
         cotangents: Sequence[Tensor | None],
         *,
-        only: slice = _ALL,
+        wanted: slice = ALL,
         retain_graph: bool = False,
         create_graph: bool | None = None,
     ) -> list[Tensor | None]:
@@ -364,56 +390,10 @@ class _TracedTape(Tape):
             torch.zeros_like(output) if cotangent is None else cotangent
             for output, cotangent in zip(self.outputs, cotangents, strict=True)
         ]
-        return list(self._pullback(tuple(filled)))[only]
+        return list(self._pullback(tuple(filled)))[wanted]
 
-    def _watched(self) -> bool:
+    def _is_tracked(self) -> bool:
         return True
-
-
-def transpose(
-    tape: Tape,
-    look: Callable[[list[Tensor | None]], None] = lambda _: None,
-    origin: Callable[[Tensor], Tensor] | None = None,
-) -> Callable[[Sequence[Tensor | None]], list[Tensor | None]]:
-    """The tape's derivative as a function of tangents: the pullback of its pullback.
-
-    Conjugate twice: the engine's pullback is the conjugate transpose, and so is its own pullback.
-    ``look`` is shown what the first pullback gives, None where no output depends on an input. ``origin`` makes the
-    cotangent that this is taken at, which a hook that is not linear tells. It is zero, where every pullback is defined
-    (that of eig asks for invariance under phases); but that of logcumsumexp, which takes the logarithm, has no
-    derivative there. A tracer's graph does not tell.
-    """
-    if origin is None:
-        at_ones = _torch.compiling() or graph.takes_logarithm(tape.kinds())
-        origin = torch.ones_like if at_ones else torch.zeros_like
-
-    def pull(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
-        pulled = tape.pull(cotangents, retain_graph=True)
-        look(pulled)
-        return pulled
-
-    return transposed(pull, [origin(output) for output in tape.outputs], private=tape.inputs)
-
-
-def transposed(
-    linear: Callable[[Sequence[Tensor]], Sequence[Tensor | None]],
-    origin: Sequence[Tensor],
-    *,
-    private: Sequence[Tensor] = (),
-) -> Callable[[Sequence[Tensor | None]], list[Tensor | None]]:
-    """The conjugate transpose of a linear function; None stands for zero, before and after.
-
-    ``origin`` are vectors to record it at: its derivative is the same everywhere.
-    """
-    reached: list[int] = []
-
-    def apply(vectors: Sequence[Tensor], _: Any) -> tuple[list[Tensor | None], list[Any]]:
-        images = linear(vectors)
-        reached[:] = [i for i, image in enumerate(images) if image is not None]
-        return [images[i] for i in reached], []
-
-    tape = record(apply, origin, private=private)
-    return lambda vectors: tape.pull([vectors[i] for i in reached], retain_graph=True)
 
 
 def _refuse_written(views: Sequence[Tensor], versions: Sequence[int]) -> None:

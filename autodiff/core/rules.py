@@ -1,6 +1,6 @@
-"""Floor 1: operations whose derivatives are given by rules, under every transform and at every order.
+"""Operations whose derivatives are given by rules, under every transform and at every order.
 
-Hands on `Rules`, `operate`, which ties values to the tensors that they depend on by rules, and `record_anew`, by
+Hands on `Rules`, `attach`, which ties values to the tensors that they depend on by rules, and `record_again`, by
 which a rule differentiates a function. Never sees a tree; imports `_torch`, `arguments`, `tape` and `batch`.
 """
 
@@ -17,6 +17,7 @@ from autodiff import _torch
 from autodiff.core import batch
 from autodiff.core.call import is_differentiable, refilled
 from autodiff.core.reverse import record
+from autodiff.core.specs import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -47,7 +48,7 @@ class Rules(ABC):
         """A tangent for each output."""
 
 
-def operate(rules: Rules, values: Sequence[Any], saved: Sequence[Tensor]) -> list[Any]:
+def attach(rules: Rules, values: Sequence[Any], saved: Sequence[Tensor]) -> list[Any]:
     """``values``, differentiated by ``rules``; leaves that are no floating or complex tensors as they are.
 
     The values are cut off from all graphs first. What is differentiated is a zero that is added to them: minus
@@ -55,32 +56,32 @@ def operate(rules: Rules, values: Sequence[Any], saved: Sequence[Tensor]) -> lis
     """
     values = [value.detach() if isinstance(value, Tensor) else value for value in values]
     where = [i for i, value in enumerate(values) if is_differentiable(value)]
-    shapes = [Shape.of(values[i]) for i in where]
-    for i, zero in zip(where, _Node.apply(_Ruled(rules, shapes), *saved), strict=True):
+    specs = [TensorSpec.of(values[i]) for i in where]
+    for i, zero in zip(where, _Node.apply(_Ruled(rules, specs), *saved), strict=True):
         values[i] = values[i] + zero
     return values
 
 
-def is_watched(tensor: Tensor) -> bool:
-    """Whether somebody differentiates what is made of the tensor now: by a graph, or by a tangent.
+def is_tracked(tensor: Tensor) -> bool:
+    """Whether what is made of the tensor now is differentiated: by a graph, or by a tangent.
 
     Without grad mode a level inside others hides from itself alone.
     """
-    with _torch.WithoutModes():  # nobody shall see what is inside wrappers
-        if (torch.is_grad_enabled() or _torch.is_nested()) and _torch.requires_grad_at_any_depth(tensor):
+    with _torch.WithoutFunctionModes():  # no mode of the user's sees what is inside wrappers
+        if (torch.is_grad_enabled() or _torch.inside_level()) and _torch.requires_grad_at_any_depth(tensor):
             return True
         return _torch.forward_level_active() and _torch.has_tangent_at_any_depth(tensor)
 
 
-def times_written(leaves: Iterable[Any]) -> list[int]:
+def write_counts(leaves: Iterable[Any]) -> list[int]:
     """How often each tensor was written in place, below all wrappers; those of inference mode do not know."""
-    with _torch.WithoutModes():  # nobody shall see what is inside wrappers
-        tensors = [_torch.bottom(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    with _torch.WithoutFunctionModes():  # no mode of the user's sees what is inside wrappers
+        tensors = [_torch.innermost(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         return _torch.versions([tensor for tensor in tensors if not tensor.is_inference()])
 
 
-def record_anew(
-    func: Flat, tensors: Sequence[Tensor], wanted: Sequence[bool], *, twice: bool = False
+def record_again(
+    func: Flat, tensors: Sequence[Tensor], wanted: Sequence[bool], *, higher_order: bool = False
 ) -> tuple[Tape, list[int]]:
     """Run ``func`` once more, recorded; the tape, and which of the tensors are its inputs: of those that are wanted.
 
@@ -92,31 +93,14 @@ def record_anew(
     def recordable(primals: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
         return [leaf for leaf in func(refilled(tensors, where, primals, lift)) if is_differentiable(leaf)], []
 
-    return record(recordable, [tensors[i] for i in where], twice=twice), where
-
-
-class Shape(NamedTuple):
-    """What a tensor looks like: enough for one of its kind, where it and its levels may be gone."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @staticmethod
-    def of(tensor: Tensor) -> Shape:
-        """That of a tensor."""
-        return Shape(tensor.shape, tensor.dtype, tensor.device)
-
-    def full(self, value: float) -> Tensor:
-        """A tensor of one value."""
-        return torch.full(self.shape, value, dtype=self.dtype, device=self.device)
+    return record(recordable, [tensors[i] for i in where], higher_order=higher_order), where
 
 
 class _Ruled(NamedTuple):
     """Rules, and what the outputs look like."""
 
     rules: Rules
-    shapes: Sequence[Shape]
+    specs: Sequence[TensorSpec]
 
 
 class _Node(torch.autograd.Function):
@@ -131,7 +115,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ruled: _Ruled, *saved: Tensor) -> tuple[Tensor, ...]:
         del saved
-        return tuple(shape.full(-0.0) for shape in ruled.shapes)
+        return tuple(spec.full(-0.0) for spec in ruled.specs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -149,17 +133,17 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        with _torch.ForwardGrad():
+        with _torch.ForwardModeAllowed():
             primals = [_torch.unpack_dual(tensor)[0] for tensor in ctx.saved_tensors]
             pushed = ctx.ruled.rules.push(primals, tangents)
-            pairs = zip(pushed, ctx.ruled.shapes, strict=True)
-            return tuple(shape.full(0.0) if tangent is None else tangent for tangent, shape in pairs)
+            pairs = zip(pushed, ctx.ruled.specs, strict=True)
+            return tuple(spec.full(0.0) if tangent is None else tangent for tangent, spec in pairs)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], ruled: _Ruled, *saved: Tensor) -> Any:
         rules = _Batched(ruled.rules, in_dims[1:], info.batch_size, info.randomness)
-        shapes = [one._replace(shape=(info.batch_size, *one.shape)) for one in ruled.shapes]
-        return _Node.apply(_Ruled(rules, shapes), *saved), (0,) * len(shapes)
+        specs = [one._replace(shape=(info.batch_size, *one.shape)) for one in ruled.specs]
+        return _Node.apply(_Ruled(rules, specs), *saved), (0,) * len(specs)
 
 
 class _Batched(Rules):

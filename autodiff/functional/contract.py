@@ -1,4 +1,4 @@
-"""Floor 3: what torch.autograd.functional promises at its door, and its words where it refuses.
+"""What torch.autograd.functional promises at its boundary, and its messages where it refuses.
 
 Hands on `Contract`: inputs, ``v`` and outputs checked, connected or cut off as ``create_graph`` says.
 Imports `core` for trees; the derivatives themselves are the business of the modules beside it.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from autodiff._torch import Recording, compiling, on_ground
+from autodiff._torch import GradMode, compiling, no_transform_active
 from autodiff.core import trees
 from autodiff.core.call import Call, is_differentiable
 from autodiff.errors import (
@@ -62,7 +62,7 @@ class Contract:
 
     def modes(self) -> AbstractContextManager[Any]:
         """Grad mode as ``create_graph`` says, and no inference mode, which would cut every graph."""
-        return torch.set_grad_enabled(self.create_graph) if compiling() else Recording(self.create_graph)
+        return torch.set_grad_enabled(self.create_graph) if compiling() else GradMode(self.create_graph)
 
     def _entering(self, leaf: Any) -> Any:
         """An input that is connected to the caller's, or cut off from it."""
@@ -75,7 +75,7 @@ class Contract:
             return leaf.detach()
         # Without a leaf that requires grad, no result would carry a grad_fn. Inside a transform the
         # transform decides what is watched.
-        return leaf if leaf.requires_grad or not on_ground() else leaf.detach().requires_grad_()
+        return leaf if leaf.requires_grad or not no_transform_active() else leaf.detach().requires_grad_()
 
     def call(self, func: Callable[..., Any]) -> Call:
         """The call, whose output is checked where it is made."""

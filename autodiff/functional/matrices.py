@@ -1,7 +1,8 @@
-"""Floor 3: jacobian and hessian as torch.autograd.functional has them, made of the transforms."""
+"""jacobian and hessian as torch.autograd.functional has them."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,18 +10,16 @@ from torch import Tensor
 
 from autodiff._torch import compiling
 from autodiff.core import trees
-from autodiff.core.batch import remember_randomness
+from autodiff.core.randomness import remember_randomness
 from autodiff.errors import OptionError, StrategyError, StrictModeError
+from autodiff.functional.backward_only import HookDetector
+from autodiff.functional.bounded_rows import BoundedHessian, BoundedJacobian
 from autodiff.functional.contract import Contract
-from autodiff.functional.forward import HookWatch
 from autodiff.functional.products import GRADIENT_CONSTANT, JACOBIAN_CONSTANT
-from autodiff.transforms.blocks import by_mode
-from autodiff.transforms.grad import grad
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from autodiff.transforms.blocks import JacobianMode
 
 _STRATEGIES = ("forward-mode", "reverse-mode")
 _OUTPUT_INDEPENDENT = (
@@ -75,7 +74,17 @@ def jacobian(
             '"reverse-mode".'
         )
     contract = Contract("jacobian", inputs, create_graph, strict)
-    return _jacobian(contract, contract.checked(func), vectorize, strategy)
+    make = partial(
+        BoundedJacobian, name="jacobian", argnums=contract.argnums, holomorphic=None, strict=strict
+    )
+    checked = contract.checked(func)
+
+    def of_inputs(*args: Any) -> Any:
+        output = checked(*args)
+        _refuse_strict_batch(strict, vectorize)
+        return output
+
+    return _derivative(contract, make, of_inputs, vectorize, strategy)
 
 
 def hessian(
@@ -122,30 +131,40 @@ def hessian(
     contract = Contract("hessian", inputs, create_graph, strict)
     if outer_jacobian_strategy not in _STRATEGIES:
         raise StrategyError('Expected strategy to be either "forward-mode" or "reverse-mode".')
-    of_scalar = grad(contract.scalar(func), contract.argnums, has_aux=True)
 
-    def gradient(*args: Any) -> Any:
-        slope, _ = of_scalar(*args)
+    def refuse_constant(slope: list[Tensor]) -> None:
         if strict:
             contract.refuse_constants(slope, GRADIENT_CONSTANT)
-        return slope
+        _refuse_strict_batch(strict, vectorize)
 
-    return _jacobian(contract, gradient, vectorize, outer_jacobian_strategy)
+    make = partial(
+        BoundedHessian,
+        name="hessian",
+        argnums=contract.argnums,
+        holomorphic=None,
+        strict=strict,
+        has_aux=True,
+        check_gradient=refuse_constant,
+    )
+    return _derivative(contract, make, contract.scalar(func), vectorize, outer_jacobian_strategy)
 
 
-def _jacobian(contract: Contract, func: Callable[..., Any], vectorize: bool, strategy: str) -> Any:
+def _derivative(
+    contract: Contract,
+    make: Callable[..., BoundedJacobian],
+    func: Callable[..., Any],
+    vectorize: bool,
+    strategy: str,
+) -> Any:
     if strategy == "forward-mode":
         if contract.strict:
             raise OptionError(
                 'torch.autograd.functional.jacobian: `strict=True` and `strategy="forward-mode"` are not '
                 'supported together (yet). Please either set `strict=False` or `strategy="reverse-mode"`.'
             )
-        return _forward(contract, func)
-    if contract.strict and vectorize:
-        # Legacy runs the function first, and its errors come first.
-        func = _then_refuse(func)
+        return _forward(contract, make, func)
     with contract.modes(), contract.words(_OUTPUT_INDEPENDENT):
-        blocks = _by_mode(contract, func, "reverse") if vectorize else _by_rows(contract, func)
+        blocks = _result(make(func=func), contract) if vectorize else _by_rows(contract, make, func)
     if contract.strict and contract.create_graph:
         leaves = trees.leaves(blocks)
         per_output = len(trees.leaves(contract.args))
@@ -158,18 +177,8 @@ def _jacobian(contract: Contract, func: Callable[..., Any], vectorize: bool, str
     return blocks
 
 
-def _forward(contract: Contract, func: Callable[..., Any]) -> Any:
+def _forward(contract: Contract, make: Callable[..., BoundedJacobian], func: Callable[..., Any]) -> Any:
     """Columns by forward mode; rows, in the same dtypes, where it lacks a rule or func wants a graph."""
-    if compiling():
-        with contract.modes():
-            return _by_mode(contract, func, "forward")
-    dtypes: list[Any] = []
-
-    def noting_dtypes(*args: Any) -> Any:
-        output = func(*args)
-        dtypes[:] = [getattr(leaf, "dtype", None) for leaf in trees.leaves(output)]
-        return output
-
     recording = contract.create_graph or torch.is_grad_enabled()
 
     def in_callers_mode(*args: Any) -> Any:
@@ -177,45 +186,46 @@ def _forward(contract: Contract, func: Callable[..., Any]) -> Any:
         with torch.set_grad_enabled(recording):
             return func(*args)
 
+    forward = make(func=func, mode="forward")
+    if compiling():
+        with contract.modes():
+            return _result(forward, contract)
+    if not isinstance(forward, BoundedHessian):
+        forward.func = in_callers_mode
     rewind = remember_randomness()
     with contract.modes():
         try:
-            return _by_mode(contract, in_callers_mode, "forward")
+            return _result(forward, contract)
         except RuntimeError as error:
             rewind()
             try:
-                blocks, spec = trees.flatten(_by_rows(contract, noting_dtypes))
+                return _by_rows(contract, make, func, in_output_dtype=True)
             except RuntimeError:
                 raise error from None
-    per_output = len(blocks) // len(dtypes)
-    return trees.unflatten(spec, [block.to(dtypes[i // per_output]) for i, block in enumerate(blocks)])
 
 
-def _by_rows(contract: Contract, func: Callable[..., Any]) -> Any:
-    """Rows in batches; one by one where a hook would be shown a batch."""
-    hooks = HookWatch()
-    return _by_mode(contract, hooks.over(func), "reverse", frugal=hooks.may_batch)
-
-
-def _by_mode(
+def _by_rows(
     contract: Contract,
+    make: Callable[..., BoundedJacobian],
     func: Callable[..., Any],
-    mode: JacobianMode,
     *,
-    frugal: Callable[[], bool] | None = None,
+    in_output_dtype: bool = False,
 ) -> Any:
-    derive = by_mode(
-        contract.name, func, contract.argnums, mode, holomorphic=None, strict=contract.strict, frugal=frugal
-    )
-    return derive(*contract.args)
+    """Rows in batches; one by one where a hook would be shown a batch."""
+    hooks = HookDetector()
+    rows = make(func=hooks.around(func), may_batch=hooks.may_batch, in_output_dtype=in_output_dtype)
+    return _result(rows, contract)
 
 
-def _then_refuse(func: Callable[..., Any]) -> Callable[..., Any]:
-    def refusing(*args: Any) -> Any:
-        func(*args)
+def _result(derive: BoundedJacobian, contract: Contract) -> Any:
+    result = derive(*contract.args)
+    return result[0] if derive.has_aux else result
+
+
+def _refuse_strict_batch(strict: bool, vectorize: bool) -> None:
+    """Legacy runs the function first, and its errors come first."""
+    if strict and vectorize:
         raise OptionError(
             "torch.autograd.functional.jacobian: `strict=True` and `vectorized=True` are not supported "
             "together. Please either set `strict=False` or `vectorize=False`."
         )
-
-    return refusing

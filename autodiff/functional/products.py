@@ -1,4 +1,4 @@
-"""Floor 3: vjp, jvp, vhp and hvp as torch.autograd.functional has them, made of the transforms."""
+"""vjp, jvp, vhp and hvp as torch.autograd.functional has them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,19 @@ from torch import Tensor
 
 from autodiff import checks
 from autodiff._torch import compiling
-from autodiff.core import graph
-from autodiff.core.batch import remember_randomness
 from autodiff.core.call import is_differentiable
 from autodiff.core.forward import push
-from autodiff.core.reverse import record, transpose
+from autodiff.core.linearization import gradient, linearize
+from autodiff.core.randomness import remember_randomness
 from autodiff.errors import OutputError
+from autodiff.functional.backward_only import BackwardOnlyError, HookDetector, as_forward_sees
 from autodiff.functional.contract import Contract
-from autodiff.functional.forward import BackwardOnlyError, HookWatch, as_forward_sees
-from autodiff.transforms.grad import dense
-from autodiff.transforms.hessian import gradient_tape
-from autodiff.transforms.jvp import dense_tangents
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from autodiff.core.call import Call
-    from autodiff.core.reverse import Tape
+    from autodiff.core.linearization import DerivativeLinearization, Linearization
 
 _OUTPUT_INDEPENDENT = (
     "The output of the user-provided function is independent of input {input}. This is not allowed in "
@@ -97,12 +93,12 @@ def vjp(
     contract = Contract("vjp", inputs, create_graph, strict)
     call = contract.call(func)
     with contract.modes():
-        tape = record(call.evaluate, call.primals)
-        checks.tensor_outputs("vjp", tape.outputs, call.path_of_output, any_dtype=True)
-        output = call.like_output(tape.outputs)
+        function = linearize(call.evaluate, call.primals)
+        checks.tensor_outputs("vjp", function.outputs, call.path_of_output, any_dtype=True)
+        output = call.like_output(function.outputs)
         cotangents = contract.vector(v, output, isinstance(output, tuple), _ONE_OUTPUT, of=_is_tensor)
         with contract.words(_OUTPUT_INDEPENDENT):
-            product = call.like_arguments(dense(call, tape.pull(cotangents), strict))
+            product = call.like_arguments(call.dense_cotangents(function.vjp(cotangents, last=True), strict))
     if strict and create_graph:
         contract.refuse_constants(product, JACOBIAN_CONSTANT)
     return output, product
@@ -151,16 +147,14 @@ def jvp(
                 # func's own comes again below.
                 rewind()
         call = contract.call(func)
-        tape = record(call.evaluate, call.primals, twice=True)
-        _check_outputs_of_jvp(call, tape.outputs)
-        pushed = transpose(tape, _looking_for_independence(contract, _OUTPUT_INDEPENDENT), torch.zeros_like)(
-            tangents
-        )
+        function = linearize(call.evaluate, call.primals, higher_order=True)
+        _check_outputs_of_jvp(call, function.outputs)
+        pushed = _by_double_backward(contract, function, tangents, _OUTPUT_INDEPENDENT)
         with contract.words(_ENTRY_INDEPENDENT):
-            product = call.like_output(dense_tangents(call, tape.outputs, pushed, strict))
+            product = call.like_output(call.dense_tangents(function.outputs, pushed, strict))
     if strict and create_graph:
         contract.refuse_constants(product, JACOBIAN_CONSTANT)
-    return call.like_output(tape.outputs), product
+    return call.like_output(function.outputs), product
 
 
 def vhp(
@@ -196,9 +190,9 @@ def vhp(
     contract = Contract("vhp", inputs, create_graph, strict)
     vector = contract.input_vector(v)
     with contract.modes():
-        call, tape, output = _second_order(contract, func)
+        call, slope, output = _gradient(contract, func)
         with contract.words(_JACOBIAN_INDEPENDENT):
-            product = call.like_arguments(dense(call, tape.pull(vector), strict))
+            product = call.like_arguments(call.dense_cotangents(slope.hvp(vector, last=True), strict))
     if strict and create_graph:
         contract.refuse_constants(product, _HESSIAN_CONSTANT)
     return output, product
@@ -241,56 +235,52 @@ def hvp(
     contract = Contract("hvp", inputs, create_graph, strict)
     vector = contract.input_vector(v)
     with contract.modes():
-        custom: list[bool] = []
-        hooks = HookWatch()
-        call, tape, output = _second_order(
-            contract,
-            hooks.over(func),
-            lambda value: custom.append(not compiling() and graph.has_custom_gradient(value.ends)),
-        )
-        if strict or custom[0] or hooks.seen:
-            pushed = transpose(
-                tape, _looking_for_independence(contract, _JACOBIAN_INDEPENDENT), torch.zeros_like
-            )(vector)
+        hooks, custom = HookDetector(), [False]
+
+        def inspect(function: Linearization) -> None:
+            custom[0] = function.has_custom_gradient()
+
+        call, slope, output = _gradient(contract, hooks.around(func), inspect)
+        if strict or custom[0] or hooks.found:
+            pushed = _by_double_backward(contract, slope, vector, _JACOBIAN_INDEPENDENT)
         else:
-            pushed = tape.pull(vector)
+            pushed = slope.hvp(vector, last=True)
         with contract.words(_HESSIAN_ENTRY_INDEPENDENT):
-            product = call.like_arguments(dense(call, pushed, strict))
+            product = call.like_arguments(call.dense_cotangents(pushed, strict))
     if strict and create_graph:
         contract.refuse_constants(product, _HESSIAN_CONSTANT)
     return output, product
 
 
-def _second_order(
-    contract: Contract, func: Callable[..., Any], look: Callable[[Tape], None] = lambda _: None
-) -> tuple[Call, Tape, Tensor]:
-    """The gradient of a function of one number, recorded, and the number as the function shaped it.
-
-    ``look`` is shown the tape of the number.
-    """
+def _gradient(
+    contract: Contract,
+    func: Callable[..., Any],
+    inspect: Callable[[Linearization], None] | None = None,
+) -> tuple[Call, DerivativeLinearization, Tensor]:
+    """The gradient of a function of one number at a point, and the number as the function shaped it."""
     call = contract.call_of_scalar(func)
     with contract.words(_OUTPUT_INDEPENDENT):
-        tape = gradient_tape(call, strict=contract.strict, look=look)
-    constant = graph.first_constant(tape.ends) if contract.strict and not compiling() else None
+        slope = gradient(call, strict=contract.strict, inspect=inspect).linearize()
+    constant = slope.first_constant() if contract.strict and not compiling() else None
     if constant is not None:
         contract.refuse(GRADIENT_CONSTANT, input=constant)
-    _, output = tape.aux
-    return call, tape, output
+    (output,) = slope.aux
+    return call, slope, output
 
 
-def _looking_for_independence(contract: Contract, message: str) -> Callable[[list[Tensor | None]], None]:
-    """Where strict: legacy's errors for what the first pullback of its double-backward trick gives."""
+def _by_double_backward(
+    contract: Contract, function: Linearization, tangents: list[Tensor], independent: str
+) -> list[Tensor | None]:
+    """The derivative's product with tangents; where strict, with legacy's errors for what the first pullback gives."""
 
-    def look(pulled: list[Tensor | None]) -> None:
-        if not contract.strict:
-            return
-        for index, cotangent in enumerate(pulled):
+    def inspect(pulled: list[Tensor | None]) -> None:
+        for index, cotangent in enumerate(pulled if contract.strict else ()):
             if cotangent is None:
-                contract.refuse(message, input=index)
+                contract.refuse(independent, input=index)
             if not cotangent.requires_grad:
                 contract.refuse(_GRADIENT_INDEPENDENT, input=index)
 
-    return look
+    return function.pushforward(inspect, at=torch.zeros_like)(tangents)
 
 
 def _check_outputs_of_jvp(call: Call, outputs: list[Any]) -> None:
@@ -307,7 +297,7 @@ def _is_tensor(leaf: object) -> bool:
 def _pushed(call: Call, tangents: list[Tensor]) -> tuple[Any, Any]:
     """Output and product by forward mode, on copies: a write in place succeeds, and is nobody else's."""
     copies = [primal.clone() for primal in call.primals]
-    # The function itself enters a mode that corrects.
-    outputs, moved, _ = push(call.evaluate, copies, tangents, mode=nullcontext)
+    # The function enters forward mode itself.
+    outputs, pushed, _ = push(call.evaluate, copies, tangents, mode=nullcontext)
     _check_outputs_of_jvp(call, outputs)
-    return call.like_output(outputs), call.like_output(dense_tangents(call, outputs, moved, strict=False))
+    return call.like_output(outputs), call.like_output(call.dense_tangents(outputs, pushed))

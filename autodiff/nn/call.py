@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from autodiff._torch import compiling, on_ground
+from autodiff._torch import compiling, no_transform_active
 from autodiff.core import trees
 from autodiff.core.batch import copy_for_every_sample
 from autodiff.errors import BufferWarning, OptionError, StructureError
@@ -218,7 +218,7 @@ def _stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             )
         stack = torch.stack([tensor.detach() for tensor in tensors])
         # Inside a transform a stack cannot be asked to require grad, and need not.
-        watched = tensors[0].requires_grad and on_ground()
+        watched = tensors[0].requires_grad and no_transform_active()
         stacked[name] = stack.requires_grad_() if watched else stack
     return stacked
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from autodiff import checks
-from autodiff._torch import whole
+from autodiff._torch import never_traced_alone
 from autodiff.core.memory import parse
 from autodiff.samples.progress import Progress
 from autodiff.samples.run import Options, Run
@@ -164,7 +164,7 @@ class PerSample:
         """
         return self._collected(reduce, args, kwargs, out)
 
-    @whole
+    @never_traced_alone
     def stream(self, *args: Any, **kwargs: Any) -> Iterator[Chunk]:
         """The results, chunk by chunk, as a :class:`.Chunk` each.
 
@@ -181,7 +181,7 @@ class PerSample:
         checks.not_traced("per_sample")
         return self._run(args, kwargs, held=1 + self._options.as_matrix, assembled=2).stream()
 
-    @whole
+    @never_traced_alone
     def _collected(
         self, reduce: Callable[[Any], Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
 
+from autodiff._torch import says
 from autodiff.core import memory
 from autodiff.errors import AutodiffError, BudgetError, SampleError
 from autodiff.samples.results import Result, Rows, is_finite, template_of
@@ -205,7 +206,7 @@ class Engine:
 
 
 def _way_out(error: Exception | None) -> str:
-    if "randomness error mode" in str(error):
+    if error is not None and says(error, "random numbers are forbidden"):
         return (
             "Expected a function that draws no random numbers. Call module.eval() to switch dropout off, or pass "
             "randomness='different' or 'same'."

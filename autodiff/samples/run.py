@@ -90,7 +90,7 @@ class Run:
         held: int,
         assembled: int,
     ) -> None:
-        if not _torch.on_ground():
+        if not _torch.no_transform_active():
             raise AutodiffError(
                 "per_sample: it was called inside another transform, but it runs on the ground, in chunks that it "
                 "measures. Use vmap(func, chunk_size='auto') inside transforms."

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from autodiff.core import seeds, trees
-from autodiff.core.batch import random_state, set_random_state
 from autodiff.core.call import wraps
+from autodiff.core.randomness import random_state, set_random_state
 from autodiff.errors import OptionError
 from autodiff.samples.results import Kind, Matrix, Plain, Result, Rows, Template
+from autodiff.transforms.hessian import Hessian
+from autodiff.transforms.jacobian import Jacobian
 from autodiff.transforms.vmap import Mapped
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
     from autodiff.core.batch import Randomness
     from autodiff.core.call import Call
-    from autodiff.transforms.blocks import Recipe
 
 
 class Work:
@@ -34,15 +35,15 @@ class Work:
         self, func: Callable[..., Any], in_dims: Any, randomness: Randomness, *, as_matrix: bool
     ) -> None:
         self.func, self._in_dims, self._randomness, self._as_matrix = func, in_dims, randomness, as_matrix
-        recipe: Recipe | None = getattr(func, "recipe", None)
-        if as_matrix and (recipe is None or recipe.has_aux):
+        jacobian = func if isinstance(func, Jacobian) else None
+        if as_matrix and (jacobian is None or jacobian.has_aux):
             raise OptionError(
                 f"per_sample: as_matrix=True needs a function made by jacrev, jacfwd, jacobian or hessian, without "
                 f"aux; got {name_of(func)}. Leave as_matrix out, or apply pytree.to_matrix inside the function."
             )
-        self._recipe = recipe
+        self._jacobian = jacobian
         # Whether rows of one sample can be computed alone.
-        self.splits = recipe is not None and recipe.mode != "forward" and not recipe.has_aux
+        self.splits = jacobian is not None and jacobian.mode != "forward" and not jacobian.has_aux
         self._start = random_state()
         # What the batching level shall run now, and what that tells besides its tensors.
         self._run: Callable[..., Any] = func
@@ -70,11 +71,12 @@ class Work:
 
     def rows(self, batch: Mapped, sample: int, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` of one sample's Jacobian."""
-        recipe = self._recipe
-        assert recipe is not None
+        jacobian = self._jacobian
+        assert jacobian is not None
 
         def some_rows(*args: Any, **kwargs: Any) -> list[list[Tensor]]:
-            call, outputs, strips = recipe.some_rows(args, kwargs, start, stop)
+            call = jacobian.call(args, kwargs)
+            outputs, strips = jacobian.some_rows(call, start, stop)
             shapes = [(tuple(output.shape), output.numel()) for output in outputs]
             self._told = call, shapes, [(strip.output, strip.first) for strip in strips]
             return [strip.blocks for strip in strips]
@@ -99,17 +101,17 @@ class Work:
 
     def row_bytes(self, batch: Mapped) -> tuple[int, int] | None:
         """For a Hessian: the bytes of one row, and how many rows; None where that cannot be known before."""
-        if self._recipe is None or self._recipe.name != "hessian" or batch.size == 0:
+        if not isinstance(self._jacobian, Hessian) or batch.size == 0:
             return None
-        primals = self._recipe.call(*batch.sample(0)).primals
+        primals = self._jacobian.call(*batch.sample(0)).primals
         count = seeds.size_of(primals)
         return count * primals[0].element_size(), count
 
     def rows_in(self, batch: Mapped, template: Template) -> int:
         """How many rows one sample's Jacobian has."""
-        assert self._recipe is not None
+        assert self._jacobian is not None
         numbers = sum(prod(kind.shape) for kind in template.kinds())
-        return numbers // max(seeds.size_of(self._recipe.call(*batch.sample(0)).primals), 1)
+        return numbers // max(seeds.size_of(self._jacobian.call(*batch.sample(0)).primals), 1)
 
     @property
     def random_state(self) -> Any:
@@ -136,8 +138,9 @@ class Work:
             return batch.of_samples(start, stop, self._randomness)
 
     def _blocks(self, *args: Any, **kwargs: Any) -> list[list[Tensor]]:
-        assert self._recipe is not None
-        call, blocks, _ = self._recipe.blocks(args, kwargs)
+        assert self._jacobian is not None
+        call = self._jacobian.call(args, kwargs)
+        blocks, _ = self._jacobian.blocks(call)
         # J[i][j]: [*out_i, *in_j]
         inner = call.primals[0].dim()
         self._told = call, [prod(row[0].shape[: row[0].dim() - inner]) for row in blocks]
@@ -153,9 +156,11 @@ class Work:
                 dtype = torch.promote_types(dtype, other)
             shape = sum(size for _, size in shapes), seeds.size_of(primals)
             return Template(trees.LEAF, [Kind(shape, dtype, primals[0].device)]), []
+        assert self._jacobian is not None
         numbered = [[(i, j) for j in range(len(primals))] for i in range(len(shapes))]
-        boxed = [call.like_arguments([_Box(*pair) for pair in row]) for row in numbered]
-        boxes, spec = trees.flatten(call.like_output(boxed))
+        boxes, spec = trees.flatten(
+            self._jacobian.nested(call, [[_Box(*pair) for pair in row] for row in numbered])
+        )
         leaves: list[Any] = list(boxes)
         positions = [[0] * len(primals) for _ in shapes]
         tensors = 0
@@ -178,9 +183,6 @@ class _Box:
 
 def name_of(func: object) -> str:
     """What a person calls the function, such as hessian(loss)."""
-    recipe: Recipe | None = getattr(func, "recipe", None)
-    if recipe is None:
-        return getattr(func, "__name__", None) or type(func).__name__
-    inner = name_of(recipe.func)
-    # A Hessian is a Jacobian twice.
-    return inner if inner.startswith(f"{recipe.name}(") else f"{recipe.name}({inner})"
+    if isinstance(func, Jacobian):
+        return f"{func.name}({name_of(func.func)})"
+    return getattr(func, "__name__", None) or type(func).__name__

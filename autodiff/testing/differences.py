@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from autodiff import checks
+from autodiff._torch import MESSAGES
 from autodiff.core import trees
-from autodiff.core.batch import random_state, remember_randomness, set_random_state
 from autodiff.core.call import Call, is_differentiable
+from autodiff.core.randomness import random_state, remember_randomness, set_random_state
 from autodiff.errors import DerivativeError, DtypeError, OptionError
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ _UNITS_LOST = 8
 # A number is moved in proportion to its size, within bounds: log at 0.01 needs a small step, sin at 1000 as well.
 _LEAST_MOVE, _LARGEST_MOVE = 0.01, 10.0
 
-_MIXED = ("dtype", "scalar type", "should be the same")  # by these words torch refuses to mix dtypes
 _CAPTURED = (
     "args are converted to float64, but what f captures is not. Capture module.double(), or pass its parameters in "
     "args. Check an f that has to compute in float32 as lambda x: f(x.float())."
@@ -210,7 +210,7 @@ def explained(name: str, named: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        checks.advise(name, error, _MIXED, _CAPTURED)
+        checks.advise(name, error, MESSAGES["dtypes are mixed"], _CAPTURED)
         checks.advise(name, error, [""], f"raised while {named} ran.")
         raise
 

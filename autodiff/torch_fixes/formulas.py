@@ -1,19 +1,18 @@
-"""Floor 1: operations as formulas, which torch differentiates in every mode and to any order.
+"""Operations as formulas, which torch differentiates in every mode and to any order.
 
-Of its own normalisations it takes mean and deviation for constants from the third derivative on, and from the
-second on in forward mode; the others lack a rule. Hands on `ALWAYS` and `NESTED`: formulas to take on the ground
-of forward mode, and inside other transforms only. Imports nothing from the package.
+torch's own normalisations take mean and deviation for constants from the third derivative on, and from the second on
+in forward mode; the others lack a rule. Imports nothing from the package.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -176,15 +175,3 @@ def attention(
     hidden = scores.isneginf().all(-1, keepdim=True)
     weights = torch.softmax(scores.where(~hidden, 0), -1).where(~hidden, 0)
     return functional.dropout(weights, dropout_p) @ value
-
-
-ALWAYS: dict[Any, Callable[..., Tensor]] = {torch.cdist: cdist, functional.pdist: pdist}
-NESTED: dict[Any, Callable[..., Tensor]] = {
-    functional.layer_norm: layer_norm,
-    torch.layer_norm: layer_norm,
-    functional.batch_norm: batch_norm,
-    functional.instance_norm: instance_norm,
-    functional.hardsigmoid: hardsigmoid,
-    functional.scaled_dot_product_attention: attention,
-    functional.soft_margin_loss: soft_margin_loss,
-}

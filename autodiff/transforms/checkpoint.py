@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from autodiff import _torch
-from autodiff.core import batch, trees
+from autodiff.core import randomness, trees
 from autodiff.core.call import is_differentiable, refilled, spread, wraps
 from autodiff.core.forward import push
-from autodiff.core.rules import Rules, is_watched, operate, record_anew, times_written
+from autodiff.core.rules import Rules, attach, is_tracked, record_again, write_counts
 from autodiff.errors import CaptureError, InPlaceError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def checkpoint(func: Callable[..., Any]) -> Callable[..., Any]:
         if _torch.compiling():
             # A compiler decides itself what it keeps.
             return func(*args, **kwargs)
-        if not _torch.is_nested():
+        if not _torch.inside_level():
             if not torch.is_grad_enabled() or _torch.forward_level_active():
                 # Nothing is kept; and a second run would find the tangents gone.
                 return func(*args, **kwargs)
@@ -78,16 +78,16 @@ def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     """Run on constants, and tie the output to the arguments and to what is captured."""
     leaves, spec = trees.flatten((args, kwargs))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    state = batch.random_state()
+    state = randomness.random_state()
     constants = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     found = _Captured([constant for constant in constants if isinstance(constant, Tensor)])
-    versions = times_written(constants)
+    versions = write_counts(constants)
     with found:
         inner_args, inner_kwargs = trees.unflatten(spec, constants)
         outputs, out_spec = trees.flatten(func(*inner_args, **inner_kwargs))
-    if versions != times_written(constants) or found.versions != times_written(found.shown):
+    if versions != write_counts(constants) or found.versions != write_counts(found.shown):
         raise _written(func)
-    if any(is_watched(output) for output in outputs if isinstance(output, Tensor)):
+    if any(is_tracked(output) for output in outputs if isinstance(output, Tensor)):
         raise _captured_inside(func)
 
     def rerun(tensors: Sequence[Tensor]) -> list[Any]:
@@ -97,11 +97,11 @@ def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         again, again_kwargs = trees.unflatten(spec, filled)
         replaced = _Replaced(found.tensors, tensors[len(where) :])
         try:
-            with batch.random_numbers_from(state), replaced:
+            with randomness.random_numbers_from(state), replaced:
                 result = trees.leaves(func(*again, **again_kwargs))
         except RuntimeError as error:
             # A transform inside was handed the captured tensor itself, whose level is gone.
-            if "INTERNAL ASSERT" in str(error):
+            if _torch.says(error, "a level that is gone"):
                 raise _captured_inside(func) from error
             raise
         if not replaced.waiting.isdisjoint(found.watched):
@@ -109,7 +109,7 @@ def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return [leaf for leaf in result if is_differentiable(leaf)]
 
     saved = [*(leaves[i] for i in where), *found.shown]
-    return trees.unflatten(out_spec, operate(_Rerun(rerun), outputs, saved))
+    return trees.unflatten(out_spec, attach(_Rerun(rerun), outputs, saved))
 
 
 def _captured_inside(func: Callable[..., Any]) -> CaptureError:
@@ -137,7 +137,7 @@ class _Rerun(Rules):
     def pull(
         self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        tape, where = record_anew(self._rerun, saved, wanted)
+        tape, where = record_again(self._rerun, saved, wanted)
         return spread(tape.pull(cotangents), where, len(saved))
 
     def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -218,8 +218,8 @@ class _Captured(_Replaced):
         # Kept, so that nothing else gets its id. What a transform inside gives has no mark, and may be among them.
         self.tensors.append(tensor)
         self.shown.append(shown)
-        self.versions += times_written([shown])
-        if is_watched(shown):
+        self.versions += write_counts([shown])
+        if is_tracked(shown):
             self.watched.add(id(tensor))
         self._others[id(tensor)] = constant = shown.detach()
         self._seen(constant)
@@ -228,7 +228,7 @@ class _Captured(_Replaced):
     def _is_live(self, tensor: Tensor) -> bool:
         if _torch.is_wrapped(tensor):
             return _torch.level_of(tensor) in self._levels
-        return is_watched(tensor)
+        return is_tracked(tensor)
 
     def _seen(self, result: Any) -> Any:
         for leaf in result if isinstance(result, tuple | list) else (result,):

@@ -1,23 +1,17 @@
-"""Floor 2: parts of a Hessian, and its outer eigenvalues, without the whole matrix.
-
-All four record the gradient once and pull it back. Builds on `core`, `blocks` and `hessian`.
-"""
+"""Parts of a Hessian without the whole matrix: each records the gradient once and pulls it back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial, reduce
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from autodiff import checks
-from autodiff.core import seeds
-from autodiff.core.batch import over_rows
 from autodiff.core.call import Call, wraps
-from autodiff.core.chunks import Sizes, sizes_for
-from autodiff.transforms.blocks import of_group, stacked
-from autodiff.transforms.hessian import gradient_tape
+from autodiff.core.chunks import sizes_for
+from autodiff.core.linearization import gradient
+from autodiff.core.products import of_outputs, products, row_blocks
+from autodiff.core.seeds import StandardBasis, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,20 +20,8 @@ if TYPE_CHECKING:
 
     from autodiff.core.call import Argnums, Wrt
     from autodiff.core.chunks import ChunkSize
-    from autodiff.core.reverse import Tape
-    from autodiff.transforms.blocks import Product
+    from autodiff.core.linearization import DerivativeLinearization
 
-Which: TypeAlias = Literal["LA", "SA", "LM"]
-
-# The Krylov space of k eigenvalues has so many blocks, of so many vectors more than k. Measured on spectra
-# of 400 and 2000 numbers and on Hessians of MLPs with 533 and 2890 parameters, as fractions of the norm:
-# eigenvalues that stand apart come out to 1e-9 after 20 blocks (1e-3 after 10), those at the edge of a
-# continuous spectrum to 4e-3 (30 blocks: 1e-3, 40: 3e-4). Spare vectors let clusters of k converge.
-_BLOCKS = 20
-_SPARE = 2
-# The matrix is formed where it is at most so much larger than the Krylov space: many rows in one batch take less
-# time than few of them in many. A heuristic: per-sample eigenvalues of MLPs take the same time at a factor of 3.
-_WORTH_FORMING = 2
 # Rows of a Hessian that are pulled at a time where nobody says.
 _ROWS = 64
 
@@ -87,10 +69,10 @@ def hessian_diagonal(
     """
     checks.chunk_size("hessian_diagonal", chunk_size)
 
-    def diagonal(call: Call, tape: Tape) -> Any:
-        return call.like_arguments(_diagonals(call, tape, chunk_size))
+    def diagonal(call: Call, slope: DerivativeLinearization) -> Any:
+        return call.like_arguments(_diagonals(call, slope, chunk_size))
 
-    return _of_gradient("hessian_diagonal", func, argnums, has_aux, wrt, diagonal)
+    return of_gradient("hessian_diagonal", func, argnums, has_aux, wrt, diagonal)
 
 
 def hessian_block_diagonal(
@@ -133,13 +115,13 @@ def hessian_block_diagonal(
     """
     checks.chunk_size("hessian_block_diagonal", chunk_size)
 
-    def blocks(call: Call, tape: Tape) -> Any:
-        rows = _own_rows(call, tape, chunk_size, lambda rows, _: rows)
+    def blocks(call: Call, slope: DerivativeLinearization) -> Any:
+        rows = _own_rows(call, slope, chunk_size, lambda rows, _: rows)
         # H: [tree(in), *in_shape, *in_shape]
         pairs = zip(rows, call.primals, strict=True)
-        return call.like_arguments([seeds.row_blocks(of_leaf, [leaf], leaf)[0] for of_leaf, leaf in pairs])
+        return call.like_arguments([row_blocks(of_leaf, [leaf], leaf)[0] for of_leaf, leaf in pairs])
 
-    return _of_gradient("hessian_block_diagonal", func, argnums, has_aux, wrt, blocks)
+    return of_gradient("hessian_block_diagonal", func, argnums, has_aux, wrt, blocks)
 
 
 def hessian_trace(
@@ -179,232 +161,60 @@ def hessian_trace(
     """
     checks.chunk_size("hessian_trace", chunk_size)
 
-    def trace(call: Call, tape: Tape) -> Tensor:
-        return torch.stack([of_leaf.sum() for of_leaf in _diagonals(call, tape, chunk_size)]).sum()
+    def trace(call: Call, slope: DerivativeLinearization) -> Tensor:
+        return torch.stack([of_leaf.sum() for of_leaf in _diagonals(call, slope, chunk_size)]).sum()
 
-    return _of_gradient("hessian_trace", func, argnums, has_aux, wrt, trace)
-
-
-def hessian_eigenvalues(
-    func: Callable[..., Any],
-    k: int,
-    argnums: Argnums = 0,
-    *,
-    which: Which = "LA",
-    has_aux: bool = False,
-    wrt: Wrt = None,
-    iterations: int | None = None,
-) -> Callable[..., Any]:
-    r"""The ``k`` outermost eigenvalues of the Hessian of a scalar function.
-
-    .. math:: \nabla^2 f(x)\, v_i = \lambda_i v_i, \qquad \lambda_1 \ge \lambda_2 \ge \cdots
-
-    The Hessian is seen as one matrix over all P numbers of the differentiated leaves. A large one is only
-    multiplied by blocks of k + 2 vectors, and its eigenvalues are those of its restriction to the Krylov
-    space of these blocks (G. H. Golub and R. Underwood, "The block Lanczos method for computing
-    eigenvalues", 1977), whose basis is kept orthonormal in full. A matrix of at most twice the size of that
-    space, with 20 iterations one of P up to 40 (k + 2), is formed, and the result exact.
-
-    The result is from within: no eigenvalue is thought larger than the largest, or smaller than the smallest.
-    With 20 iterations, eigenvalues that stand apart from the others, such as the largest of a network's
-    loss, have errors of 1e-9 of the Hessian's norm or less (some 1e-6 in float32), whatever their multiplicity,
-    and those at the edge of a dense spectrum some 1e-3; 40 iterations gain one digit to several. Every
-    call starts from the same vectors, and no random state is used.
-
-    First derivatives of the eigenvalues are right where these are simple and have converged, with half of
-    their digits. Second derivatives are right only where the matrix is formed.
-
-    >>> import torch
-    >>> hessian_eigenvalues(lambda x: (x**3).sum(), 2)(torch.tensor([1.0, -3.0, 2.0]))
-    tensor([12.,  6.])
-
-    Args:
-        func: as for :func:`hessian_diagonal`.
-        k: how many eigenvalues, from 1 to P.
-        argnums: as for :func:`hessian_diagonal`.
-        which: ``"LA"`` for the largest, descending; ``"SA"`` for the smallest, ascending; ``"LM"`` for the
-            largest in magnitude, descending in it. These are SciPy's names.
-        has_aux: whether ``func`` returns ``(value, aux)``.
-        wrt: as for :func:`hessian_diagonal`.
-        iterations: how many blocks the Krylov space has; None takes 20. It takes the memory of
-            iterations x (k + 2) vectors.
-
-    Returns:
-        A function of ``func``'s arguments that returns a tensor of shape ``[k]`` and the differentiated
-        leaves' common dtype. With ``has_aux`` it returns ``(eigenvalues, aux)``.
-
-    Raises:
-        OptionError: ``k`` is no int from 1 to P, ``which`` is unknown, or ``iterations`` is not positive.
-        OutputError: the output is not one real scalar tensor.
-        DtypeError: a differentiated leaf is complex.
-        ArgnumsError, LeafError: ``argnums`` or ``wrt`` does not fit the call, or selects nothing to differentiate.
-    """
-    name = "hessian_eigenvalues"
-    checks.positive(name, "k", k, "Ask for at least one eigenvalue.")
-    checks.allowed(name, "which", which, ("LA", "SA", "LM"))
-    if iterations is not None:
-        checks.positive(name, "iterations", iterations, f"None takes {_BLOCKS}.")
-
-    def eigenvalues(call: Call, tape: Tape) -> Tensor:
-        size = seeds.size_of(call.primals)
-        checks.eigenvalue_count(name, k, size)
-        dtype = reduce(torch.promote_types, (leaf.dtype for leaf in call.primals))
-        # torch has no factorisations in half precision.
-        matrix = _Matrix(tape, call.primals, size, torch.promote_types(dtype, torch.float32))
-        width, steps = k + _SPARE, iterations or _BLOCKS
-        small = size <= _WORTH_FORMING * width * steps
-        formed = matrix.whole() if small else matrix.restricted(width, steps)
-        return _outermost(torch.linalg.eigvalsh(formed), k, which).to(dtype)
-
-    return _of_gradient(name, func, argnums, has_aux, wrt, eigenvalues)
+    return of_gradient("hessian_trace", func, argnums, has_aux, wrt, trace)
 
 
-def _of_gradient(
+def of_gradient(
     name: str,
     func: Callable[..., Any],
     argnums: Argnums,
     has_aux: bool,
     wrt: Wrt,
-    read: Callable[[Call, Tape], Any],
+    compute: Callable[[Call, DerivativeLinearization], Any],
 ) -> Callable[..., Any]:
-    """What ``read`` makes of the recorded gradient, under the public name that the user called."""
+    """What ``compute`` makes of the gradient at a point, under the public name that the user called."""
 
     @wraps(func)
     def derived(*args: Any, **kwargs: Any) -> Any:
         call = Call(name, func, args, kwargs, argnums, has_aux, wrt)
         checks.real(name, call.primals, call.path_of_primal)
-        tape = gradient_tape(call)
-        result = read(call, tape)
-        _, *aux = tape.aux
-        return (result, call.aux(aux)) if has_aux else result
+        slope = gradient(call).linearize()
+        result = compute(call, slope)
+        return (result, call.aux(slope.aux)) if has_aux else result
 
     return derived
 
 
-def _puller(tape: Tape, only: slice = slice(None)) -> Product:
-    """A pull to some inputs that keeps the graph unless it is the last."""
-
-    def pull(cotangents: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
-        return tape.pull(cotangents, only=only, retain_graph=not last)
-
-    return pull
-
-
 def _own_rows(
-    call: Call, tape: Tape, chunk_size: ChunkSize, keep: Callable[[Tensor, int], Tensor]
+    call: Call, slope: DerivativeLinearization, chunk_size: ChunkSize, keep: Callable[[Tensor, int], Tensor]
 ) -> list[Tensor | None]:
-    """What is kept of the rows that lead from each leaf to itself; see `stacked` for ``keep``.
+    """What is kept of the rows that lead from each leaf to itself; see `products` for ``keep``.
 
     # rows: [chunk, *leaf.shape]
     """
     count, kept = len(call.primals), []
     for position, leaf in enumerate(call.primals):
         own = slice(position, position + 1)
-        pull = of_group(_puller(tape, own), own, count, is_last=own.stop == count)
-        kept += stacked(pull, [leaf], sizes_for(chunk_size, [leaf]), keep=keep)
+
+        def pull(cotangents: Sequence[Tensor | None], *, last: bool, own: slice = own) -> list[Tensor | None]:
+            return slope.vjp(cotangents, wanted=own, last=last)
+
+        pull_own = of_outputs(pull, own, count, is_last=own.stop == count)
+        kept += products(pull_own, StandardBasis([leaf]), sizes_for(chunk_size, [leaf]), keep=keep)
     return kept
 
 
-def _diagonals(call: Call, tape: Tape, chunk_size: ChunkSize) -> list[Tensor]:
+def _diagonals(call: Call, slope: DerivativeLinearization, chunk_size: ChunkSize) -> list[Tensor]:
     """The Hessian's diagonal, in the shapes of the leaves."""
 
     def on_diagonal(rows: Tensor, start: int) -> Tensor:
         # Row r is number start + r of its block. A view of it would keep all the rows alive.
         return rows.unsqueeze(-1).flatten(1).diagonal(start).clone()
 
-    pairs = zip(_own_rows(call, tape, chunk_size, on_diagonal), call.primals, strict=True)
+    pairs = zip(_own_rows(call, slope, chunk_size, on_diagonal), call.primals, strict=True)
     return [
-        seeds.zeros(leaf, tuple(leaf.shape)) if kept is None else kept.reshape(leaf.shape)
-        for kept, leaf in pairs
+        zeros(leaf, tuple(leaf.shape)) if kept is None else kept.reshape(leaf.shape) for kept, leaf in pairs
     ]
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """The Hessian as one matrix over the numbers of all leaves, P of them."""
-
-    tape: Tape
-    leaves: list[Tensor]
-    size: int
-    dtype: torch.dtype
-
-    def whole(self) -> Tensor:
-        """All rows, [P, P]."""
-        return self._joined(stacked(_puller(self.tape), self.leaves, Sizes(_ROWS)), self.size)
-
-    def times(self, columns: Tensor) -> Tensor:
-        """The product with some columns: the gradient is pulled by all of them in one batch.
-
-        # columns: [P, width] -> [P, width]
-        """
-        width = columns.shape[1]
-        parts = columns.mT.split([leaf.numel() for leaf in self.leaves], 1)
-        vectors = [
-            part.reshape((width, *leaf.shape)).to(leaf.dtype)
-            for part, leaf in zip(parts, self.leaves, strict=True)
-        ]
-        pulled = over_rows(partial(self.tape.pull, retain_graph=True), vectors, width, "same")
-        return self._joined(pulled, width).mT
-
-    def _joined(self, rows: Sequence[Tensor | None], count: int) -> Tensor:
-        """Rows of the matrix from what they are for each leaf.
-
-        # rows[k]: [count, *leaves[k].shape] -> [count, P]
-        """
-        strips = [
-            seeds.zeros(leaf, (count, leaf.numel())) if part is None else part.reshape((count, leaf.numel()))
-            for part, leaf in zip(rows, self.leaves, strict=True)
-        ]
-        return torch.cat(strips, 1).to(self.dtype)
-
-    def restricted(self, width: int, steps: int) -> Tensor:
-        """Q^T H Q for an orthonormal basis Q of a block Krylov space of H.
-
-        # Q: [P, steps * width] -> [steps * width, steps * width]
-
-        Nothing here depends on data, so it runs under vmap. Q is taken for a constant: an eigenvalue's
-        derivative v^T dH v needs no more, and that of the recurrence is not stable.
-        """
-        precision, device = torch.finfo(self.dtype), self.leaves[0].device
-        Q = torch.zeros(self.size, 0, dtype=self.dtype, device=device)
-        block = torch.zeros(self.size, width, dtype=self.dtype, device=device)
-        upper = []
-        for step in range(steps):
-            # The first block is all scatter. To the others it adds what rounding does anyway, and where the
-            # space is closed under H, as for one of low rank, it is what the space goes on with.
-            block = block + 10 * precision.eps * _scattered(self.size, width, step, self.dtype, device)
-            for _ in range(2):
-                block, _ = torch.linalg.qr(block - Q @ (Q.mT @ block))
-            Q = torch.cat([Q, block], 1)
-            product = self.times(block)
-            below = (steps - step - 1) * width
-            upper.append(torch.nn.functional.pad(Q.mT @ product, (0, 0, 0, below)))
-            block = product.detach()
-            block = block / block.abs().amax().clamp_min(precision.tiny)
-        blocks = torch.cat(upper, 1)
-        return blocks.triu() + blocks.triu(1).mT
-
-
-def _scattered(size: int, width: int, step: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers from -1 to 1 without a pattern, others in every step; [size, width].
-
-    A hash of their places, since vmap refuses random operations: the same on every device, for every sample.
-    """
-    count = size * width
-    bits = torch.arange(step * count, (step + 1) * count, device=device)
-    for _ in range(3):
-        bits = ((bits ^ (bits >> 15)) * 0x7FEB352D + 0x3C6EF372) & 0xFFFFFFFF
-    return bits.view(size, width).to(dtype) / 2**31 - 1
-
-
-def _outermost(eigenvalues: Tensor, k: int, which: Which) -> Tensor:
-    """``k`` of all eigenvalues, which come in ascending order."""
-    match which:
-        case "LA":
-            return eigenvalues.flip(0)[:k]
-        case "SA":
-            return eigenvalues[:k]
-        case "LM":
-            return eigenvalues.gather(0, eigenvalues.abs().argsort(descending=True)[:k])
-        case _:
-            assert_never(which)

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from autodiff._torch import whole
-from autodiff.core import batch, trees
+from autodiff._torch import never_traced_alone
+from autodiff.core import randomness, trees
 from autodiff.core.call import is_differentiable, spread, wraps
-from autodiff.core.reverse import transposed
-from autodiff.core.rules import Rules, Shape, is_watched, operate, times_written
+from autodiff.core.rules import Rules, attach, is_tracked, write_counts
+from autodiff.core.specs import TensorSpec
+from autodiff.core.transpose import transposed
 from autodiff.transforms import custom_checks
 
 if TYPE_CHECKING:
@@ -143,12 +144,12 @@ class Custom(ABC):
         """As a method: the instance is the first argument, a static one."""
         return self if instance is None else MethodType(self, instance)
 
-    @whole
+    @never_traced_alone
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's value, which knows its derivatives."""
         custom_checks.not_traced(self.name, self.shown)
         use = Use(self, self._positional(args, kwargs))
-        if not any(map(is_watched, use.saved)):
+        if not any(map(is_tracked, use.saved)):
             return self.func(*use.args)
         use.refuse_watched_nondiff()
         return self._differentiated(use)
@@ -206,9 +207,9 @@ class Use:
     def evaluate(self, func: Callable[..., Any]) -> Any:
         """``func`` of the arguments as constants."""
         constants = [tensor.detach() for tensor in self.saved]
-        before = times_written(constants[: len(self.where)])
+        before = write_counts(constants[: len(self.where)])
         result = func(*self.all_args(constants))
-        if before != times_written(constants[: len(self.where)]):
+        if before != write_counts(constants[: len(self.where)]):
             custom_checks.leaves_arguments(self.custom.name, self.custom.shown)
         return result
 
@@ -232,7 +233,7 @@ class Use:
     def refuse_watched_nondiff(self) -> None:
         """An argument that is not differentiated must not carry a derivative."""
         for position in self._constant:
-            if is_watched(self._leaves[position]):
+            if is_tracked(self._leaves[position]):
                 path = trees.paths(self._nondiff_spec, "nondiff")[position - self._border]
                 custom_checks.nondiff_is_constant(self.custom.name, self.custom.shown, path)
 
@@ -244,13 +245,13 @@ class Output:
         self._custom = custom
         self.leaves, self.spec = trees.flatten(tree)
         self.where = [i for i, leaf in enumerate(self.leaves) if is_differentiable(leaf)]
-        if any(is_watched(leaf) for leaf in self.leaves if isinstance(leaf, Tensor)):
+        if any(is_tracked(leaf) for leaf in self.leaves if isinstance(leaf, Tensor)):
             custom_checks.captures_nothing(custom.name, custom.shown)
-        self._shapes = [Shape.of(self.leaves[i]) for i in self.where]
+        self._specs = [TensorSpec.of(self.leaves[i]) for i in self.where]
 
     def zeros(self) -> list[Tensor]:
         """A zero vector for each differentiated leaf."""
-        return [shape.full(0.0) for shape in self._shapes]
+        return [spec.full(0.0) for spec in self._specs]
 
     def cotangent(self, vectors: Vectors) -> Any:
         """A tree like the output: zeros for None, None where the output is not differentiated."""
@@ -261,13 +262,13 @@ class Output:
     def tangents(self, tree: Any) -> list[Tensor | None]:
         """What a rule gave for the output, as one tangent for each differentiated leaf."""
         leaves = _like(self._custom, "tangent", tree, self.spec, "output")
-        pairs = zip(self.where, self._shapes, strict=True)
-        return [_vector(self._custom, "tangent", leaves[i], shape, self.spec, i) for i, shape in pairs]
+        pairs = zip(self.where, self._specs, strict=True)
+        return [_vector(self._custom, "tangent", leaves[i], spec, self.spec, i) for i, spec in pairs]
 
     def tied(self, rules: Rules, saved: Sequence[Tensor]) -> Any:
         """The output, differentiated by the rules, which have no need of its values."""
         leaves, self.leaves = self.leaves, []
-        return trees.unflatten(self.spec, operate(rules, leaves, saved))
+        return trees.unflatten(self.spec, attach(rules, leaves, saved))
 
 
 def _like(custom: Custom, kind: str, tree: Any, spec: Spec, root: str) -> list[Any]:
@@ -278,7 +279,7 @@ def _like(custom: Custom, kind: str, tree: Any, spec: Spec, root: str) -> list[A
 
 
 def _vector(
-    custom: Custom, kind: str, value: Any, like: Tensor | Shape, spec: Spec, position: int
+    custom: Custom, kind: str, value: Any, like: Tensor | TensorSpec, spec: Spec, position: int
 ) -> Tensor | None:
     if value is None:
         return None
@@ -305,7 +306,7 @@ class CustomVjp(Custom):
     def _differentiated(self, use: Use) -> Any:
         if self.fwd is None or self.bwd is None:
             custom_checks.has_rule(self.name, self.shown, "defvjp(fwd, bwd)")
-        state = batch.random_state()
+        state = randomness.random_state()
         pair = use.evaluate(self.fwd)
         custom_checks.rule_gives_pair(self.name, self.shown, "fwd", "(output, residuals)", pair)
         output, residuals = Output(self, pair[0]), trees.flatten(pair[1])
@@ -337,9 +338,9 @@ class _ByPullback(Rules):
         for position, tensor in zip(self._where, tensors, strict=True):
             leaves[position] = tensor
         residuals = trees.unflatten(self._spec, leaves)
-        if any(map(is_watched, primals)):
+        if any(map(is_tracked, primals)):
             # The residuals of the first run are constants. Somebody differentiates the pullback.
-            with batch.random_numbers_from(self._state):
+            with randomness.random_numbers_from(self._state):
                 _, residuals = self._custom.fwd(*self._use.all_args(primals))  # type: ignore[misc]
         pulled = self._custom.bwd(*nondiff, residuals, self._output.cotangent(cotangents))
         return [*self._use.cotangents(pulled), *[None] * len(tensors)]

@@ -16,7 +16,7 @@ from autodiff.errors import ArgnumsError, RuleError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from autodiff.core.rules import Shape
+    from autodiff.core.specs import TensorSpec
     from autodiff.core.trees import Spec
 
 
@@ -94,7 +94,7 @@ def rule_gives_structure(name: str, func: str, kind: str, came: Spec, wanted: Sp
 
 
 def rule_gives_like(
-    name: str, func: str, kind: str, path: str, value: object, like: Tensor | Shape
+    name: str, func: str, kind: str, path: str, value: object, like: Tensor | TensorSpec
 ) -> NoReturn:
     came = (
         f"shape {tuple(value.shape)} and dtype {value.dtype}"

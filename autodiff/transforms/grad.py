@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from autodiff import checks
-from autodiff._torch import whole
+from autodiff._torch import never_traced_alone
 from autodiff.core.call import Call, wraps
 from autodiff.core.reverse import conjugated, record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import Tensor
 
@@ -181,7 +181,7 @@ class Differentiated(NamedTuple):
     aux: Any
 
 
-@whole
+@never_traced_alone
 def differentiate(
     name: str,
     func: Callable[..., Any],
@@ -203,17 +203,5 @@ def differentiate(
     pulled = tape.pull([torch.ones_like(value)])
     if holomorphic:
         pulled = conjugated(pulled)
-    gradient = call.like_arguments(dense(call, pulled, strict))
+    gradient = call.like_arguments(call.dense_cotangents(pulled, strict))
     return Differentiated(gradient, value, call.aux(tape.aux) if has_aux else None)
-
-
-def dense(call: Call, pulled: Sequence[Tensor | None], strict: bool) -> list[Tensor]:
-    """What a tape pulled, with zeros for None; an error instead where ``strict``."""
-    if strict:
-        for index, cotangent in enumerate(pulled):
-            if cotangent is None:
-                checks.depends(call.name, "the output", call.path_of_primal(index), primal=index)
-    return [
-        torch.zeros_like(primal) if cotangent is None else cotangent
-        for primal, cotangent in zip(call.primals, pulled, strict=True)
-    ]

@@ -1,20 +1,22 @@
-"""Floor 2: second derivatives, composed of two first ones. Builds on `core`, `grad` and `blocks`."""
+"""Second derivatives: the Hessian, and its product with a vector."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 
 from autodiff import checks
 from autodiff._torch import compiling
 from autodiff.core.call import Call
+from autodiff.core.chunks import Sizes
 from autodiff.core.forward import push
-from autodiff.core.reverse import lifted_by, record, record_pull
-from autodiff.transforms.blocks import by_mode
-from autodiff.transforms.grad import dense
-from autodiff.transforms.mode_combinations import ORDERS, first_that_has_rules
+from autodiff.core.linearization import Derivative, gradient, linearize
+from autodiff.core.reverse import lifted_by
+from autodiff.transforms.jacobian import Jacobian
+from autodiff.transforms.mode_combinations import in_first_with_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,13 +25,13 @@ if TYPE_CHECKING:
 
     from autodiff.core.call import Argnums, Lift, Wrt
     from autodiff.core.chunks import ChunkSize
-    from autodiff.core.reverse import Tape
-    from autodiff.transforms.blocks import JacobianMode
+    from autodiff.core.linearization import Linearization
+    from autodiff.core.products import Blocks
+    from autodiff.core.reverse import FlatFunction
+    from autodiff.transforms.mode_combinations import Mode
 
-HessianMode: TypeAlias = Literal[
-    "auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward", "forward-over-forward"
-]
 HvpMode: TypeAlias = Literal["auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward"]
+HessianMode: TypeAlias = HvpMode | Literal["forward-over-forward"]
 
 _HVP_MODES = ("auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward")
 _HESSIAN_MODES = (*_HVP_MODES, "forward-over-forward")
@@ -89,34 +91,110 @@ def hessian(
         MissingRuleError: ``mode="auto"``, and torch lacks a rule for every order.
     """
     checks.allowed("hessian", "mode", mode, _HESSIAN_MODES)
-    checks.chunk_size("hessian", chunk_size)
-    outer: JacobianMode
-    inner: JacobianMode
-    match mode:
-        case "auto" | "reverse-over-reverse":
-            outer, inner = "reverse", "reverse"
-        case "forward-over-reverse":
-            outer, inner = "forward", "reverse"
-        case "reverse-over-forward":
-            outer, inner = "reverse", "forward"
-        case "forward-over-forward":
-            outer, inner = "forward", "forward"
-        case _:
-            assert_never(mode)
+    outer, inner = _combination(mode)
+    return Hessian(
+        name="hessian",
+        func=func,
+        argnums=argnums,
+        mode=outer,
+        has_aux=has_aux,
+        chunk_size=chunk_size,
+        holomorphic=holomorphic,
+        strict=strict,
+        wrt=wrt,
+        inner=inner,
+        other_modes=mode == "auto",
+    )
 
-    def over(
-        outer: JacobianMode, inner: JacobianMode, others: Callable[[], Any] = tuple
-    ) -> Callable[..., Any]:
-        first = by_mode(
-            "hessian", func, argnums, inner, has_aux, None, holomorphic, strict, wrt=wrt, inner=True
-        )
-        return by_mode(
-            "hessian", first, argnums, outer, has_aux, chunk_size, holomorphic, strict, wrt=wrt, others=others
-        )
 
+def _combination(mode: HessianMode) -> tuple[Mode, Mode]:
+    """The outer mode and the inner one."""
     if mode == "auto":
-        return over(outer, inner, lambda: [over(*order) for order in ORDERS[1:]])
-    return over(outer, inner)
+        return "reverse", "reverse"
+    outer, _, inner = mode.split("-")
+    return cast("Mode", outer), cast("Mode", inner)
+
+
+@dataclass(kw_only=True, eq=False)
+class Hessian(Jacobian):
+    """The Jacobian of the Jacobian, which is found in the mode ``inner``.
+
+    ``other_modes`` tries other combinations of modes where an operation lacks a rule.
+    """
+
+    inner: Mode = "reverse"
+    other_modes: bool = False
+
+    def blocks(self, call: Call) -> tuple[Blocks, list[Any]]:
+        """A block for each block of the Jacobian and each primal, and the leaves of aux."""
+        if not self.other_modes:
+            return super().blocks(call)
+
+        def in_combination(outer: Mode, inner: Mode) -> tuple[Blocks, list[Any]]:
+            if (outer, inner) == (self.mode, self.inner):
+                return super(Hessian, self).blocks(call)
+            return replace(self, mode=outer, inner=inner, other_modes=False).blocks(call)
+
+        return in_first_with_rules(self.name, in_combination)
+
+    def nested(self, call: Call, blocks: Sequence[Sequence[Any]]) -> Any:
+        """The blocks in trees.
+
+        # H: [tree(out), tree(in), tree(in), *out_shape, *in_shape, *in_shape]
+        """
+        rows = [call.like_arguments(of_block) for of_block in blocks]
+        count = len(call.primals)
+        return call.like_output(
+            [call.like_arguments(rows[at : at + count]) for at in range(0, len(rows), count)]
+        )
+
+    def function(self, call: Call) -> FlatFunction:
+        """The Jacobian's blocks, between leaves."""
+        if self._pushes:
+            return partial(self._pushed, call)
+        derivative = self._derivative(call)
+
+        def blocks_and_aux(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+            blocks, aux = derivative(leaves, lift)
+            return blocks, derivative.values_and_aux(aux)[1]
+
+        return blocks_and_aux
+
+    def linearization(self, call: Call) -> Linearization:
+        """The Jacobian, evaluated once."""
+        pushes, derivative = self._pushes, self._derivative(call)
+        function = linearize(self.function(call), call.primals) if pushes else derivative.linearize()
+        self.check_dependence(call, function, partial(self.path_of_output, call))
+        return function
+
+    def path_of_output(self, call: Call, position: int) -> str:
+        """The place of a block of the Jacobian, written as code."""
+        output, primal = divmod(position, len(call.primals))
+        return call.path_of_primal(primal, call.path_of_output(output))
+
+    def first_derivative(self, call: Call, function: Linearization) -> list[Tensor]:
+        """The blocks of the Jacobian from one evaluation; for a scalar function, one pull."""
+        self.check_outputs(call, function.outputs)
+        self.check_dependence(call, function, call.path_of_output)
+        if self.inner == "reverse" and len(function.outputs) == 1 and function.outputs[0].dim() == 0:
+            pull = self.puller(function)
+            return call.dense_cotangents(pull([torch.ones_like(function.outputs[0])], last=True))
+        blocks = self.blocks_of(function, call.primals, self.inner, Sizes(None))
+        return [block for of_output in blocks for block in of_output]
+
+    @property
+    def _pushes(self) -> bool:
+        """Whether the Jacobian is found by pushes: not while torch.compile traces; see `push`."""
+        return self.inner == "forward" and not compiling()
+
+    def _derivative(self, call: Call) -> Derivative:
+        return Derivative(call, partial(self.first_derivative, call))
+
+    def _pushed(self, call: Call, leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+        """The Jacobian by pushes."""
+        first = Jacobian.function(self, call)
+        blocks, aux = self.by_columns(call, lifted_by(lift, first), leaves, Sizes(None))
+        return [block for of_output in blocks for block in of_output], aux
 
 
 def hvp(
@@ -162,87 +240,36 @@ def hvp(
     checks.tuple_of_primals("hvp", primals)
     call = Call("hvp", func, primals, {}, None, has_aux)
     directions = call.tangents("tangents", tangents)
-    match mode:
-        case "auto":
-            value, product, aux = _in_the_first_order(call, directions)
-        case "reverse-over-reverse":
-            value, product, aux = _reverse_over_reverse(call, directions)
-        case "forward-over-reverse":
-            value, product, aux = _forward_over_reverse(call, directions)
-        case "reverse-over-forward":
-            value, product, aux = _reverse_over_forward(call, directions)
-        case _:
-            assert_never(mode)
-    shaped = call.like_arguments(dense(call, product, strict=False))
+
+    def product(outer: Mode, inner: Mode) -> tuple[Tensor, list[Tensor | None], list[Any]]:
+        return _product(call, directions, outer, inner)
+
+    value, pushed, aux = (
+        in_first_with_rules("hvp", product) if mode == "auto" else product(*_combination(mode))
+    )
+    shaped = call.like_arguments(call.dense_cotangents(pushed))
     result = value, shaped[0] if len(primals) == 1 else shaped
     return (*result, call.aux(aux)) if has_aux else result
 
 
-# Each gives the value, the product for each primal (None for zero), and the leaves of aux.
-_Product: TypeAlias = "tuple[Tensor, list[Tensor | None], list[Any]]"
+def _product(
+    call: Call, directions: list[Tensor], outer: Mode, inner: Mode
+) -> tuple[Tensor, list[Tensor | None], list[Any]]:
+    """The value, the Hessian's product for each primal (None for zero), and the leaves of aux."""
+    if inner == "forward":
+        # The gradient of the directional derivative.
+        def slope(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+            pushed = push(lifted_by(lift, call.evaluate), leaves, directions)
+            checks.scalar_output("hvp", call.out_spec, pushed.outputs)
+            return call.dense_tangents(pushed.outputs, pushed.tangents), [*pushed.outputs, *pushed.aux]
 
-
-def _in_the_first_order(call: Call, directions: list[Tensor]) -> _Product:
-    """Of the orders, the first for which no operation lacks a rule."""
-    if compiling():
-        return _reverse_over_reverse(call, directions)
-    others = (_forward_over_reverse, _reverse_over_forward)
-    return first_that_has_rules(
-        call.name,
-        lambda: _reverse_over_reverse(call, directions),
-        lambda: [partial(other, call, directions) for other in others],
-    )
-
-
-def _reverse_over_reverse(call: Call, directions: list[Tensor]) -> _Product:
-    """The pullback of the gradient: the Hessian is symmetric."""
-    tape = gradient_tape(call)
-    value, *aux = tape.aux
-    return value, tape.pull(directions), aux
-
-
-def _forward_over_reverse(call: Call, directions: list[Tensor]) -> _Product:
-    """The pushforward of the gradient."""
-
-    def slopes(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
-        return _gradient(call, record(lifted_by(lift, call.evaluate), leaves, inner=True))
-
-    pushed = push(slopes, call.primals, directions)
-    value, *aux = pushed.aux
-    return value, pushed.tangents, aux
-
-
-def _reverse_over_forward(call: Call, directions: list[Tensor]) -> _Product:
-    """The gradient of the directional derivative."""
-
-    def slope(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
-        pushed = push(lifted_by(lift, call.evaluate), leaves, directions)
-        checks.scalar_output("hvp", call.out_spec, pushed.outputs)
-        return [_or_zeros(t, pushed.outputs[0]) for t in pushed.tangents], [*pushed.outputs, *pushed.aux]
-
-    tape = record(slope, call.primals)
-    value, *aux = tape.aux
-    return value, tape.pull([torch.ones_like(tape.outputs[0])]), aux
-
-
-def gradient_tape(call: Call, *, strict: bool = False, look: Callable[[Tape], None] = lambda _: None) -> Tape:
-    """The gradient of one call, recorded; the value and aux ride along as the tape's aux.
-
-    ``look`` is shown the tape of the value.
-    """
-
-    def pull(tape: Tape) -> tuple[list[Any], list[Any]]:
-        look(tape)
-        return _gradient(call, tape, strict)
-
-    return record_pull(call.evaluate, call.primals, pull)
-
-
-def _gradient(call: Call, tape: Tape, strict: bool = False) -> tuple[list[Any], list[Any]]:
-    checks.scalar_output(call.name, call.out_spec, tape.outputs)
-    pulled = tape.pull([torch.ones_like(tape.outputs[0])])
-    return dense(call, pulled, strict), [*tape.outputs, *tape.aux]
-
-
-def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if tensor is None else tensor
+        of_slope = linearize(slope, call.primals)
+        value, *aux = of_slope.aux
+        return value, of_slope.vjp([torch.ones_like(of_slope.outputs[0])], last=True), aux
+    derivative = gradient(call)
+    if outer == "forward":
+        pushed = push(derivative, call.primals, directions)
+        (value,), aux = derivative.values_and_aux(pushed.aux)
+        return value, pushed.tangents, aux
+    function = derivative.linearize()
+    return function.values[0], function.hvp(directions, last=True), function.aux

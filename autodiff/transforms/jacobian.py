@@ -1,18 +1,220 @@
-"""Floor 2: Jacobians by rows (reverse) or by columns (forward). Builds on `blocks`."""
+"""Jacobians by rows (reverse mode) or by columns (forward mode)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from autodiff.transforms.blocks import by_mode
+import torch
+
+from autodiff import checks
+from autodiff._torch import compiling, never_traced_alone
+from autodiff.core.batch import shared_by_rows
+from autodiff.core.call import Call, wraps
+from autodiff.core.chunks import Sizes, sizes_for
+from autodiff.core.forward import push
+from autodiff.core.linearization import linearize
+from autodiff.core.products import blocks_by_rows, from_columns, of_outputs, products
+from autodiff.core.randomness import remember_randomness
+from autodiff.core.reverse import conjugated
+from autodiff.core.seeds import StandardBasis, size_of, zeros
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
 
     from autodiff.core.batch import Randomness
-    from autodiff.core.call import Argnums, Wrt
+    from autodiff.core.call import Argnums, Lift, Wrt
     from autodiff.core.chunks import ChunkSize
-    from autodiff.transforms.blocks import JacobianMode
+    from autodiff.core.linearization import Linearization
+    from autodiff.core.products import Blocks, Product
+    from autodiff.core.reverse import FlatFunction
+
+JacobianMode: TypeAlias = Literal["auto", "reverse", "forward"]
+
+
+class Strip(NamedTuple):
+    """Some rows of one output's blocks, from row ``first`` on: ``blocks[k]`` is ``[rows, *in_shape]``."""
+
+    output: int
+    first: int
+    blocks: list[Tensor]
+
+
+@dataclass(kw_only=True, eq=False)
+class Jacobian:
+    """A function of ``func``'s arguments that gives its Jacobian, and how it is made.
+
+    ``holomorphic=None`` takes any dtypes, with torch's own convention.
+    """
+
+    name: str
+    func: Callable[..., Any]
+    argnums: Argnums = 0
+    mode: JacobianMode = "reverse"
+    has_aux: bool = False
+    chunk_size: ChunkSize = None
+    holomorphic: bool | None = False
+    strict: bool = False
+    randomness: Randomness = "same"
+    wrt: Wrt = None
+
+    def __post_init__(self) -> None:
+        checks.chunk_size(self.name, self.chunk_size)
+        checks.randomness(self.name, self.randomness)
+        wraps(self.func)(self)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """As a method: the instance is the first argument."""
+        return self if instance is None else MethodType(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The Jacobian at these arguments."""
+        call = self.call(args, kwargs)
+        blocks, aux = self.blocks(call)
+        nested = self.nested(call, blocks)
+        return (nested, call.aux(aux)) if self.has_aux else nested
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """One call, its arguments checked."""
+        call = Call(self.name, self.func, args, kwargs, self.argnums, self.has_aux, self.wrt)
+        checks.complex_pairing(self.name, call.primals, self.holomorphic, "inputs")
+        return call
+
+    def nested(self, call: Call, blocks: Sequence[Sequence[Any]]) -> Any:
+        """The blocks in trees.
+
+        # J: [tree(out), tree(in), *out_shape, *in_shape]
+        """
+        return call.like_output([call.like_arguments(of_output) for of_output in blocks])
+
+    @never_traced_alone
+    def blocks(self, call: Call) -> tuple[Blocks, list[Any]]:
+        """A block for each output and primal, and the leaves of aux."""
+        if self.mode == "forward" and not compiling():
+            sizes = sizes_for(self.chunk_size, call.primals)
+            return self.by_columns(call, self.function(call), call.primals, sizes)
+        function = self.linearization(call)
+        return self.by_rows(call, function), function.aux
+
+    def some_rows(self, call: Call, start: int, stop: int) -> tuple[list[Tensor], list[Strip]]:
+        """The outputs, and rows ``start`` to ``stop``, counted over all outputs, by pulls."""
+        function = self.linearization(call)
+        strips, offset, pull = [], 0, self.puller(function)
+        for position, output in enumerate(function.outputs):
+            first, last = max(start - offset, 0), min(stop - offset, output.numel())
+            if first < last:
+                pull_one = of_outputs(
+                    pull, slice(position, position + 1), len(function.outputs), is_last=False
+                )
+                alone = function.pulled_one_at_a_time()
+                sizes = Sizes(1) if alone else sizes_for(self.chunk_size, call.primals)
+                rows = products(pull_one, StandardBasis([output], first, last), sizes)
+                pairs = zip(rows, call.primals, strict=True)
+                blocks = [
+                    zeros(like, (last - first, *like.shape)) if one is None else one for one, like in pairs
+                ]
+                strips.append(Strip(position, first, blocks))
+            offset += output.numel()
+        return function.outputs, strips
+
+    # What a Hessian does in its own way.
+
+    def function(self, call: Call) -> FlatFunction:
+        """The function whose Jacobian this is, between leaves, which checks its outputs."""
+
+        def checked(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+            outputs, aux = call.evaluate(leaves, lift)
+            self.check_outputs(call, outputs)
+            return outputs, aux
+
+        return checked
+
+    def linearization(self, call: Call) -> Linearization:
+        """That function, evaluated once."""
+        function = linearize(self.function(call), call.primals, higher_order=self.mode == "auto")
+        self.check_dependence(call, function, call.path_of_output)
+        return function
+
+    def path_of_output(self, call: Call, position: int) -> str:
+        """The place of one of its outputs, written as code."""
+        return call.path_of_output(position)
+
+    # The two ways.
+
+    def by_rows(self, call: Call, function: Linearization) -> Blocks:
+        """The blocks from one evaluation, by pulls, or by the pullback's pullback."""
+        return self.blocks_of(function, call.primals, self.mode, sizes_for(self.chunk_size, call.primals))
+
+    def blocks_of(
+        self, function: Linearization, primals: Sequence[Tensor], mode: JacobianMode, sizes: Sizes
+    ) -> Blocks:
+        """As `by_rows`: "auto" takes whichever needs fewer products. Traced, forward mode is here too; see `push`."""
+        if mode == "forward" or (mode == "auto" and size_of(primals) < size_of(function.outputs)):
+            pushforward = function.pushforward()
+
+            def pushed(tangents: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
+                del last
+                return pushforward(tangents)
+
+            return from_columns(products(pushed, StandardBasis(primals), sizes), function.outputs, primals)
+        if size_of(function.outputs) > 1 and function.pulled_one_at_a_time():
+            sizes = Sizes(1)
+        return blocks_by_rows(self.puller(function), function, primals, sizes)
+
+    def by_columns(
+        self, call: Call, function: FlatFunction, primals: Sequence[Tensor], sizes: Sizes
+    ) -> tuple[Blocks, list[Any]]:
+        """The blocks by pushes through the function, which runs once for every chunk, and the leaves of aux."""
+        outputs: list[Any] = []
+        aux: list[Any] = []
+
+        def pushed(tangents: Sequence[Tensor], *, last: bool) -> list[Tensor | None]:
+            del last
+            if rewind is not None:
+                rewind()
+            result = push(function, primals, tangents)
+            for position, tangent in enumerate(result.tangents if self.strict else ()):
+                if tangent is None:
+                    path = self.path_of_output(call, position)
+                    checks.depends(call.name, path, call.root, output=position)
+            outputs[:] = result.outputs
+            aux[:] = shared_by_rows(result.aux, tangents)
+            return result.tangents
+
+        draws: Randomness = "error" if self.randomness == "error" else "same"
+        # Every chunk has to see the same random numbers.
+        rewind = None if self.chunk_size is None else remember_randomness()
+        columns = products(pushed, StandardBasis(primals), sizes, draws)
+        return from_columns(columns, outputs, primals), aux
+
+    def puller(self, function: Linearization) -> Product:
+        """A pull through a function that has been evaluated."""
+
+        def pull(cotangents: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
+            pulled = function.vjp(cotangents, last=last)
+            return conjugated(pulled) if self.holomorphic else pulled
+
+        return pull
+
+    def check_outputs(self, call: Call, outputs: Sequence[Any]) -> None:
+        """Check the outputs of the call."""
+        checks.tensor_outputs(call.name, outputs, call.path_of_output, any_dtype=self.holomorphic is None)
+        checks.complex_pairing(call.name, outputs, self.holomorphic, "outputs")
+
+    def check_dependence(
+        self, call: Call, function: Linearization, path_of_output: Callable[[int], str]
+    ) -> None:
+        """If strict, raise for the first output that no operation connects to a primal."""
+        outputs = function.outputs
+        for position in range(len(outputs) if self.strict else 0):
+            cotangents = [torch.ones_like(one) if at == position else None for at, one in enumerate(outputs)]
+            for index, pulled in enumerate(function.vjp(cotangents, create_graph=False)):
+                if pulled is None:
+                    paths = path_of_output(position), call.path_of_primal(index)
+                    checks.depends(call.name, *paths, output=position, primal=index)
 
 
 def jacrev(
@@ -60,7 +262,17 @@ def jacrev(
         ArgnumsError, LeafError: ``argnums`` or ``wrt`` does not fit the call, or selects nothing to differentiate.
         IndependenceError: ``strict`` and an output is independent of a leaf.
     """
-    return by_mode("jacrev", func, argnums, "reverse", has_aux, chunk_size, holomorphic, strict, wrt=wrt)
+    return Jacobian(
+        name="jacrev",
+        func=func,
+        argnums=argnums,
+        mode="reverse",
+        has_aux=has_aux,
+        chunk_size=chunk_size,
+        holomorphic=holomorphic,
+        strict=strict,
+        wrt=wrt,
+    )
 
 
 def jacfwd(
@@ -105,8 +317,17 @@ def jacfwd(
         ArgnumsError, LeafError: ``argnums`` or ``wrt`` does not fit the call, or selects nothing to differentiate.
         IndependenceError: ``strict`` and an output is independent of the arguments.
     """
-    return by_mode(
-        "jacfwd", func, argnums, "forward", has_aux, chunk_size, holomorphic, strict, randomness, wrt=wrt
+    return Jacobian(
+        name="jacfwd",
+        func=func,
+        argnums=argnums,
+        mode="forward",
+        has_aux=has_aux,
+        chunk_size=chunk_size,
+        holomorphic=holomorphic,
+        strict=strict,
+        randomness=randomness,
+        wrt=wrt,
     )
 
 
@@ -153,4 +374,15 @@ def jacobian(
         ArgnumsError, LeafError: ``argnums`` or ``wrt`` does not fit the call, or selects nothing to differentiate.
         IndependenceError: ``strict`` and an output is independent of a leaf.
     """
-    return by_mode("jacobian", func, argnums, mode, has_aux, chunk_size, holomorphic, strict, wrt=wrt)
+    checks.allowed("jacobian", "mode", mode, ("auto", "reverse", "forward"))
+    return Jacobian(
+        name="jacobian",
+        func=func,
+        argnums=argnums,
+        mode=mode,
+        has_aux=has_aux,
+        chunk_size=chunk_size,
+        holomorphic=holomorphic,
+        strict=strict,
+        wrt=wrt,
+    )

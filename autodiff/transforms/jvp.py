@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from autodiff import checks
 from autodiff.core.call import Call
 from autodiff.core.forward import push
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import Tensor
 
 
 def jvp(
@@ -55,20 +51,6 @@ def jvp(
     call = Call("jvp", func, primals, {}, None, has_aux)
     pushed = push(call.evaluate, call.primals, call.tangents("tangents", tangents))
     checks.tensor_outputs("jvp", pushed.outputs, call.path_of_output)
-    moved = dense_tangents(call, pushed.outputs, pushed.tangents, strict)
-    result = call.like_output(pushed.outputs), call.like_output(moved)
+    product = call.dense_tangents(pushed.outputs, pushed.tangents, strict)
+    result = call.like_output(pushed.outputs), call.like_output(product)
     return (*result, call.aux(pushed.aux)) if has_aux else result
-
-
-def dense_tangents(
-    call: Call, outputs: list[Tensor], tangents: list[Tensor | None], strict: bool
-) -> list[Tensor]:
-    """Tangents with zeros for None; an error instead where ``strict``."""
-    if strict:
-        for position, tangent in enumerate(tangents):
-            if tangent is None:
-                checks.depends(call.name, call.path_of_output(position), "the primals", output=position)
-    return [
-        torch.zeros_like(output) if tangent is None else tangent
-        for output, tangent in zip(outputs, tangents, strict=True)
-    ]

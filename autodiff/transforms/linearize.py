@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from autodiff import checks
 from autodiff.core.call import Call
-from autodiff.core.reverse import record, transpose
-from autodiff.transforms.jvp import dense_tangents
+from autodiff.core.linearization import linearize as linearize_flat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,12 +41,13 @@ def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..
         StructureError, ShapeError, DtypeError: tangents do not match the primals.
     """
     call = Call("linearize", func, primals, {}, None, has_aux=False)
-    tape = record(call.evaluate, call.primals, twice=True)
-    checks.tensor_outputs("linearize", tape.outputs, call.path_of_output)
-    push = transpose(tape)
+    function = linearize_flat(call.evaluate, call.primals, higher_order=True)
+    checks.tensor_outputs("linearize", function.outputs, call.path_of_output)
+
+    push = function.pushforward()
 
     def pushforward(*tangents: Any) -> Any:
-        moved = push(call.tangents("tangents", tangents))
-        return call.like_output(dense_tangents(call, tape.outputs, moved, strict=False))
+        pushed = push(call.tangents("tangents", tangents))
+        return call.like_output(call.dense_tangents(function.outputs, pushed))
 
-    return call.like_output(tape.outputs), pushforward
+    return call.like_output(function.outputs), pushforward

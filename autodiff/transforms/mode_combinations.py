@@ -1,14 +1,12 @@
-"""Floor 2: the order of two modes in a second derivative, and the others where an operation lacks a rule.
-
-Hands on `first_that_has_rules`. Builds on `core` alone.
-"""
+"""Combinations of two modes in a second derivative: the first for which no operation lacks a rule."""
 
 from __future__ import annotations
 
 import traceback
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
-from autodiff.core.batch import remember_randomness
+from autodiff._torch import compiling, says
+from autodiff.core.randomness import remember_randomness
 from autodiff.errors import MissingRuleError
 
 if TYPE_CHECKING:
@@ -16,49 +14,37 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-# The first is the default: it takes the least time and memory.
-ORDERS: tuple[tuple[Literal["reverse", "forward"], Literal["reverse", "forward"]], ...] = (
+Mode: TypeAlias = Literal["reverse", "forward"]
+
+# The outer mode and the inner one. The first is the default: it takes the least time and memory.
+COMBINATIONS: tuple[tuple[Mode, Mode], ...] = (
     ("reverse", "reverse"),
     ("forward", "reverse"),
     ("reverse", "forward"),
 )
 
-# By these words torch says that an operation lacks a derivative.
-_MISSING = (
-    "is not implemented",
-    "does not support it",
-    "marked with @once_differentiable",
-    "setup_context",
-    "You must implement",
-)
 
+def in_first_with_rules(name: str, compute: Callable[[Mode, Mode], R]) -> R:
+    """What ``compute`` gives for the first combination for which no operation lacks a rule.
 
-def first_that_has_rules(
-    name: str, first: Callable[[], R], others: Callable[[], Sequence[Callable[[], R]]]
-) -> R:
-    """What the first of the computations gives for which no operation lacks a rule.
-
-    Random numbers are drawn anew from the same state, so that it is the same function, and ends as after one.
+    Random numbers are drawn again from the same state, so that it is the same function, and ends as after one.
     """
+    if compiling():
+        return compute(*COMBINATIONS[0])
     rewind = remember_randomness()
     failed: list[RuntimeError] = []
     try:
-        try:
-            return first()
-        except RuntimeError as error:
-            if not _may_be_missing_rule(error):
-                raise
-            failed.append(_without_graphs(error))
-        for other in others():
-            rewind()
+        for combination in COMBINATIONS:
+            if failed:
+                rewind()
             try:
-                return other()
+                return compute(*combination)
             except RuntimeError as error:
                 if not _may_be_missing_rule(error):
                     raise
                 failed.append(_without_graphs(error))
-        if not any(map(_is_missing_rule, failed)):
-            # Not torch's words in any order: the function's own error.
+        if not any(says(error, "no rule") for error in failed):
+            # Torch says nothing of the kind in any of them: it is the function's own error.
             raise failed[0]
         raise _none_has_rules(name, failed) from failed[0]
     finally:
@@ -67,7 +53,7 @@ def first_that_has_rules(
 
 
 def _without_graphs(error: RuntimeError) -> RuntimeError:
-    """The error, whose traceback no longer holds what the frames computed: the next order needs the memory."""
+    """The error, whose traceback no longer holds what the frames computed: the next combination needs the memory."""
     seen: set[int] = set()
     one: BaseException | None = error
     while one is not None and id(one) not in seen:
@@ -79,20 +65,16 @@ def _without_graphs(error: RuntimeError) -> RuntimeError:
 
 def _may_be_missing_rule(error: RuntimeError) -> bool:
     """An autograd Function without a second derivative may say so by a bare NotImplementedError."""
-    return isinstance(error, NotImplementedError) or _is_missing_rule(error)
-
-
-def _is_missing_rule(error: RuntimeError) -> bool:
-    return any(words in str(error) for words in _MISSING)
+    return isinstance(error, NotImplementedError) or says(error, "no rule")
 
 
 def _none_has_rules(name: str, failed: Sequence[RuntimeError]) -> MissingRuleError:
     tried = "; ".join(
         f"{outer} over {inner}: {str(error).splitlines()[0]}"
-        for (outer, inner), error in zip(ORDERS, failed, strict=False)
+        for (outer, inner), error in zip(COMBINATIONS, failed, strict=False)
     )
     return MissingRuleError(
         f"{name}: torch has no second derivative of an operation of this function. Expected rules for one of three "
-        f"orders, but each lacks one: {tried}. Write the operation in terms of others, or give it a rule by "
+        f"mode combinations, but each lacks one: {tried}. Write the operation in terms of others, or give it a rule by "
         f"autodiff.custom_jvp or autodiff.custom_vjp."
     )

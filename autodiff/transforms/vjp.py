@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from autodiff import checks
 from autodiff.core.call import Call
 from autodiff.core.reverse import record
-from autodiff.transforms.grad import dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +52,7 @@ def vjp(
     def pullback(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         seeds = call.cotangents(tape.outputs, cotangents)
         pulled = tape.pull(seeds, retain_graph=retain_graph, create_graph=create_graph)
-        return call.like_arguments(dense(call, pulled, strict))
+        return call.like_arguments(call.dense_cotangents(pulled, strict))
 
     output = call.like_output(tape.outputs)
     return (output, pullback, call.aux(tape.aux)) if has_aux else (output, pullback)

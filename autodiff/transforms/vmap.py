@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from torch import Tensor
 
 from autodiff import checks
-from autodiff._torch import compiling, whole
+from autodiff._torch import MESSAGES, compiling, never_traced_alone
 from autodiff.checks import batching
 from autodiff.checks.consistency import Agreement, is_same
 from autodiff.core import batch, trees
 from autodiff.core.call import parameter_names, wraps
 from autodiff.core.chunks import Chunks, Sizes, sizes_for
+from autodiff.core.randomness import has_drawn, random_state, remember_randomness, set_random_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 Fallback: TypeAlias = Literal["loop"] | None
 
 # By these words torch says that a function cannot be batched.
-_UNBATCHABLE = ("data-dependent control flow", ".item()", "dynamic shape", "doesn't have storage")
 _LOOP = (
     "the function branches on data, or reads a value out of a tensor, which a batch cannot. Use torch.where, or "
     "let vmap run it sample by sample: vmap(func, fallback='loop')."
@@ -107,9 +107,9 @@ def vmap(
             try:
                 return mapped.run(randomness, sizes_of(mapped))
             except RuntimeError as error:
-                checks.advise("vmap", error, _UNBATCHABLE, _LOOP)
+                checks.advise("vmap", error, MESSAGES["cannot be batched"], _LOOP)
                 raise
-        rewind = batch.remember_randomness()
+        rewind = remember_randomness()
         try:
             return mapped.run(randomness, sizes_of(mapped))
         except RuntimeError:
@@ -193,12 +193,12 @@ class Mapped:
             if isinstance(leaf, Tensor)
         )
 
-    @whole
+    @never_traced_alone
     def run(self, randomness: Randomness, sizes: Sizes) -> Any:
         """All samples, in one batch or in chunks of it."""
         chunks = Chunks(self.size, sizes)
         self._agreement = None if chunks.in_one else Agreement(self._name)
-        rewind = None if chunks.in_one or randomness != "same" else batch.remember_randomness()
+        rewind = None if chunks.in_one or randomness != "same" else remember_randomness()
 
         def compute(start: int, stop: int) -> list[Any]:
             if rewind is not None:
@@ -233,16 +233,16 @@ class Mapped:
         """All samples, one after the other, without a batching level."""
         chunks = Chunks(self.size, Sizes(1))
         self._agreement = Agreement(self._name)
-        state = batch.random_state()
+        state = random_state()
         before: list[Any] = []
 
         def of_sample(sample: int, _: int) -> list[Any]:
             if randomness == "same":
-                batch.set_random_state(state)
+                set_random_state(state)
             self._where = f"sample {sample}"
             results = self._call(self._each(Tensor.select, sample))
-            if randomness == "error" and batch.has_drawn(state):
-                batch.set_random_state(state)
+            if randomness == "error" and has_drawn(state):
+                set_random_state(state)
                 batching.no_random_numbers(self._name)
             return results
 
@@ -272,7 +272,7 @@ class Mapped:
         return trees.unflatten(
             self.out_spec,
             [
-                result if dim is None else chunks.whole(key, dim)
+                result if dim is None else chunks.assembled(key, dim)
                 for key, (result, dim) in enumerate(zip(results, self.out_dims, strict=True))
             ],
         )

@@ -32,7 +32,7 @@ def out_of_memory_above(size: int, tried: list[int], func: Any = square) -> Any:
     """``func``, but for batches of more than ``size`` samples there is no memory."""
 
     def limited(w: Tensor, x: Tensor) -> Tensor:
-        batch = _torch.bottom(x).numel() // x.numel()
+        batch = _torch.innermost(x).numel() // x.numel()
         tried.append(batch)
         if batch > size:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -66,7 +66,7 @@ def test_out_of_memory_in_rows_is_survived() -> None:
 
         @staticmethod
         def backward(ctx: Any, g: Tensor) -> Tensor:
-            rows = _torch.bottom(g).numel() // g.numel()
+            rows = _torch.innermost(g).numel() // g.numel()
             fits.append(rows)
             if rows > 2:
                 raise torch.OutOfMemoryError("too many rows")
@@ -112,7 +112,7 @@ def test_random_numbers_are_not_lost_with_a_chunk_that_did_not_fit() -> None:
 
         def draw(x: Tensor) -> Tensor:
             value = x + torch.rand(())
-            if _torch.bottom(x).numel() > limit:
+            if _torch.innermost(x).numel() > limit:
                 raise torch.OutOfMemoryError("no")
             return value
 
@@ -129,7 +129,7 @@ def test_a_failing_sample_is_named_or_filled(fails: str, options: Any, tmp_path:
     x[bad] = float("nan")
 
     def func(w: Tensor, x: Tensor) -> Tensor:
-        if fails == "function" and bool(_torch.bottom(x).isnan().any()):
+        if fails == "function" and bool(_torch.innermost(x).isnan().any()):
             raise ValueError("no number")
         return square(w, x)
 
@@ -161,7 +161,7 @@ def test_the_first_samples_may_fail() -> None:
     x[0] = float("nan")
 
     def func(w: Tensor, x: Tensor) -> Tensor:
-        if not bool(_torch.bottom(x).isfinite().all()):
+        if not bool(_torch.innermost(x).isfinite().all()):
             raise RuntimeError("not finite")
         return square(w, x)
 
@@ -195,7 +195,7 @@ def test_a_caller_s_samples_are_not_written_to() -> None:
 
 def test_integers_cannot_be_marked() -> None:
     def func(x: Tensor) -> Tensor:
-        if not bool(_torch.bottom(x).isfinite().all()):
+        if not bool(_torch.innermost(x).isfinite().all()):
             raise RuntimeError("not finite")
         return x.long()
 

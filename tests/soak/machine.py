@@ -61,7 +61,7 @@ def state() -> dict[str, Any]:
         "users of the forward-mode level": forward.dual_level._users,
         "forward-mode level owned": forward.dual_level.owned,
         "forward-mode lock": forward.dual_level._lock.locked(),
-        "recordings": reverse._here.recording,
+        "recordings": reverse._thread.recording,
         "users of attention's formula": attention.unfused._users,
         "attention's lock": attention.unfused._lock.locked(),
     }

@@ -256,3 +256,26 @@ def exception_inside(library: Any, names: tuple[str, str]) -> None:
         assert state_of_torch() == before, "something is left behind"
     else:
         raise AssertionError("the exception is lost")
+
+
+@GRAPHS.row(
+    '`jacrev(chunk_size="auto")`, which measures memory, of a product with a tangent of zeros',
+    torch="ValueError: there are no chunks that are learnt",
+    fails="ValueError|RuntimeError|TypeError|AssertionError",
+    ours="right",
+    alone=(),
+)
+def measured_zeros(library: Any) -> None:
+    one, x = torch.ones(2), torch.tensor([0.5, 0.2])
+
+    def slope(y: Tensor) -> Tensor:
+        return library.jvp(torch.tanh, (y,), (one,))[1].sum()
+
+    def product(x: Tensor) -> Tensor:
+        return library.grad(lambda x: library.jvp(slope, (x,), (one,))[1])(x)
+
+    # tanh'' = -2 tanh (1 - tanh^2), differentiated twice more.
+    y = x.tanh()
+    fourth = 8 * y * (1 - y**2) * (2 - 3 * y**2)
+    hessian = library.jacrev(product, chunk_size="auto")(x)
+    torch.testing.assert_close(hessian, torch.diag(fourth), rtol=1e-4, atol=1e-4)

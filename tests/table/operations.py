@@ -253,3 +253,46 @@ def jacfwd_of_a_random_function(library: Any) -> None:
     mask = torch.round(jacobian / weights)
     assert_close(jacobian, mask * weights)
     assert (mask == mask[:, :1]).all(), "a row of the Jacobian mixes masks"
+
+
+@OPERATIONS.row(
+    "`jvp` of linear_cross_entropy in chunks",
+    torch="zero",
+    fails=WRONG,
+    ours="right",
+    needs="2.13",
+)
+def jvp_of_linear_cross_entropy(library: Any) -> None:
+    x, weight, move = _normal(4, 2), _normal(3, 2), _normal(4, 2)
+    target = torch.tensor([0, 2, 1, 1])
+    chunked = nn.LinearCrossEntropyOptions(chunking_method="auto")
+
+    def func(x: Tensor) -> Tensor:
+        return functional.linear_cross_entropy(x, weight, target, options=chunked)  # type: ignore[attr-defined]
+
+    plain = lambda x: functional.cross_entropy(x @ weight.mT, target)
+    assert_close(library.jvp(func, (x,), (move,))[1], difference(plain, x, move))
+
+
+@OPERATIONS.row("`linearize` of logcumsumexp", torch="right", fails=None, ours="right")
+def linearize_of_logcumsumexp(library: Any) -> None:
+    x, t = torch.tensor([0.2, -1.0, 0.7], dtype=torch.float64), _normal(3)
+    pushed = library.linearize(lambda x: x.logcumsumexp(0), x)[1](t)
+    expected = (x.exp() * t).cumsum(0) / x.exp().cumsum(0)
+    torch.testing.assert_close(pushed, expected, rtol=1e-4, atol=1e-4)
+
+
+@OPERATIONS.row(
+    "`functional.jvp` of cholesky along a matrix that is not symmetric",
+    torch="right",
+    fails=None,
+    ours="right",
+)
+def functional_jvp_of_cholesky(library: Any) -> None:
+    factor = _normal(3, 3).tril() + 3 * torch.eye(3, dtype=torch.float64)
+    move = _normal(3, 3)
+    # Reverse mode symmetrises. I. Murray, "Differentiation of the Cholesky decomposition" (2016).
+    inner = factor.inverse() @ (move + move.mT) / 2 @ factor.inverse().mT
+    expected = factor @ (inner.tril() - inner.diagonal().diag() / 2)
+    _, product = library.functional.jvp(torch.linalg.cholesky, factor @ factor.mT, move)
+    assert_close(product, expected)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autodiff.torch_fixes import FIXES
 from table import SECTIONS
 
 if TYPE_CHECKING:
+    from autodiff.torch_fixes import Fix
     from table.row import Row
 
 PAGE = Path(__file__).parents[2] / "docs" / "where_torch_is_wrong.md"
@@ -33,6 +35,27 @@ def tables() -> str:
     return "\n" + "\n\n".join(parts) + "\n"
 
 
+def fixes() -> str:
+    """The section on what mends torch: a line for each row of `autodiff.torch_fixes`."""
+    lines = [
+        "## The fixes",
+        "",
+        "What mends torch is in `autodiff/torch_fixes`, a row for each fix. A row is active where the installed torch",
+        "needs it, and the tests that it names fail without it.",
+        "",
+        "| fix | operations | torch | torch versions | remedy | tests |",
+        "|---|---|---|---|---|---|",
+    ]
+    return "\n" + "\n".join([*lines, *map(_line_of_fix, FIXES)]) + "\n"
+
+
+def _line_of_fix(fix: Fix) -> str:
+    versions = f"{fix.since} and newer" if fix.mended is None else f"{fix.since} to before {fix.mended}"
+    tests = ", ".join(f"`{name}`" for name in fix.tests)
+    thread = "" if fix.thread is None else f", {_link(fix.thread)}"
+    return f"| {fix.name} | {fix.operations} | {fix.torch} | {versions} | {fix.remedy} | {tests}{thread} |"
+
+
 def _line(row: Row) -> str:
     torch = row.torch if row.mended is None else f"{row.torch}; mended in {row.mended}"
     ours = (
@@ -50,4 +73,4 @@ def _link(issue: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(PAGE.read_text().split(MARKER)[0] + MARKER + tables())
+    PAGE.write_text(PAGE.read_text().split(MARKER)[0] + MARKER + tables() + fixes())

@@ -68,10 +68,13 @@ class Trial(NamedTuple):
         given = [] if self.value is None else [self.row.over[self.value]]
         self.row.body(LIBRARIES[library], *given)
 
-    def failure(self, library: str) -> str | None:
-        """How the body fails: the name and the text of the exception; None where it passes."""
+    def failure(self, library: str, without: str = "") -> str | None:
+        """How the body fails: the name and the text of the exception; None where it passes.
+
+        ``without`` is the name of a fix that is switched off, where the body has a process of its own.
+        """
         if self.row.alone is not None:
-            return _failure_of_process(self, library)
+            return _failure_of_process(self, library, without)
         with warnings.catch_warnings():
             # Of torch's warnings there are many; of autodiff's there should be none.
             if library == "torch":
@@ -97,11 +100,11 @@ def failure_of(compute: Callable[[], object]) -> str | None:
     return None
 
 
-def _failure_of_process(trial: Trial, library: str) -> str | None:
+def _failure_of_process(trial: Trial, library: str, without: str) -> str | None:
     tests = Path(__file__).parents[1]
     paths = os.pathsep.join([str(tests.parent), str(tests)])
     options = trial.row.alone or ("-W", "ignore")
-    command = [sys.executable, *options, "-m", "table", str(trial), library]
+    command = [sys.executable, *options, "-m", "table", str(trial), library, without]
     done = subprocess.run(
         command,
         capture_output=True,

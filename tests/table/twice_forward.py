@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from matrix_functions import CASES, MATRICES, Case
 from scenarios import assert_close, difference
-from table.row import WRONG, Section
+from table.row import NO_FORWARD, WRONG, Section
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -183,3 +183,90 @@ def linearize_inside_grad(library: Any) -> None:
     x, t = _normal(2, 3).unbind(0)
     slope = library.grad(lambda x: library.linearize(torch.sin, x)[1](t).sum())(x)
     assert_close(slope, -x.sin() * t)
+
+
+@TWICE.row("`vmap(jacfwd(grad(f)))` through eigvals", torch="wrong numbers", fails=WRONG, ours="right")
+def forward_over_reverse_of_eigenvalues_per_sample(library: Any) -> None:
+    # The sum of their cubes is the trace of A^3, whose gradient is 3 A^2, transposed.
+    func = lambda a: (torch.linalg.eigvals(a) ** 3).sum().real
+    a, t = _normal(2, 3, 3), _normal(3, 3)
+    hessians = library.vmap(library.jacfwd(library.grad(func)))(a)
+    assert_close(torch.tensordot(hessians, t, 2), 3 * (t @ a + a @ t).mT)
+
+
+LOSSES: dict[str, tuple[Function, Function]] = {
+    # Each with its second derivative.
+    "huber_loss": (
+        lambda x: functional.huber_loss(x, torch.zeros_like(x), reduction="sum"),
+        lambda x: (x.abs() < 1).to(x),
+    ),
+    "hardsigmoid": (lambda x: (functional.hardsigmoid(x) ** 2).sum(), lambda x: (x.abs() < 3).to(x) / 18),
+    "soft_margin_loss": (
+        lambda x: functional.soft_margin_loss(x, torch.ones_like(x), reduction="sum"),
+        lambda x: x.sigmoid() * (1 - x.sigmoid()),
+    ),
+}
+
+
+@TWICE.row(
+    "`jvp(grad(f))` and `grad` of `jvp` through huber_loss, hardsigmoid, soft_margin_loss",
+    torch="NotImplementedError",
+    fails=NO_FORWARD,
+    ours="right",
+    over=LOSSES,
+)
+def both_combinations_of_losses_and_activations(library: Any, case: tuple[Function, Function]) -> None:
+    func, second = case
+    x, t = torch.tensor([0.3, -0.6, 1.7, 3.5], dtype=torch.float64), _normal(4)
+    assert_close(library.jvp(library.grad(func), (x,), (t,))[1], second(x) * t)
+    assert_close(library.grad(lambda x: library.jvp(func, (x,), (t,))[1])(x), second(x) * t)
+
+
+@TWICE.row("`grad` of `jvp` through glu", torch="right", fails=None, ours="right")
+def reverse_over_forward_of_glu(library: Any) -> None:
+    x, t = _normal(2, 4).unbind(0)
+    slope = library.grad(
+        lambda x: library.jvp(lambda x: functional.glu(torch.cat([torch.ones_like(x), x])).sum(), (x,), (t,))[
+            1
+        ]
+    )
+    y = x.sigmoid()
+    assert_close(slope(x), y * (1 - y) * (1 - 2 * y) * t)
+
+
+@TWICE.row(
+    "Hessians of layer_norm per sample",
+    torch="right",
+    fails=None,
+    ours="right",
+)
+def hessians_of_layer_norm_per_sample(library: Any) -> None:
+    func = lambda x: (functional.layer_norm(x, (3,)) * torch.tensor([1.0, 2.0, -1.0])).sum()
+    rows, t = torch.tensor([[0.3, -1.2, 0.8], [1.5, 0.1, -0.4]], dtype=torch.float64), IMAGE[0, 0, :3]
+    hessians = library.vmap(library.jacrev(library.jacrev(func)))(rows)
+    expected = torch.stack([differed_twice(func, row, t) for row in rows])
+    torch.testing.assert_close(hessians @ t @ t, expected, rtol=1e-6, atol=1e-6)
+
+
+@TWICE.row(
+    "`jvp` of a gradient of silu, mish, group_norm that is taken without grad mode",
+    torch="right",
+    fails=None,
+    ours="right",
+    over={
+        "silu": functional.silu,
+        "mish": functional.mish,
+        "group_norm": lambda x: functional.group_norm(x.view(1, 2, 2), 1),
+    },
+)
+def jvp_of_gradients_without_grad_mode(library: Any, func: Function) -> None:
+    scalar = lambda x: (func(x) ** 3).sum()
+    x = torch.tensor([0.3, -1.2, 0.8, 2.1], dtype=torch.float64)
+    t = x.flip(0).cos()
+
+    def slope(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return library.grad(scalar)(x)
+
+    expected = difference(library.grad(scalar), x, t)
+    torch.testing.assert_close(library.jvp(slope, (x,), (t,))[1], expected, rtol=1e-6, atol=1e-6)

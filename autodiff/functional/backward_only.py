@@ -1,0 +1,82 @@
+"""What only a backward pass sees: where forward mode would give something else than legacy's double backward.
+
+Hands on `as_forward_sees`, whose function either runs as forward mode sees it, or stops at the first such thing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from autodiff._torch import GradMode, set_grad_enabled
+from autodiff.core.forward import ForwardMode
+from autodiff.core.hooks import differ_by_mode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Forward mode goes through a region without grad, ignores hooks, and knows no requires_grad.
+_HOOKS = frozenset({Tensor.register_hook, Tensor.register_post_accumulate_grad_hook})
+_SEEN_BY_BACKWARD = _HOOKS | {
+    set_grad_enabled,
+    Tensor.requires_grad_,
+    Tensor.retain_grad,
+    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    Tensor.grad_fn.__get__,  # type: ignore[union-attr]
+    Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
+}
+
+
+class BackwardOnlyError(Exception):
+    """The function does something that forward mode does not see."""
+
+
+class _BackwardOnly(ForwardMode):
+    """Raises at the first use of something that forward mode does not see, and is forward mode otherwise."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _SEEN_BY_BACKWARD or func in differ_by_mode:
+            raise BackwardOnlyError
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def as_forward_sees(func: Callable[..., Any]) -> Callable[..., Any]:
+    """``func``, which raises `BackwardOnlyError` where forward mode would give something else.
+
+    It runs with grad mode on, as a backward pass has it.
+    """
+
+    def checked(*args: Any) -> Any:
+        with GradMode(), _BackwardOnly():
+            return func(*args)
+
+    return checked
+
+
+class HookDetector(TorchFunctionMode):
+    """Notices whether a hook is registered: then what a pull gives need not be the gradient of anything."""
+
+    found = False
+
+    def around(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """``func`` inside this mode."""
+
+        def inside(*args: Any) -> Any:
+            with self:
+                return func(*args)
+
+        return inside
+
+    def may_batch(self) -> bool:
+        """Whether no hook would be shown a batch of cotangents."""
+        return not self.found
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.found = self.found or func in _HOOKS
+        return func(*args, **kwargs) if kwargs else func(*args)

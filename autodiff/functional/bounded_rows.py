@@ -1,0 +1,104 @@
+"""Jacobians and Hessians whose rows take about the memory of single rows, as legacy's loop over rows does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from autodiff import checks
+from autodiff._torch import compiling, quiet_fallbacks
+from autodiff.core.chunks import Sizes
+from autodiff.core.products import from_rows, of_outputs, products
+from autodiff.core.seeds import StandardBasis
+from autodiff.transforms.hessian import Hessian
+from autodiff.transforms.jacobian import Jacobian
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from autodiff.core.call import Call
+    from autodiff.core.linearization import Linearization
+    from autodiff.core.products import Blocks, Product
+
+# So many bytes more or less do not matter, and rows of tiny functions all go into one batch.
+_NEGLIGIBLE = 2**16
+
+
+@dataclass(kw_only=True, eq=False)
+class BoundedJacobian(Jacobian):
+    """A Jacobian whose rows are pulled in batches that take about the memory of single rows.
+
+    ``may_batch`` is asked after the function has run, and says whether rows may be batched at all. None pulls all rows
+    in one batch. ``in_output_dtype`` gives blocks the dtype of their output, as forward mode does.
+    """
+
+    may_batch: Callable[[], bool] | None = None
+    in_output_dtype: bool = False
+
+    def by_rows(self, call: Call, function: Linearization) -> Blocks:
+        """Rows of one output after the other, in batches where a batched pull is possible.
+
+        A pull never runs the user's function again, so a batch that fails costs only its own time.
+        """
+        if self.may_batch is None or compiling():
+            return super().by_rows(call, function)
+        blocks: Blocks = []
+        pull = self._keeping_graph(function)
+        count = len(function.outputs)
+        chunk_sizes = _chunk_sizes(function, call.primals) if self.may_batch() else [1] * count
+        for position, (output, chunk_size) in enumerate(zip(function.outputs, chunk_sizes, strict=True)):
+            pull_one = of_outputs(pull, slice(position, position + 1), count)
+            try:
+                with quiet_fallbacks:
+                    rows = products(pull_one, StandardBasis([output]), Sizes(chunk_size))
+            except Exception:
+                # Some backward passes cannot be batched: they read a value, or write in place. What they
+                # raise then is up to them.
+                if chunk_size == 1:
+                    raise
+                rows = products(pull_one, StandardBasis([output]), Sizes(1))
+            (row,) = from_rows(rows, [output], call.primals)
+            blocks.append([block.to(output.dtype) for block in row] if self.in_output_dtype else row)
+        return blocks
+
+    def _keeping_graph(self, function: Linearization) -> Product:
+        pull = self.puller(function)
+
+        def keeping(cotangents: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
+            del last
+            return pull(cotangents, last=False)
+
+        return keeping
+
+
+@dataclass(kw_only=True, eq=False)
+class BoundedHessian(BoundedJacobian, Hessian):
+    """The Hessian of a scalar function; ``check_gradient`` is shown its gradient."""
+
+    check_gradient: Callable[[list[Tensor]], None]
+
+    def first_derivative(self, call: Call, function: Linearization) -> list[Tensor]:
+        """The gradient."""
+        checks.scalar_output(call.name, call.out_spec, function.outputs)
+        pulled = function.vjp([torch.ones_like(function.outputs[0])], last=True)
+        slope = call.dense_cotangents(pulled)
+        self.check_gradient(slope)
+        return slope
+
+
+def _chunk_sizes(function: Linearization, primals: Sequence[Tensor]) -> list[int]:
+    """How many rows of each output keep the peak within about half of what single rows need.
+
+    Single rows need the graph, and the result twice: as rows and stacked. A batched pull has about
+    three of its largest cotangents alive at a time (a heuristic).
+    """
+    if function.pulled_one_at_a_time():
+        return [1] * len(function.outputs)
+    total, largest = function.bytes_of_a_pull()
+    row = sum(primal.numel() * primal.element_size() for primal in primals)
+    budgets = [max((total + 2 * row * output.numel()) // 2, _NEGLIGIBLE) for output in function.outputs]
+    return [max(1, budget // max(3 * largest + row, 1)) for budget in budgets]

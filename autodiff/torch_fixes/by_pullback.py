@@ -1,0 +1,104 @@
+"""Forward mode by reverse mode: an operation's pushforward is the pullback of its pullback.
+
+Hands on `by_pullback`, an override that differentiates one operation so, in both modes and at every order.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from autodiff import _torch, checks
+from autodiff.core import trees
+from autodiff.core.call import spread
+from autodiff.core.rules import Rules, attach, record_again
+from autodiff.core.transpose import transpose
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from autodiff.core.rules import Flat
+
+_WAY_OUT = (
+    "has no correct rule for forward mode in torch. The derivative of its pullback was used instead, and failed. Use "
+    "reverse mode: grad, vjp or jacrev."
+)
+
+
+def by_pullback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call's result, differentiated by the pullback of this operation alone."""
+    leaves, spec = trees.flatten((args, kwargs))
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    out_spec: Any = None
+
+    def flat(tensors: Sequence[Tensor]) -> list[Any]:
+        nonlocal out_spec
+        filled = list(leaves)
+        for position, tensor in zip(where, tensors, strict=True):
+            filled[position] = tensor
+        args, kwargs = trees.unflatten(spec, filled)
+        # The operation itself: a rule may run where it would be overridden again.
+        with _torch.WithoutFunctionModes():
+            outputs, out_spec = trees.flatten(func(*args, **kwargs))
+        return outputs
+
+    flat.__name__ = getattr(func, "__name__", str(func))
+    result = _transposable(flat, [leaves[i] for i in where])
+    return trees.unflatten(out_spec, result)
+
+
+def _transposable(func: Flat, tensors: Sequence[Tensor]) -> list[Any]:
+    """``func`` of the tensors, differentiated by its pullback."""
+    return attach(_ByPullback(func), func([tensor.detach() for tensor in tensors]), tensors)
+
+
+class _ByPullback(Rules):
+    """Both modes by pullbacks alone, also where these are differentiated forward in turn."""
+
+    def __init__(self, func: Flat) -> None:
+        self._func = func
+
+    def pull(
+        self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        given, seeds = _without_none(cotangents)
+
+        def pulled(tensors: Sequence[Tensor]) -> list[Any]:
+            tape, where = record_again(self._func, tensors[: len(saved)], wanted)
+            result = tape.pull(spread(tensors[len(saved) :], given, len(cotangents)))
+            return list(spread(result, where, len(saved)))
+
+        return _pushed_by_pullback(pulled, [*saved, *seeds])
+
+    def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        given, vectors = _without_none(tangents)
+
+        def pushed(tensors: Sequence[Tensor]) -> list[Any]:
+            filled = spread(tensors[len(saved) :], given, len(saved))
+            everything = [True] * len(saved)
+            try:
+                with nullcontext() if _torch.inside_level() else _torch.ForwardModeHidden():
+                    tape, where = record_again(
+                        self._func, tensors[: len(saved)], everything, higher_order=True
+                    )
+                    return transpose(tape)([filled[i] for i in where])
+            except (RuntimeError, NotImplementedError) as error:
+                checks.advise("forward mode", error, ("",), f"{self._func.__name__} {_WAY_OUT}")
+                raise
+
+        return _pushed_by_pullback(pushed, [*saved, *vectors])
+
+
+def _without_none(vectors: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:
+    """Where there are vectors, and these."""
+    pairs = [(i, vector) for i, vector in enumerate(vectors) if vector is not None]
+    return [i for i, _ in pairs], [vector for _, vector in pairs]
+
+
+def _pushed_by_pullback(func: Flat, tensors: Sequence[Tensor]) -> list[Any]:
+    """``func`` of the tensors; where these carry tangents of an outer forward mode, by pullbacks again."""
+    if _torch.forward_level_active() and any(map(_torch.has_tangent_at_any_depth, tensors)):
+        return _transposable(func, tensors)
+    return func(tensors)

@@ -1,0 +1,58 @@
+"""What a fix is: a row of the table, which registers in the hooks of `core` and can be switched off."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch.torch_version import TorchVersion
+
+from autodiff import _torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+class Fix(NamedTuple):
+    """One row.
+
+    ``torch`` says where torch errs, ``remedy`` what is done instead. ``tests`` are names of rows of tests/table, which
+    fail without the fix. torch versions from ``since`` on need it, those from ``mended`` on no longer do. ``hooks``
+    are pairs of a registry of `autodiff.core.hooks` and its new entries.
+    """
+
+    name: str
+    operations: str
+    torch: str
+    remedy: str
+    tests: tuple[str, ...]
+    hooks: tuple[tuple[dict[Any, Any], Mapping[Any, Any]], ...]
+    since: str = "2.11"
+    mended: str | None = None
+    thread: str | None = None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether the installed torch needs it."""
+        return TorchVersion(self.since) <= _torch.version and (
+            self.mended is None or TorchVersion(self.mended) > _torch.version
+        )
+
+    def install(self) -> None:
+        """Register in the hooks."""
+        for registry, entries in self.hooks:
+            registry.update(entries)
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Without this fix, for tests: not for several threads at once."""
+        before = [dict(registry) for registry, _ in self.hooks]
+        for registry, entries in self.hooks:
+            for key in entries:
+                del registry[key]
+        try:
+            yield
+        finally:
+            for (registry, _), entries in zip(self.hooks, before, strict=True):
+                registry.clear()
+                registry.update(entries)

@@ -1,0 +1,375 @@
+"""The table of fixes: a row for each thing that torch does wrongly, slowly or not at all, and that is mended here.
+
+A row is active where the installed torch needs it. `nox -s unneeded_fixes` says which rows the newest torch has made
+unnecessary; such a row gets the version as ``mended``, and goes when that is the lower bound. The versions were
+measured on torch 2.11, 2.13 and 2.15. What is guarded inside the seam itself, and cannot be switched off, is listed in
+docs/where_torch_is_wrong.md; messages that are recognised by their text are in `autodiff/_torch/messages.py`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from autodiff import _torch
+from autodiff.core import hooks
+from autodiff.torch_fixes import formulas
+from autodiff.torch_fixes.attention import unfused
+from autodiff.torch_fixes.by_pullback import by_pullback
+from autodiff.torch_fixes.fix import Fix
+from autodiff.torch_fixes.functions import with_nesting_jvp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from autodiff.core.hooks import Override
+
+_OVERLOAD, _PACKET = type(torch.ops.aten.sin.default), type(torch.ops.aten.sin)
+_TORCHS_OWN = ("aten", "prims", "prim", "higher_order")
+
+
+def _by_formula(formula: Callable[..., Any]) -> Override:
+    return lambda _, args, kwargs: formula(*args, **kwargs)
+
+
+def _inside_levels(override: Override) -> Override:
+    """The override where another transform is active; eager forward mode is right, and faster."""
+
+    def overridden(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return override(func, args, kwargs) if _torch.inside_level() else func(*args, **kwargs)
+
+    return overridden
+
+
+def _in_place(override: Override, out_of_place: Callable[..., Any]) -> Override:
+    return lambda _, args, kwargs: args[0].copy_(override(out_of_place, args, kwargs))
+
+
+def _products_by_pullback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    is_product = "prod" in (*args[4:], kwargs.get("reduce"))
+    return by_pullback(func, args, kwargs) if is_product else func(*args, **kwargs)
+
+
+def _chunked_by_pullback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    is_chunked = kwargs.get("options") is not None
+    return by_pullback(func, args, kwargs) if is_chunked else func(*args, **kwargs)
+
+
+def _custom_by_pullback(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    namespace = func.namespace if isinstance(func, _OVERLOAD) else str(func).split(".", maxsplit=1)[0]
+    return func(*args, **kwargs) if namespace in _TORCHS_OWN else by_pullback(func, args, kwargs)
+
+
+def _where_rule_is_missing(func: Callable[..., Any], error: NotImplementedError) -> Override | None:
+    in_place = str(getattr(func, "__name__", "")).endswith("_")
+    return by_pullback if _torch.says(error, "no forward rule") and not in_place else None
+
+
+def _zeros_with_memory(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return torch.zeros_like(args[0]) if _torch.is_zero_tensor(args[0]) else func(*args, **kwargs)
+
+
+def _overrides(override: Override, *operations: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    return hooks.forward_overrides, dict.fromkeys(operations, override)
+
+
+_inside_by_pullback = _inside_levels(by_pullback)
+
+FIXES = (
+    Fix(
+        "solvers",
+        "det, slogdet, logdet, linalg.solve, linalg.tensorsolve",
+        "wrong numbers in forward mode inside vmap and inside forward mode",
+        "the pullback of the pullback, inside other transforms",
+        (
+            "jacfwd_of_solvers_per_sample",
+            "hessians_of_solvers_per_sample",
+            "jvp_of_jvp_of_solvers",
+        ),
+        (
+            _overrides(
+                _inside_by_pullback,
+                *(Tensor.det, torch.det, torch.linalg.det),
+                *(Tensor.slogdet, torch.slogdet, torch.linalg.slogdet),
+                *(Tensor.logdet, torch.logdet),
+                *(torch.linalg.solve, torch.linalg.solve_ex, torch.linalg.tensorsolve),
+            ),
+        ),
+    ),
+    Fix(
+        "factors",
+        "cholesky_inverse, linalg.householder_product, cumprod",
+        "wrong numbers in forward mode inside forward mode",
+        "the pullback of the pullback, inside other transforms",
+        (
+            "jvp_of_jvp_of_other_operations-cumprod",
+            "jvp_of_jvp_of_other_operations-cholesky_inverse",
+            "jvp_of_jvp_of_other_operations-householder_product",
+        ),
+        (
+            _overrides(
+                _inside_by_pullback,
+                *(Tensor.cholesky_inverse, torch.cholesky_inverse),
+                *(Tensor.orgqr, torch.orgqr, torch.linalg.householder_product),
+                *(Tensor.cumprod, torch.cumprod),
+            ),
+            _overrides(_in_place(_inside_by_pullback, Tensor.cumprod), Tensor.cumprod_),
+        ),
+    ),
+    Fix(
+        "eig",
+        "linalg.eig, linalg.eigvals",
+        "wrong numbers in forward mode inside vmap and inside forward mode",
+        "the pullback of the pullback, inside other transforms",
+        ("forward_over_reverse_of_eigenvalues_per_sample",),
+        (_overrides(_inside_by_pullback, torch.linalg.eig, torch.linalg.eigvals),),
+    ),
+    Fix(
+        "losses",
+        "mse_loss, huber_loss, glu",
+        "forward over reverse: an error, or no rule",
+        "the pullback of the pullback, inside other transforms",
+        (
+            "forward_over_reverse_of_mse_loss",
+            "both_combinations_of_losses_and_activations-huber_loss",
+            "reverse_over_forward_of_glu",
+        ),
+        (_overrides(_inside_by_pullback, functional.mse_loss, functional.huber_loss, functional.glu),),
+        thread="pytorch PR#197723",
+    ),
+    Fix(
+        "triangular_solve",
+        "triangular_solve",
+        "forward mode takes the wrong triangle",
+        "the pullback of the pullback",
+        ("jvp_of_jvp_of_other_operations-triangular_solve",),
+        (_overrides(by_pullback, Tensor.triangular_solve, torch.triangular_solve),),
+    ),
+    Fix(
+        "scatter_reduce",
+        'scatter_reduce(..., "prod")',
+        "zero in forward mode",
+        "the pullback of the pullback",
+        ("jvp_of_scatter_reduce_prod",),
+        (
+            _overrides(_products_by_pullback, Tensor.scatter_reduce, torch.scatter_reduce),
+            _overrides(_in_place(_products_by_pullback, Tensor.scatter_reduce), Tensor.scatter_reduce_),
+        ),
+    ),
+    Fix(
+        "custom_operators",
+        "operators of torch.library",
+        "zero in forward mode",
+        "the pullback of the pullback",
+        ("jvp_of_a_custom_op",),
+        ((hooks.forward_overrides_by_type, dict.fromkeys((_OVERLOAD, _PACKET), _custom_by_pullback)),),
+    ),
+    Fix(
+        "linear_cross_entropy",
+        "linear_cross_entropy in chunks",
+        "zero in forward mode: it is made of an operator of torch.library",
+        "the pullback of the pullback",
+        ("jvp_of_linear_cross_entropy",),
+        (_overrides(_chunked_by_pullback, getattr(functional, "linear_cross_entropy", None)),),
+        since="2.13",
+    ),
+    Fix(
+        "missing_rules",
+        "whatever raises for want of a forward rule",
+        "NotImplementedError in forward mode",
+        "the pullback of the pullback",
+        (
+            "jvp_of_operations_without_forward_mode-index_reduce",
+            "jvp_of_operations_without_forward_mode-cholesky",
+            "jvp_of_grid_sample",
+        ),
+        ((hooks.missing_forward_rule, {"override": _where_rule_is_missing}),),
+    ),
+    Fix(
+        "functions",
+        "autograd Functions with a jvp",
+        "zeros, where an outer forward mode differentiates the jvp",
+        "the jvp runs with forward mode on, on tensors without this level's tangents",
+        ("jacfwd_of_jacfwd_of_a_function",),
+        (_overrides(with_nesting_jvp, _torch.custom_function_call),),
+        thread="pytorch#197867",
+    ),
+    Fix(
+        "distances",
+        "cdist, pdist",
+        "no rule in forward mode, nor for a second derivative",
+        "a formula",
+        (
+            "jvp_of_cdist",
+            "hessian_of_cdist",
+            "another_order_of_modes-hessian-cdist",
+            "another_order_of_modes-hvp-cdist",
+            "jvp_of_operations_without_forward_mode-pdist",
+        ),
+        (
+            _overrides(_by_formula(formulas.cdist), torch.cdist),
+            _overrides(_by_formula(formulas.pdist), functional.pdist),
+        ),
+    ),
+    Fix(
+        "norms",
+        "layer_norm, batch_norm, instance_norm",
+        "mean and deviation are taken for constants in forward mode inside forward mode",
+        "a formula, inside other transforms",
+        ("jvp_of_jvp_of_normalisations",),
+        (
+            _overrides(
+                _inside_levels(_by_formula(formulas.layer_norm)), functional.layer_norm, torch.layer_norm
+            ),
+            _overrides(_inside_levels(_by_formula(formulas.batch_norm)), functional.batch_norm),
+            _overrides(_inside_levels(_by_formula(formulas.instance_norm)), functional.instance_norm),
+        ),
+    ),
+    Fix(
+        "activations",
+        "hardsigmoid, soft_margin_loss",
+        "no rule in forward mode over reverse mode",
+        "a formula, inside other transforms",
+        (
+            "both_combinations_of_losses_and_activations-hardsigmoid",
+            "both_combinations_of_losses_and_activations-soft_margin_loss",
+            "another_order_of_modes-hessian-hardsigmoid",
+        ),
+        (
+            _overrides(_inside_levels(_by_formula(formulas.hardsigmoid)), functional.hardsigmoid),
+            _overrides(_inside_levels(_by_formula(formulas.soft_margin_loss)), functional.soft_margin_loss),
+        ),
+    ),
+    Fix(
+        "attention_with_dropout",
+        "scaled_dot_product_attention with dropout",
+        "a segmentation fault in vmap of forward mode",
+        "a formula, inside other transforms",
+        ("attention_with_dropout_per_sample",),
+        (
+            _overrides(
+                _inside_levels(_by_formula(formulas.attention)), functional.scaled_dot_product_attention
+            ),
+        ),
+    ),
+    Fix(
+        "fused_attention",
+        "scaled_dot_product_attention, MultiheadAttention, TransformerEncoderLayer",
+        "the fused kernels have a gradient, but neither a second derivative nor forward mode",
+        "torch's plain formula, wherever more than a gradient may be asked for",
+        (
+            "derivatives_of_attention",
+            "hessians_of_attention_modules",
+        ),
+        (
+            (
+                hooks.higher_order,
+                {"eager": lambda: unfused, "traced": partial(sdpa_kernel, SDPBackend.MATH)},
+            ),
+        ),
+        thread="pytorch#128971",
+    ),
+    Fix(
+        "batched_pulls",
+        "cdist, masked_select",
+        "a batch of cotangents is pulled back wrongly",
+        "Jacobians pull their rows one by one; another batch of cotangents is an error",
+        (
+            "jacrev_of_cdist",
+            "jacrev_of_masked_select",
+        ),
+        (
+            (
+                hooks.pull_policies["one cotangent at a time"],
+                {
+                    "CdistBackward": "cdist",
+                    "MaskedSelectBackward": "masked_select",
+                    "MaskedScatterBackward": "masked_select",
+                },
+            ),
+        ),
+    ),
+    Fix(
+        "norms_per_sample",
+        "second derivatives of layer_norm, batch_norm, instance_norm",
+        "an error under vmap: the pullback writes over a cotangent that has no batch",
+        "the cotangent is given its outputs' batch",
+        (
+            "hessians_of_layer_norm_per_sample",
+            "batch_norm_returns_its_buffers_at_second_order",
+        ),
+        (
+            (
+                hooks.pull_policies["cotangents batched like outputs"],
+                {
+                    "NativeLayerNormBackwardBackward": "layer_norm",
+                    "NativeBatchNormBackwardBackward": "batch_norm",
+                    "CudnnBatchNormBackwardBackward": "batch_norm",
+                    "MiopenBatchNormBackwardBackward": "batch_norm",
+                },
+            ),
+        ),
+    ),
+    Fix(
+        "linalg_without_graph",
+        "torch.linalg",
+        "without grad mode the pullback reuses forward's factors: wrong numbers in vmap(hessian(logdet)), no tangents",
+        "the pull makes a graph",
+        (
+            "hessians_of_solvers_per_sample-jacrev-jacfwd-det",
+            "hessians_of_solvers_per_sample-jacrev-jacfwd-solve",
+        ),
+        ((hooks.pull_policies["with a graph"], {"Linalg": "torch.linalg"}),),
+    ),
+    Fix(
+        "fused_pullbacks",
+        "silu, mish, group_norm",
+        "without grad mode a fused pullback runs, which carries no tangent",
+        "the pull makes a graph where forward mode is active, whatever the operation",
+        ("jvp_of_gradients_without_grad_mode",),
+        ((hooks.pull_policies["with a graph in forward mode"], {"": "any operation"}),),
+    ),
+    Fix(
+        "logcumsumexp",
+        "logcumsumexp",
+        "the pullback takes the logarithm of its cotangent, and has no derivative at zero",
+        "it is transposed at ones",
+        ("linearize_of_logcumsumexp",),
+        ((hooks.pull_policies["transposed at ones"], {"LogcumsumexpBackward": "logcumsumexp"}),),
+    ),
+    Fix(
+        "factorisations_by_mode",
+        "cholesky, embedding",
+        "the two modes differ, and neither is wrong: one symmetrises, or moves the padding row",
+        "functional.jvp goes by reverse mode",
+        ("functional_jvp_of_cholesky",),
+        (
+            (
+                hooks.differ_by_mode,
+                dict.fromkeys(
+                    (
+                        *(Tensor.cholesky, torch.cholesky, torch.linalg.cholesky, torch.linalg.cholesky_ex),
+                        functional.embedding,
+                    )
+                ),
+            ),
+        ),
+    ),
+    Fix(
+        "measured_zeros",
+        "tangents that are zeros without memory",
+        "inside a dispatch mode, multiplying one by a number ends the process",
+        "zeros with memory, where memory is measured",
+        ("measured_zeros",),
+        ((hooks.dispatch_overrides, {torch.ops.aten.mul.Scalar: _zeros_with_memory}),),
+    ),
+)
+
+for _fix in FIXES:
+    if _fix.is_needed:
+        _fix.install()
