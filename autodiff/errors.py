@@ -235,7 +235,7 @@ class RuleError(AutodiffError, RuntimeError, TypeError):
     """
 
 
-class TwinError(AutodiffError, RuntimeError):
+class CloneError(AutodiffError, RuntimeError):
     """A module holds something that leads back to it and cannot be copied with it.
 
     >>> import torch, autodiff
@@ -243,7 +243,7 @@ class TwinError(AutodiffError, RuntimeError):
     >>> layer.pending = iter([layer])
     >>> autodiff.functional_call(layer, {}, torch.ones(2))
     Traceback (most recent call last):
-    autodiff.errors.TwinError: functional_call: Linear.pending is, or holds, a list_iterator that leads back ...
+    autodiff.errors.CloneError: functional_call: Linear.pending is, or holds, a list_iterator that leads back ...
     """
 
 

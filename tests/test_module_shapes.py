@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import autodiff as ad
-from autodiff.errors import BufferWarning, StructureError, TwinError
+from autodiff.errors import BufferWarning, CloneError, StructureError
 from scenarios import assert_close
 
 if TYPE_CHECKING:
@@ -505,7 +505,7 @@ def test_what_cannot_be_copied_is_named() -> None:
     module = nn.Sequential(nn.Linear(3, 3))
     module[0].stream = (layer for layer in [module[0]])
     before = everything(module)
-    with pytest.raises(TwinError) as raised:
+    with pytest.raises(CloneError) as raised:
         ad.functional_call(module, other_params(module), (X,))
     assert str(raised.value).startswith(
         "functional_call: Linear.stream is, or holds, a generator that leads back"
@@ -522,7 +522,7 @@ def test_module_that_is_a_dict_cannot_be_copied() -> None:
     class Both(nn.Module, dict):
         pass
 
-    with pytest.raises(TwinError, match=r"functional_call: Both is a module and of a class of C's at once"):
+    with pytest.raises(CloneError, match=r"functional_call: Both is a module and of a class of C's at once"):
         ad.functional_call(Both(), {}, ())
 
 

@@ -1,7 +1,7 @@
-"""Floor 1: what samples that are computed one after the other have to agree in.
+"""Whether samples that are computed one after the other give outputs that fit together.
 
-Hands on `Agreement`: one structure of outputs, one shape of each tensor, and one value of what is no tensor.
-Imports `trees` and `mapped_dims`.
+Hands on `OutputConsistency`: one structure, one shape of each tensor, and one value of anything else. Imports `trees`
+and `batching`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from autodiff.core.trees import Spec
 
 
-class Agreement:
-    """What the first samples gave, which those after them have to give too.
+class OutputConsistency:
+    """The outputs of the first samples, with which those of all others must be consistent.
 
     ``tensors`` is the class of the leaves that have a shape and may differ in their values.
 
-    >>> agreement = Agreement("vmap")
+    >>> consistency = OutputConsistency("vmap")
     >>> for number in (1, 2):
-    ...     _ = agreement.join([number], trees.LEAF, f"sample {number}")
+    ...     _ = consistency.match([number], trees.LEAF, f"sample {number}")
     Traceback (most recent call last):
     autodiff.errors.BatchError: vmap: output is 2 for sample 2, but 1 for the samples before it. ...
     """
@@ -37,29 +37,29 @@ class Agreement:
         self._name, self._tensors = name, tensors
         self._spec: Spec | None = None
 
-    def join(self, leaves: list[Any], spec: Spec, where: str) -> tuple[list[Any], Spec]:
-        """The leaves in the order of the first samples' structure, and that; ``where`` says whose leaves they are."""
+    def match(self, leaves: list[Any], spec: Spec, where: str) -> tuple[list[Any], Spec]:
+        """The leaves in the order of the first samples' structure, and that structure; ``where`` names the samples."""
         if self._spec is None:
             self._spec = spec
-            # Only the shape of a tensor: it may be large, or belong to a level.
+            # Only the shape of a tensor, which may be large, or belong to a level.
             self._first = [_Shape(leaf.shape) if isinstance(leaf, self._tensors) else leaf for leaf in leaves]
             return leaves, spec
         if spec is not self._spec and spec != self._spec:
             # Dicts agree whatever their order.
             ordered = trees.match(self._spec, trees.unflatten(spec, leaves))
             if ordered is None:
-                batching.outputs_structure(self._name, where, spec, self._spec)
+                batching.raise_structures_differ(self._name, where, spec, self._spec)
             leaves = ordered
         for position, (first, leaf) in enumerate(zip(self._first, leaves, strict=True)):
             came = _Shape(leaf.shape) if isinstance(leaf, self._tensors) else leaf
             if not is_same(came, first):
                 path = trees.paths(self._spec, "output")[position]
-                batching.outputs_agree(self._name, path, where, came, first)
+                batching.raise_outputs_differ(self._name, path, where, came, first)
         return leaves, self._spec
 
 
 class _Shape:
-    """A tensor of which the shape is all that counts."""
+    """A tensor's shape, which is all that has to be consistent."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         self._size = tuple(shape)

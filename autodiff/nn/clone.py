@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from autodiff._torch import copy_of_scripted
-from autodiff.errors import TwinError
+from autodiff.errors import CloneError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -129,7 +129,7 @@ class Twins:
         try:
             twin: nn.Module = object.__new__(kind)
         except TypeError:
-            raise TwinError(
+            raise CloneError(
                 f"functional_call: {kind.__name__} is a module and of a class of C's at once, and cannot be copied. "
                 f"Expected a class that derives from nn.Module and Python's classes. Hold the other as an attribute."
             ) from None
@@ -257,7 +257,7 @@ class Twins:
             return value
         if twin is _NOTHING:
             owner, name = self._place
-            raise TwinError(
+            raise CloneError(
                 f"functional_call: {owner.__name__}.{name} is, or holds, a {type(value).__name__} that leads back to "
                 f"the module and cannot be copied. Expected functions, methods, containers, and objects of Python's "
                 f"classes. Make it in forward, or call the part of the module that does without it."

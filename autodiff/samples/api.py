@@ -86,7 +86,7 @@ def per_sample(
     checks.chunk_size(name, chunk_size)
     checks.chunk_size(name, row_chunk_size)
     checks.randomness(name, randomness)
-    checks.allowed(name, "on_error", on_error, ("raise", "nan"))
+    checks.choice(name, "on_error", on_error, ("raise", "nan"))
     budget = None if memory is None else parse(name, memory)
     Work(func, in_dims, randomness, as_matrix=as_matrix)  # whether the options fit the function
     if progress:
@@ -178,14 +178,14 @@ class PerSample:
         Returns:
             An iterator of chunks, in the order of the samples.
         """
-        checks.not_traced("per_sample")
+        checks.untraced_call("per_sample")
         return self._run(args, kwargs, held=1 + self._options.as_matrix, assembled=2).stream()
 
     @whole
     def _collected(
         self, reduce: Callable[[Any], Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> Any:
-        checks.not_traced("per_sample")
+        checks.untraced_call("per_sample")
         # What is reduced is a matrix besides its blocks.
         held = 0 if reduce is None else int(self._options.as_matrix)
         assembled = 0 if reduce is None else 1

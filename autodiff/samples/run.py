@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autodiff import _torch
-from autodiff.checks.consistency import Agreement
+from autodiff.checks.consistency import OutputConsistency
 from autodiff.core import memory, trees
 from autodiff.errors import AutodiffError, BatchError, SampleError
 from autodiff.samples.engine import Engine, Samples, SomeRows
@@ -108,7 +108,7 @@ class Run:
         self._beside = held, assembled
         self._early: list[int] = []  # samples that failed before it was known what a result looks like
         self._assembling: MemorySink | None = None
-        self._agreement = Agreement("per_sample", Leaf)
+        self._consistency = OutputConsistency("per_sample", Leaf)
         device = memory.device_of(trees.leaves((args, kwargs)))
         self._budget = options.memory or int(memory.SHARE * memory.free(device))
         self.report = Report(f"per_sample({name_of(func)})", self._budget)
@@ -251,7 +251,7 @@ class Run:
         """The result of some samples, where it is like those before: shapes, and what is no tensor."""
         count = piece.stop - piece.start
         where = f"samples {piece.start} to {piece.stop - 1}" if count > 1 else f"sample {piece.start}"
-        leaves, spec = self._agreement.join(result.leaves, result.spec, where)
+        leaves, spec = self._consistency.match(result.leaves, result.spec, where)
         return Result(spec, leaves)
 
     def _open(self, sink: Sink, reduce: Reduce | None) -> None:

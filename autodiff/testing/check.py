@@ -122,10 +122,10 @@ def check_grads(
 
     Source: after ``jax.test_util.check_grads``, which moves all leaves at once, along one direction.
     """
-    checks.positive("check_grads", "order", order, "Order 1 checks first derivatives.")
+    checks.positive_int("check_grads", "order", order, "Order 1 checks first derivatives.")
     picked = (modes,) if isinstance(modes, str) else tuple(modes)
     for mode in picked or [picked]:
-        checks.allowed("check_grads", "modes", mode, ("fwd", "rev"))
+        checks.choice("check_grads", "modes", mode, ("fwd", "rev"))
     with same_draws() as again:
         func = partial(again(f), **in_double(dict(kwargs or {})))
         _check_orders(start("check_grads", func, args, has_aux, (atol, rtol, eps), seed), order, picked)
@@ -332,13 +332,13 @@ def _terms(one: Tensor, other: Tensor) -> Tensor:
 def _matched(name: str, kind: str, tree: Any, model: Any, reference: str) -> list[Tensor]:
     """The leaves of ``tree`` where ``model`` holds tensors, checked against these; None stands for zeros."""
     models, spec = trees.flatten(model)
-    leaves = checks.same_structure(name, kind, spec, tree, reference)
+    leaves = checks.matching_structure(name, kind, spec, tree, reference)
     paths = zip(trees.paths(spec, kind), trees.paths(spec, reference), strict=True)
     found = []
     for like, leaf, (path, home) in zip(models, leaves, paths, strict=True):
         if like is not None:
             found.append(torch.zeros_like(like) if leaf is None else leaf)
-            checks.like_leaf(
+            checks.matching_leaf(
                 name, "cotangent" if kind == "cotangents" else "tangent", path, found[-1], home, like
             )
     return found

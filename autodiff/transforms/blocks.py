@@ -69,7 +69,7 @@ def by_mode(
     of the same transform. ``others`` are the same Jacobian by other orders, for where a rule is missing in this one.
     """
     checks.chunk_size(name, chunk_size)
-    checks.allowed(name, "mode", mode, ("auto", "reverse", "forward"))
+    checks.choice(name, "mode", mode, ("auto", "reverse", "forward"))
     checks.randomness(name, randomness)
     recipe = Recipe(
         name,
@@ -128,7 +128,7 @@ class Recipe:
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """One call, checked at the door."""
         call = Call(self.name, self.func, args, kwargs, self.argnums, self.has_aux, self.wrt)
-        checks.complex_pairing(self.name, call.primals, self.holomorphic, "inputs")
+        checks.holomorphic_dtypes(self.name, call.primals, self.holomorphic, "inputs")
         return call
 
     @whole
@@ -181,7 +181,7 @@ def _recorded(recipe: Recipe, call: Call) -> Tape:
     tape = record(call.evaluate, call.primals, twice=recipe.mode == "auto", inner=recipe.inner)
     any_dtype = recipe.holomorphic is None
     checks.tensor_outputs(call.name, tape.outputs, call.path_of_output, any_dtype=any_dtype)
-    checks.complex_pairing(call.name, tape.outputs, recipe.holomorphic, "outputs")
+    checks.holomorphic_dtypes(call.name, tape.outputs, recipe.holomorphic, "outputs")
     if recipe.strict:
         _check_rows(call, tape)
     return tape
@@ -324,11 +324,13 @@ def _columns(recipe: Recipe, call: Call) -> tuple[Blocks, list[Any]]:
             rewind()
         result = push(call.evaluate, call.primals, tangents)
         checks.tensor_outputs(call.name, result.outputs, call.path_of_output, any_dtype=any_dtype)
-        checks.complex_pairing(call.name, result.outputs, recipe.holomorphic, "outputs")
+        checks.holomorphic_dtypes(call.name, result.outputs, recipe.holomorphic, "outputs")
         if recipe.strict:
             for position, tangent in enumerate(result.tangents):
                 if tangent is None:
-                    checks.depends(call.name, call.path_of_output(position), call.root, output=position)
+                    checks.raise_independent(
+                        call.name, call.path_of_output(position), call.root, output=position
+                    )
         seen[:] = result.outputs
         aux[:] = the_same_for_all(result.aux, tangents)
         return result.tangents
@@ -397,4 +399,4 @@ def _check_rows(call: Call, tape: Tape) -> None:
         for index, cotangent in enumerate(tape.pull(seeds, retain_graph=True, create_graph=False)):
             if cotangent is None:
                 paths = call.path_of_output(position), call.path_of_primal(index)
-                checks.depends(call.name, *paths, output=position, primal=index)
+                checks.raise_independent(call.name, *paths, output=position, primal=index)

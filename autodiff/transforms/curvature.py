@@ -240,10 +240,10 @@ def hessian_eigenvalues(
         ArgnumsError, LeafError: ``argnums`` or ``wrt`` does not fit the call, or selects nothing to differentiate.
     """
     name = "hessian_eigenvalues"
-    checks.positive(name, "k", k, "Ask for at least one eigenvalue.")
-    checks.allowed(name, "which", which, ("LA", "SA", "LM"))
+    checks.positive_int(name, "k", k, "Ask for at least one eigenvalue.")
+    checks.choice(name, "which", which, ("LA", "SA", "LM"))
     if iterations is not None:
-        checks.positive(name, "iterations", iterations, f"None takes {_BLOCKS}.")
+        checks.positive_int(name, "iterations", iterations, f"None takes {_BLOCKS}.")
 
     def eigenvalues(call: Call, tape: Tape) -> Tensor:
         size = seeds.size_of(call.primals)
@@ -272,7 +272,7 @@ def _of_gradient(
     @wraps(func)
     def derived(*args: Any, **kwargs: Any) -> Any:
         call = Call(name, func, args, kwargs, argnums, has_aux, wrt)
-        checks.real(name, call.primals, call.path_of_primal)
+        checks.real_tensors(name, call.primals, call.path_of_primal)
         tape = gradient_tape(call)
         result = read(call, tape)
         _, *aux = tape.aux

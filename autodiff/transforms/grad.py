@@ -196,7 +196,7 @@ def differentiate(
     """Value, gradient and aux of one call, under the public name that the user called."""
     call = Call(name, func, args, kwargs, argnums, has_aux, wrt)
     if holomorphic:
-        checks.complex_pairing(name, call.primals, holomorphic, "inputs")
+        checks.holomorphic_dtypes(name, call.primals, holomorphic, "inputs")
     tape = record(call.evaluate, call.primals)
     checks.scalar_output(name, call.out_spec, tape.outputs, holomorphic)
     (value,) = tape.outputs
@@ -212,7 +212,7 @@ def dense(call: Call, pulled: Sequence[Tensor | None], strict: bool) -> list[Ten
     if strict:
         for index, cotangent in enumerate(pulled):
             if cotangent is None:
-                checks.depends(call.name, "the output", call.path_of_primal(index), primal=index)
+                checks.raise_independent(call.name, "the output", call.path_of_primal(index), primal=index)
     return [
         torch.zeros_like(primal) if cotangent is None else cotangent
         for primal, cotangent in zip(call.primals, pulled, strict=True)

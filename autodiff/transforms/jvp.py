@@ -67,7 +67,9 @@ def dense_tangents(
     if strict:
         for position, tangent in enumerate(tangents):
             if tangent is None:
-                checks.depends(call.name, call.path_of_output(position), "the primals", output=position)
+                checks.raise_independent(
+                    call.name, call.path_of_output(position), "the primals", output=position
+                )
     return [
         torch.zeros_like(output) if tangent is None else tangent
         for output, tangent in zip(outputs, tangents, strict=True)
