@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,11 @@ class TensorSpec(NamedTuple):
     def of(tensor: torch.Tensor) -> TensorSpec:
         """That of a tensor."""
         return TensorSpec(tensor.shape, tensor.dtype, tensor.device)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of its numbers."""
+        return prod(self.shape) * self.dtype.itemsize
 
     def full(self, value: float) -> torch.Tensor:
         """A tensor of one value."""
