@@ -1,4 +1,4 @@
-"""Floor 2: classes as trees, trees as vectors, Jacobians as matrices. Builds on `core` alone."""
+"""Classes as trees, trees as vectors, Jacobians as matrices. Builds on `checks` and `core`."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def from_matrix(matrix: Tensor, outputs: Any, inputs: Any) -> Any:
         ``(*out_shape, *in_shape)``, and None where the inputs hold no floating or complex tensor.
 
     Raises:
-        ShapeError: the matrix has not one row for each output number and one column for each input's.
+        ShapeError: the matrix does not have one row for each output number and one column for each input number.
 
     >>> import torch
     >>> from_matrix(torch.eye(2), {"y": torch.zeros(2)}, (torch.zeros(()), torch.zeros(1)))
