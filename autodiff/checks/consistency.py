@@ -6,7 +6,7 @@ and `batching`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,8 +14,6 @@ from autodiff.checks import batching
 from autodiff.core import trees
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from autodiff.core.trees import Spec
 
 
@@ -58,19 +56,13 @@ class OutputConsistency:
         return leaves, self._spec
 
 
-class _Shape:
+class _Shape(NamedTuple):
     """A tensor's shape, which is all that has to be consistent."""
 
-    def __init__(self, shape: Sequence[int]) -> None:
-        self._size = tuple(shape)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Shape) and self._size == other._size
-
-    __hash__ = None  # type: ignore[assignment]
+    size: tuple[int, ...]
 
     def __repr__(self) -> str:
-        return f"a tensor of shape {self._size}"
+        return f"a tensor of shape {tuple(self.size)}"
 
 
 def is_same(one: Any, other: Any) -> bool:

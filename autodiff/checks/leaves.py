@@ -34,12 +34,12 @@ def raise_no_differentiable_leaf(name: str, spec: Spec, leaves: Sequence[Any], r
     path, leaf = where[0], leaves[0]
     if isinstance(leaf, Tensor):
         raise LeafError(
-            f"{opening} {wanted}, got {path} of dtype {leaf.dtype}: only Tensors of floating point and complex dtype can "
-            f"require gradients. Convert it, as in {path}.float(), or pick another argument with argnums."
+            f"{opening} {wanted}, got {path} of dtype {leaf.dtype}: only Tensors of floating point and complex dtype "
+            f"can require gradients. Convert it, as in {path}.float(), or pick another argument with argnums."
         )
     raise LeafError(
-        f"{opening} it to only contain Tensors where it is "
-        f"differentiated, got {path} of type {type(leaf).__name__}. Write torch.tensor({leaf!r}) for a number."
+        f"{opening} it to only contain Tensors where it is differentiated, got {path} of type {type(leaf).__name__}. "
+        f"Write torch.tensor({leaf!r}) for a number."
     )
 
 
@@ -74,9 +74,8 @@ def holomorphic_dtypes(name: str, tensors: Sequence[Tensor], holomorphic: bool |
             )
         if not holomorphic and tensor.is_complex():
             raise DtypeError(
-                f"{name}: Expected all {kind} to be real but received complex tensor at flattened "
-                f"{kind[:-1]} idx: {position}. For a holomorphic function pass holomorphic=True; "
-                f"otherwise use torch.view_as_real of it."
+                f"{name}: Expected all {kind} to be real but received complex tensor at flattened {kind[:-1]} idx: "
+                f"{position}. For a holomorphic function pass holomorphic=True; otherwise use torch.view_as_real of it."
             )
 
 

@@ -11,8 +11,6 @@ from autodiff.core import trees
 from autodiff.errors import DtypeError, LeafError, ShapeError, StructureError
 
 if TYPE_CHECKING:
-    import torch
-
     from autodiff.core.trees import Spec
 
 
@@ -56,7 +54,11 @@ def matching_leaf(name: str, kind: str, path: str, value: object, model_path: st
             f"{name}: {opening}{path} has shape {tuple(value.shape)}, but {model_path} has shape "
             f"{tuple(model.shape)}. {rule}"
         )
-    if value.dtype != model.dtype and not _castable(kind, value.dtype, model.dtype):
+    # The engine converts a real cotangent to its output's real dtype, and programs rely on it. A tangent is not
+    # converted by torch: a float64 tangent of a float32 primal gives float64 results.
+    if value.dtype != model.dtype and not (
+        kind == "cotangent" and value.is_floating_point() and model.is_floating_point()
+    ):
         opening = "" if kind == "cotangent" else _flattened(name, "dtype")
         raise DtypeError(
             f"{name}: {opening}{path} has dtype {value.dtype}, but {model_path} has dtype {model.dtype}. {rule} "
@@ -67,9 +69,3 @@ def matching_leaf(name: str, kind: str, path: str, value: object, model_path: st
 def _flattened(name: str, what: str) -> str:
     """How torch.func.linearize begins; the other transforms name the leaf at once."""
     return f"a tangent in flattened pytree doesn't match the {what}: " if name == "linearize" else ""
-
-
-def _castable(kind: str, came: torch.dtype, wanted: torch.dtype) -> bool:
-    # The engine converts a real cotangent to its output's real dtype, and programs rely on it. A
-    # tangent is not converted by torch: a float64 tangent of a float32 primal gives float64 results.
-    return kind == "cotangent" and came.is_floating_point and wanted.is_floating_point

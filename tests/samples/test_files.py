@@ -137,12 +137,12 @@ def loss(w, x):
 curvature = ad.per_sample(ad.hessian(loss), (None, 0), as_matrix=True, memory="1MiB")
 pieces = iter(lambda: curvature(w, x, out=sys.argv[1]), None)
 if sys.argv[3] == "slow":
-    write = files.Array.write
+    write = files.NpyFile.write
     def slowly(self, *args):
         write(self, *args)
         print("written", flush=True)
         time.sleep(0.05)
-    files.Array.write = slowly
+    files.NpyFile.write = slowly
 next(pieces)
 print("done", curvature.report.resumed_at, curvature.report.smallest, curvature.report.largest, flush=True)
 """
@@ -359,7 +359,7 @@ def test_one_file_holds_one_tensor(tmp_path: Path) -> None:
 
 
 def test_what_numpy_cannot_hold_is_said_before_anything_is_made(tmp_path: Path) -> None:
-    with pytest.raises(DtypeError, match=r"no torch.bfloat16.*\.float\(\)"):
+    with pytest.raises(DtypeError, match=r"have no torch.bfloat16.*\.float\(\)"):
         ad.per_sample(lambda x: x.bfloat16())(X, out=tmp_path / "h.npy")
     assert contents(tmp_path) == {}
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import autodiff as ad
 from autodiff.pytree import from_matrix
-from tests.per_sample.problems import Problem, problem
+from problems import Problem, problem
 
 KINDS = ("mlp", "cnn", "encoder")
 CHUNKS: dict[str, dict[str, Any]] = {
