@@ -81,5 +81,5 @@ def is_same(one: Any, other: Any) -> bool:
             return False
         differs = (one != other) & ((one == one) | (other == other))  # noqa: PLR0124  NaN is not itself
         return not (differs.any() if hasattr(differs, "any") else differs)
-    except Exception:  # noqa: BLE001  an == of somebody's own, or what is no truth value, as a DataFrame's
+    except Exception:  # noqa: BLE001  a class's own == may raise, or give no truth value, as a DataFrame's
         return False
