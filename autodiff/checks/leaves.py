@@ -44,21 +44,20 @@ def raise_no_differentiable_leaf(name: str, spec: Spec, leaves: Sequence[Any], r
 
 
 def raise_not_a_tensor(name: str, path: str, leaf: object) -> NoReturn:
-    cls = type(leaf)
-    opening = f"{name}: {path} is of class {cls.__qualname__}, but what is differentiated must be Tensors"
+    cls = type(leaf).__qualname__
+    opening = f"{name}: {path} is of class {cls}, where a tensor is needed: leaves must be Tensors"
     if isinstance(leaf, nn.Module):
         raise LeafError(
-            f"{opening} or a tree of them. Differentiate dict(module.named_parameters()), and call the module with "
+            f"{opening}. Differentiate dict(module.named_parameters()), and call the module with "
             f"them by autodiff.functional_call."
         )
     if isinstance(leaf, GeneratorType):
-        raise LeafError(f"{opening} or a tree of them. Make a dict or a list of what it generates.")
+        raise LeafError(f"{opening}. Make a dict or a list of what it generates.")
     if hasattr(leaf, "__array_interface__"):
-        raise LeafError(f"{opening} or a tree of them. Write torch.from_numpy({path}).")
+        raise LeafError(f"{opening}. Write torch.from_numpy({path}).")
     raise LeafError(
-        f"{opening} or a registered container of them. Register the class once: autodiff.pytree.register_dataclass("
-        f"{cls.__qualname__}), or autodiff.pytree.register({cls.__qualname__}, flatten, unflatten) if it is not a "
-        f"dataclass."
+        f"{opening}, in containers that are registered. Register it once: autodiff.pytree.register_dataclass({cls}), "
+        f"or autodiff.pytree.register({cls}, flatten, unflatten) if it is not a dataclass."
     )
 
 
