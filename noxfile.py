@@ -114,7 +114,9 @@ def torch_versions(session: nox.Session, torch: str) -> None:
 @nox.session
 def unneeded_fixes(session: nox.Session) -> None:
     """Say which fixes of torch's mistakes the newest torch has made unnecessary: by hand, for it fetches several GB."""
-    pins = [pin for pin in CONSTRAINTS.read_text().splitlines() if not pin.startswith(("torch==", "setuptools=="))]
+    pins = [
+        pin for pin in CONSTRAINTS.read_text().splitlines() if not pin.startswith(("torch==", "setuptools=="))
+    ]
     constraints = Path(session.create_tmp()) / "constraints.txt"
     constraints.write_text("\n".join([*pins, ""]))
     session.install("-e", ".[tests]", "torch", "-c", str(constraints))

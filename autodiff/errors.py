@@ -1,4 +1,4 @@
-"""Floor 0: every exception the package raises.
+"""Every exception and warning of the package.
 
 Each class is also a subclass of the builtin that ``torch.func`` raises in that place, so code that
 catches ``RuntimeError`` or ``ValueError`` today keeps working. Imports nothing from the package.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class AutodiffError(Exception):
-    """Base of every error that autodiff raises on its own account.
+    """Base of every error that autodiff raises itself.
 
     >>> issubclass(ShapeError, AutodiffError) and issubclass(ShapeError, RuntimeError)
     True
@@ -56,7 +56,7 @@ class DtypeError(AutodiffError, RuntimeError):
 
 
 class LeafError(AutodiffError, RuntimeError, ValueError, TypeError):
-    """A leaf is of a kind that cannot stand where it stands, such as an unregistered class.
+    """A leaf is of a type that is not allowed in its place, such as an unregistered class.
 
     >>> import torch, autodiff
     >>> autodiff.grad(torch.square)(torch.tensor(1))
@@ -76,7 +76,7 @@ class OutputError(AutodiffError, RuntimeError):
 
 
 class InPlaceError(AutodiffError, RuntimeError):
-    """The differentiated function wrote in place to what it is differentiated by.
+    """The differentiated function wrote in place to an argument that is differentiated.
 
     >>> import torch, autodiff
     >>> computed = torch.ones(2, requires_grad=True) * 1
@@ -87,7 +87,7 @@ class InPlaceError(AutodiffError, RuntimeError):
 
 
 class BatchedPullError(AutodiffError, RuntimeError):
-    """Cotangents came in a batch where torch pulls a batch back wrongly.
+    """A batch of cotangents was to be pulled back where torch does it wrongly.
 
     >>> import torch, autodiff
     >>> _, pullback = autodiff.vjp(torch.cdist, torch.ones(3, 2), torch.zeros(3, 2))
@@ -145,7 +145,7 @@ class StrategyError(AutodiffError, AssertionError, ValueError):
 
 
 class StrictModeError(IndependenceError):
-    """``strict=True`` in :mod:`autodiff.functional`, in the words of torch.autograd.functional.
+    """``strict=True`` in :mod:`autodiff.functional`, with torch.autograd.functional's message.
 
     >>> import torch, autodiff
     >>> autodiff.functional.jacobian(lambda a, b: a * 2, (torch.ones(2), torch.ones(2)), strict=True)
@@ -155,7 +155,7 @@ class StrictModeError(IndependenceError):
 
 
 class OutDimError(BatchError, IndexError):
-    """``vmap``'s ``out_dims`` names a dimension that an output has not.
+    """``vmap``'s ``out_dims`` names a dimension that an output does not have.
 
     >>> import torch, autodiff
     >>> autodiff.vmap(torch.sin, out_dims=2)(torch.ones(3))
@@ -182,7 +182,7 @@ class ForwardLevelError(AutodiffError, RuntimeError):
 
 
 class ForwardRuleError(AutodiffError, NotImplementedError, RuntimeError):
-    """An operation has no rule for this use of forward mode, and another order of transforms has to serve.
+    """An operation has no rule for this use of forward mode; another mode combination is needed.
 
     >>> import torch, autodiff
     >>> class Square(torch.autograd.Function):
@@ -215,7 +215,7 @@ class CaptureError(AutodiffError, RuntimeError):
 
 
 class MissingRuleError(AutodiffError, NotImplementedError):
-    """torch has no second derivative of an operation, in whatever order of modes.
+    """torch has no second derivative of an operation, in any mode combination.
 
     >>> import torch, autodiff
     >>> loss = lambda x: torch.nn.functional.multi_margin_loss(x, torch.tensor([0]))
@@ -226,7 +226,7 @@ class MissingRuleError(AutodiffError, NotImplementedError):
 
 
 class RuleError(AutodiffError, RuntimeError, TypeError):
-    """A custom rule is missing, or gives something else than its function's derivative can be.
+    """A custom rule is missing, or returns what cannot be its function's derivative.
 
     >>> import torch, autodiff
     >>> autodiff.grad(autodiff.custom_vjp(lambda x: x**2))(torch.ones(()))
@@ -235,20 +235,20 @@ class RuleError(AutodiffError, RuntimeError, TypeError):
     """
 
 
-class TwinError(AutodiffError, RuntimeError):
-    """A module holds something that leads back to it and cannot be copied with it.
+class CloneError(AutodiffError, RuntimeError):
+    """A module has an attribute that leads back to it and cannot be cloned with it.
 
     >>> import torch, autodiff
     >>> layer = torch.nn.Linear(2, 1)
     >>> layer.pending = iter([layer])
     >>> autodiff.functional_call(layer, {}, torch.ones(2))
     Traceback (most recent call last):
-    autodiff.errors.TwinError: functional_call: Linear.pending is, or holds, a list_iterator that leads back ...
+    autodiff.errors.CloneError: functional_call: Linear.pending is, or holds, a list_iterator that leads back ...
     """
 
 
 class BufferWarning(UserWarning):
-    """``functional_call`` lost what a module wrote to a buffer of its own.
+    """``functional_call`` discarded what a module wrote to a buffer that was not given.
 
     >>> import torch, autodiff, warnings
     >>> with warnings.catch_warnings(record=True) as caught:
@@ -260,7 +260,7 @@ class BufferWarning(UserWarning):
 
 
 class OptionError(AutodiffError, ValueError, RuntimeError):
-    """A keyword has a value outside its documented set, such as ``chunk_size=0``.
+    """An option has a value that is not allowed, such as ``chunk_size=0``.
 
     >>> import torch, autodiff
     >>> autodiff.hessian(torch.sum, chunk_size=0)
@@ -272,8 +272,8 @@ class OptionError(AutodiffError, ValueError, RuntimeError):
 class DerivativeError(AutodiffError, AssertionError):
     """A derivative is not that of the function's values, found by :mod:`autodiff.testing`.
 
-    ``derivative`` and ``quotient`` are the two numbers, ``input`` and ``output`` name the leaves, and ``mode`` and
-    ``order`` say which derivative it is. What does not apply is None.
+    ``derivative`` and ``finite_difference`` are the two numbers, ``input`` and ``output`` name the leaves, and ``mode``
+    and ``order`` say which derivative it is. What does not apply is None.
 
     >>> import torch, autodiff
     >>> wrong = lambda primals, tangents: (primals[0].sin(), tangents[0])
@@ -287,19 +287,19 @@ class DerivativeError(AutodiffError, AssertionError):
         message: str,
         *,
         derivative: complex | None = None,
-        quotient: complex | None = None,
+        finite_difference: complex | None = None,
         mode: str | None = None,
         order: int | None = None,
         output: str | None = None,
         input: str | None = None,  # noqa: A002
     ) -> None:
         super().__init__(message)
-        self.derivative, self.quotient, self.mode, self.order = derivative, quotient, mode, order
-        self.output, self.input = output, input
+        self.derivative, self.finite_difference = derivative, finite_difference
+        self.mode, self.order, self.output, self.input = mode, order, output, input
 
 
 class SampleError(AutodiffError, RuntimeError):
-    """``per_sample``'s function failed on a sample, or gave something that is not finite.
+    """``per_sample``'s function failed on a sample, or gave a result that is not finite.
 
     ``index`` is the sample's.
 
@@ -315,7 +315,7 @@ class SampleError(AutodiffError, RuntimeError):
 
 
 class BudgetError(AutodiffError, MemoryError):
-    """What ``per_sample`` is asked for cannot be made within its memory.
+    """``per_sample``'s results, or its smallest chunk, do not fit into its memory.
 
     >>> import torch, autodiff
     >>> autodiff.per_sample(autodiff.hessian(lambda x: (x**3).sum()), memory="1kB")(torch.ones(100, 5))
@@ -325,7 +325,7 @@ class BudgetError(AutodiffError, MemoryError):
 
 
 class BudgetWarning(UserWarning):
-    """The smallest piece of ``per_sample``'s work takes more memory than it may.
+    """The smallest piece of ``per_sample``'s work takes more memory than is allowed.
 
     >>> import torch, autodiff, warnings
     >>> with warnings.catch_warnings(record=True) as caught:
@@ -337,7 +337,7 @@ class BudgetWarning(UserWarning):
 
 
 class ResumeError(AutodiffError, RuntimeError, ValueError):
-    """A file holds the results of another run, or none that ``per_sample`` knows.
+    """A file holds the results of another run, or is not one of ``per_sample``'s.
 
     >>> import torch, autodiff, tempfile
     >>> with tempfile.NamedTemporaryFile(suffix=".npy") as file:

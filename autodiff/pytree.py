@@ -1,4 +1,4 @@
-"""Floor 2: classes as trees, trees as vectors, Jacobians as matrices. Builds on `core` alone."""
+"""Classes as trees, trees as vectors, Jacobians as matrices. Builds on `checks` and `core`."""
 
 from __future__ import annotations
 
@@ -180,14 +180,14 @@ def to_matrix(jacobian: Any, inputs: Any) -> Tensor:
             # Leaves that ``wrt`` left out have no block in any row.
             columns = [(at, leaf) for at, leaf in columns if blocks[at] is not None] or columns
         for position, leaf in columns:
-            checks.block("to_matrix", f"row {number} of jacobian", blocks[position], leaf.shape)
+            checks.jacobian_block("to_matrix", f"row {number} of jacobian", blocks[position], leaf.shape)
         strips = [
             blocks[position].reshape(_rows_of(blocks[position], leaf), leaf.numel())
             for position, leaf in columns
         ]
         rows.append(strips[0] if len(strips) == 1 else torch.cat(strips, dim=1))
     if not rows:
-        checks.jacobian_of_inputs("to_matrix", trees.structure(jacobian), in_spec)
+        checks.raise_jacobian_of_other_inputs("to_matrix", trees.structure(jacobian), in_spec)
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
@@ -205,7 +205,7 @@ def from_matrix(matrix: Tensor, outputs: Any, inputs: Any) -> Any:
         ``(*out_shape, *in_shape)``, and None where the inputs hold no floating or complex tensor.
 
     Raises:
-        ShapeError: the matrix has not one row for each output number and one column for each input's.
+        ShapeError: the matrix does not have one row for each output number and one column for each input number.
 
     >>> import torch
     >>> from_matrix(torch.eye(2), {"y": torch.zeros(2)}, (torch.zeros(()), torch.zeros(1)))
@@ -239,5 +239,5 @@ def _differentiable(name: str, tree: Any, root: str) -> list[tuple[int, Tensor]]
     leaves, spec = trees.flatten(tree)
     found = [(i, leaf) for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
     if not found:
-        checks.no_differentiable_leaf(name, spec, leaves, root)
+        checks.raise_no_differentiable_leaf(name, spec, leaves, root)
     return found

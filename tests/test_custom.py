@@ -367,12 +367,15 @@ def wrong_push(rule: Any) -> Any:
     [
         (ad.custom_vjp(lambda x: x), "custom_vjp: <lambda> is differentiated, but has no rule.*defvjp"),
         (ad.custom_jvp(lambda x: x), "custom_jvp: <lambda> is differentiated, but has no rule.*defjvp"),
-        (wrong(fwd=lambda x: x), r"fwd of identity is to return \(output, residuals\), got Tensor"),
-        (wrong(lambda r, c: c), r"bwd of identity is to return a tuple of 1.*got Tensor. Write \(c,\)"),
+        (wrong(fwd=lambda x: x), r"fwd of identity is expected to return \(output, residuals\), got Tensor"),
+        (
+            wrong(lambda r, c: c),
+            r"bwd of identity is expected to return a tuple of 1.*got Tensor. Write \(c,\)",
+        ),
         (wrong(lambda r, c: (c, c)), "got a tuple of 2"),
         (
             wrong(lambda r, c: ([c],)),
-            r"structure of args: cotangent\[0\] is a list of 1, but args\[0\] is a leaf",
+            r"structure of args, but cotangent\[0\] is a list of 1, but args\[0\] is a leaf",
         ),
         (
             wrong(lambda r, c: (c.sum(),)),
@@ -380,10 +383,13 @@ def wrong_push(rule: Any) -> Any:
         ),
         (wrong(lambda r, c: (c.float(),)), "dtype torch.float32"),
         (wrong(lambda r, c: ("text",)), "has type str"),
-        (wrong_push(lambda p, t: t[0]), r"jvp rule of identity is to return \(output, tangent\), got Tensor"),
+        (
+            wrong_push(lambda p, t: t[0]),
+            r"jvp rule of identity is expected to return \(output, tangent\), got Tensor",
+        ),
         (
             wrong_push(lambda p, t: (p[0], [t[0]])),
-            "tangent that the rule of identity gives is to have the structure",
+            "tangent that the rule of identity gives is expected to have the structure",
         ),
         (wrong_push(lambda p, t: (p[0], t[0][:2])), r"for output has shape \(2,\)"),
     ],
@@ -424,7 +430,7 @@ def test_a_captured_tensor_that_is_differentiated_is_an_error(kind: str, outer: 
         "grad": lambda: ad.grad(func)(X),
         "jvp": lambda: ad.jvp(func, (X,), (T,)),
     }
-    with pytest.raises(RuleError, match="reaches a tensor that is differentiated and is no argument"):
+    with pytest.raises(RuleError, match="captures a tensor that is differentiated, but is not an argument"):
         calls[outer]()
 
 
@@ -441,7 +447,7 @@ def test_nondiff_tensors_are_constants(kind: str) -> None:
         torch.stack([W, T]),
     )
     with pytest.raises(
-        RuleError, match=r"nondiff\[0\] of <lambda> is differentiated, but stands in nondiff_argnums"
+        RuleError, match=r"nondiff\[0\] of <lambda> is differentiated, but listed in nondiff_argnums"
     ):
         ad.grad(lambda y: f(X, y).sum())(W)
 

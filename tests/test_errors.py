@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 
@@ -26,11 +28,26 @@ TORCH_RAISES = {
     "ResumeError": (RuntimeError, ValueError),
     "RuleError": (RuntimeError, TypeError),
     "ForwardRuleError": (NotImplementedError, RuntimeError),
-    "MissingRuleError": (NotImplementedError, RuntimeError),
+    "MissingRuleError": (NotImplementedError,),
     "BatchedPullError": (RuntimeError,),
     "CaptureError": (RuntimeError,),
     "DerivativeError": (AssertionError,),
+    "InPlaceError": (RuntimeError,),
+    "RandomnessError": (RuntimeError,),
+    "StrategyError": (AssertionError, ValueError),
+    "StrictModeError": (RuntimeError,),
+    "OutDimError": (ValueError, IndexError),
+    "ForwardLevelError": (RuntimeError,),
+    "CloneError": (RuntimeError,),
 }
+WARNINGS = {"BufferWarning", "BudgetWarning"}
+
+
+def builtins_of(cls: type) -> set[type]:
+    """The most derived classes of Python's own among its bases."""
+    if not cls.__module__.startswith("autodiff"):
+        return {cls} - {Exception}
+    return set().union(*(builtins_of(base) for base in cls.__bases__))
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
@@ -39,12 +56,18 @@ def test_error_is_ours_and_torchs_and_documented(cls: type[Exception]) -> None:
         assert issubclass(cls, UserWarning)
         return
     assert issubclass(cls, errors.AutodiffError)
-    for builtin in TORCH_RAISES.get(cls.__name__, ()):
-        assert issubclass(cls, builtin)
+    assert builtins_of(cls) == set(TORCH_RAISES[cls.__name__])
     assert cls.__doc__
     more = (3,) if cls is errors.SampleError else ()
     assert cls("text", *more).args == ("text",)
 
 
 def test_table_is_complete() -> None:
-    assert {cls.__name__ for cls in CLASSES} >= set(TORCH_RAISES)
+    assert {cls.__name__ for cls in CLASSES} == set(TORCH_RAISES) | WARNINGS
+
+
+def test_page_about_errors_lists_every_class() -> None:
+    page = (Path(errors.__file__).parents[1] / "docs" / "how_to" / "errors.md").read_text()
+    listed = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert listed == set(TORCH_RAISES) - {"AutodiffError"}
+    assert all(f"`{name}`" in page for name in WARNINGS)

@@ -23,6 +23,7 @@ from torch._functorch import autograd_function, eager_transforms, predispatch, p
 from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
 from torch.overrides import TorchFunctionMode
+from torch.torch_version import TorchVersion
 from torch.utils import _pytree as torch_pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,6 +35,7 @@ SOURCES = sorted(Path(_torch.__file__).parent.glob("[!_]*.py"))
 
 # Every private symbol of the seam, and the test here that pins it.
 CONTRACTS = {
+    "torch.__version__": "test_version_can_be_compared",
     "_functorch.peek_interpreter_stack": "test_empty_stack_of_transforms_is_none",
     "_functorch.get_interpreter_stack": "test_stack_tells_the_kinds_of_its_levels",
     "_functorch.TransformType": "test_stack_tells_the_kinds_of_its_levels",
@@ -588,3 +590,8 @@ def test_every_private_symbol_of_the_seam_has_a_contract() -> None:
     assert used - set(CONTRACTS) == set(), "a private symbol without a contract test"
     assert set(CONTRACTS) - used == set(), "a contract for a symbol that nothing uses"
     assert {name for name in CONTRACTS.values() if name not in globals()} == set()
+
+
+def test_version_can_be_compared() -> None:
+    assert _torch.version >= TorchVersion("2.11")
+    assert torch.__version__.startswith(str(_torch.version))

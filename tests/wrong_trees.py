@@ -287,7 +287,7 @@ LEAVES = [
         "number",
         **both("grad", torch.sum, call=(3.0,)),
         error=errors.LeafError,
-        beats=["grad: args[0] has no leaf", "float", "must be Tensor", "torch.tensor(3.0)"],
+        beats=["grad: args[0] has no leaf", "float", "only contain Tensors", "torch.tensor(3.0)"],
     ),
     Wrong(
         "tree without a differentiable leaf",

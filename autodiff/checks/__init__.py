@@ -1,29 +1,33 @@
-"""Every check at the boundary. The first parameter of each is the public name that the user called."""
+"""Every check at the boundary, named for what it checks, and what always raises, as `raise_...`.
 
-from autodiff.checks.boundary import advise as advise
-from autodiff.checks.boundary import allowed as allowed
-from autodiff.checks.boundary import argname_known as argname_known
-from autodiff.checks.boundary import argnum_in_range as argnum_in_range
-from autodiff.checks.boundary import argnums as argnums
-from autodiff.checks.boundary import argnums_unique as argnums_unique
-from autodiff.checks.boundary import block as block
-from autodiff.checks.boundary import chunk_size as chunk_size
-from autodiff.checks.boundary import complex_pairing as complex_pairing
-from autodiff.checks.boundary import depends as depends
-from autodiff.checks.boundary import eigenvalue_count as eigenvalue_count
-from autodiff.checks.boundary import has_aux_pair as has_aux_pair
-from autodiff.checks.boundary import jacobian_of_inputs as jacobian_of_inputs
-from autodiff.checks.boundary import like_leaf as like_leaf
-from autodiff.checks.boundary import no_differentiable_leaf as no_differentiable_leaf
-from autodiff.checks.boundary import not_traced as not_traced
-from autodiff.checks.boundary import positive as positive
-from autodiff.checks.boundary import randomness as randomness
-from autodiff.checks.boundary import real as real
-from autodiff.checks.boundary import same_structure as same_structure
-from autodiff.checks.boundary import scalar_output as scalar_output
-from autodiff.checks.boundary import shape as shape
-from autodiff.checks.boundary import tensor_outputs as tensor_outputs
-from autodiff.checks.boundary import tuple_of_primals as tuple_of_primals
-from autodiff.checks.boundary import unregistered as unregistered
-from autodiff.checks.boundary import wrt as wrt
-from autodiff.checks.boundary import wrt_matches as wrt_matches
+The first parameter of each is the public name that the user called. A message has four parts: that name and the leaf's
+path, what was expected, what came, and the way out. Phrases by which programs know torch.func's errors are kept.
+"""
+
+from autodiff.checks.leaves import holomorphic_dtypes as holomorphic_dtypes
+from autodiff.checks.leaves import raise_no_differentiable_leaf as raise_no_differentiable_leaf
+from autodiff.checks.leaves import raise_not_a_tensor as raise_not_a_tensor
+from autodiff.checks.leaves import real_tensors as real_tensors
+from autodiff.checks.matrices import jacobian_block as jacobian_block
+from autodiff.checks.matrices import raise_jacobian_of_other_inputs as raise_jacobian_of_other_inputs
+from autodiff.checks.matrices import shape as shape
+from autodiff.checks.options import argnums as argnums
+from autodiff.checks.options import choice as choice
+from autodiff.checks.options import chunk_size as chunk_size
+from autodiff.checks.options import eigenvalue_count as eigenvalue_count
+from autodiff.checks.options import positive_int as positive_int
+from autodiff.checks.options import raise_argnum_out_of_range as raise_argnum_out_of_range
+from autodiff.checks.options import raise_repeated_argnums as raise_repeated_argnums
+from autodiff.checks.options import raise_unknown_argname as raise_unknown_argname
+from autodiff.checks.options import raise_unmatched_wrt as raise_unmatched_wrt
+from autodiff.checks.options import randomness as randomness
+from autodiff.checks.options import untraced_call as untraced_call
+from autodiff.checks.options import wrt as wrt
+from autodiff.checks.outputs import advise as advise
+from autodiff.checks.outputs import aux_pair as aux_pair
+from autodiff.checks.outputs import raise_independent as raise_independent
+from autodiff.checks.outputs import scalar_output as scalar_output
+from autodiff.checks.outputs import tensor_outputs as tensor_outputs
+from autodiff.checks.vectors import matching_leaf as matching_leaf
+from autodiff.checks.vectors import matching_structure as matching_structure
+from autodiff.checks.vectors import tuple_of_primals as tuple_of_primals

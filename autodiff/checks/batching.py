@@ -1,7 +1,4 @@
-"""Floor 1: the checks of vmap's ``in_dims``, ``out_dims`` and outputs, in the same four beats as `checks`.
-
-The first parameter is the public name the user called. Imports `trees` and `errors`.
-"""
+"""Checks of vmap's ``in_dims``, ``out_dims`` and outputs, named as `checks` says. Imports `trees` and `errors`."""
 
 from __future__ import annotations
 
@@ -30,8 +27,7 @@ def in_dims_type(name: str, in_dims: object) -> None:
     )
 
 
-def in_dims_fit(name: str, in_dims: object, dims: object, spec: Spec) -> NoReturn:
-    """The structure begins that of the arguments, positional or by keyword."""
+def raise_in_dims_structure(name: str, in_dims: object, dims: object, spec: Spec) -> NoReturn:
     raise BatchError(
         f"{name}(in_dims={in_dims}): in_dims is not compatible with the structure of `inputs`. in_dims "
         f"has structure {trees.structure(dims)} but inputs has structure {spec}. Give one "
@@ -39,10 +35,9 @@ def in_dims_fit(name: str, in_dims: object, dims: object, spec: Spec) -> NoRetur
     )
 
 
-def in_dims_name(name: str, unknown: str, known: Sequence[str]) -> NoReturn:
-    """A name belongs to an argument of the call."""
+def raise_unknown_in_dims_name(name: str, unknown: str, known: Sequence[str]) -> NoReturn:
     raise BatchError(
-        f"{name}: in_dims names {unknown!r}, which is no argument of this call. The arguments are "
+        f"{name}: in_dims names {unknown!r}, which is not an argument of this call. The arguments are "
         f"{', '.join(map(repr, known)) or 'none'}. Correct the name, or pass the argument by keyword."
     )
 
@@ -54,7 +49,7 @@ def in_dim(name: str, in_dims: object, path: str, dim: object, leaf: object) -> 
     number = dim if isinstance(dim, int) and not isinstance(dim, bool) else None
     if number is not None and isinstance(leaf, Tensor) and -leaf.dim() <= number < leaf.dim():
         return
-    # Written for the error alone: no tracer writes a number that may be another one the next time.
+    # Written only when there is an error: a tracer would guard on the number in the text.
     opening = f"{name}(in_dims={in_dims}): Got in_dim={dim} for an input"
     if number is None:
         raise BatchError(
@@ -88,8 +83,7 @@ def batch_sizes(name: str, where: Sequence[str], sizes: Sequence[int]) -> None:
             )
 
 
-def no_inputs(name: str) -> NoReturn:
-    """There is something to map over."""
+def raise_no_inputs(name: str) -> NoReturn:
     raise BatchError(
         f"{name}: got no inputs. Maybe you forgot to add inputs, or you are trying to vmap over a "
         f"function with no inputs. The latter is unsupported."
@@ -106,8 +100,7 @@ def out_dims_type(name: str, out_dims: object) -> None:
             )
 
 
-def out_dims_fit(name: str, out_dims: object, spec: Spec) -> NoReturn:
-    """The structure begins that of the outputs."""
+def raise_out_dims_structure(name: str, out_dims: object, spec: Spec) -> NoReturn:
     raise BatchError(
         f"{name}(out_dims={out_dims}): out_dims is not compatible with the structure of `outputs`. "
         f"out_dims has structure {trees.structure(out_dims)} but outputs has structure {spec}. Give "
@@ -132,8 +125,7 @@ def out_dim(name: str, path: str, dim: int | None, leaf: Tensor, batched: bool) 
         )
 
 
-def outputs_structure(name: str, where: str, came: Spec, first: Spec) -> NoReturn:
-    """The structure is the same for all samples."""
+def raise_structures_differ(name: str, where: str, came: Spec, first: Spec) -> NoReturn:
     raise BatchError(
         f"{name}: expected outputs of one structure for all samples, but for {where} "
         f"{trees.difference(came, 'output', first, 'that of the samples before')} Return the same containers for "
@@ -141,17 +133,15 @@ def outputs_structure(name: str, where: str, came: Spec, first: Spec) -> NoRetur
     )
 
 
-def outputs_agree(name: str, path: str, where: str, came: object, first: object) -> NoReturn:
-    """A tensor's shape, and the value of what is no tensor, are the same for all samples."""
+def raise_outputs_differ(name: str, path: str, where: str, came: object, first: object) -> NoReturn:
     raise BatchError(
         f"{name}: {path} is {_shown(came)} for {where}, but {_shown(first)} for the samples before it. Expected "
-        f"tensors of one shape, and what is no tensor to be equal for all samples: it is returned as it is. Return "
+        f"tensors of one shape, and anything else to be equal for all samples, since it is returned as it is. Return "
         f"what differs as a tensor, as in torch.tensor(1.0)."
     )
 
 
-def no_random_numbers(name: str) -> NoReturn:
-    """Samples that are computed one after the other draw no more than those of a batch may."""
+def raise_random_numbers_drawn(name: str) -> NoReturn:
     raise RandomnessError(
         f"{name}: called random operation while in randomness error mode, in a sample that fallback='loop' ran. "
         f"Expected a function that draws no random numbers. Pass randomness='same' or 'different', or draw outside."

@@ -1,12 +1,12 @@
-"""Floor 1: what samples that are computed one after the other have to agree in.
+"""Whether samples that are computed one after the other give outputs that fit together.
 
-Hands on `Agreement`: one structure of outputs, one shape of each tensor, and one value of what is no tensor.
-Imports `trees` and `mapped_dims`.
+Hands on `OutputConsistency`: one structure, one shape of each tensor, and one value of anything else. Imports `trees`
+and `batching`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,19 +14,17 @@ from autodiff.checks import batching
 from autodiff.core import trees
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from autodiff.core.trees import Spec
 
 
-class Agreement:
-    """What the first samples gave, which those after them have to give too.
+class OutputConsistency:
+    """The outputs of the first samples, with which those of all others must be consistent.
 
     ``tensors`` is the class of the leaves that have a shape and may differ in their values.
 
-    >>> agreement = Agreement("vmap")
+    >>> consistency = OutputConsistency("vmap")
     >>> for number in (1, 2):
-    ...     _ = agreement.join([number], trees.LEAF, f"sample {number}")
+    ...     _ = consistency.match([number], trees.LEAF, f"sample {number}")
     Traceback (most recent call last):
     autodiff.errors.BatchError: vmap: output is 2 for sample 2, but 1 for the samples before it. ...
     """
@@ -37,40 +35,34 @@ class Agreement:
         self._name, self._tensors = name, tensors
         self._spec: Spec | None = None
 
-    def join(self, leaves: list[Any], spec: Spec, where: str) -> tuple[list[Any], Spec]:
-        """The leaves in the order of the first samples' structure, and that; ``where`` says whose leaves they are."""
+    def match(self, leaves: list[Any], spec: Spec, where: str) -> tuple[list[Any], Spec]:
+        """The leaves in the order of the first samples' structure, and that structure; ``where`` names the samples."""
         if self._spec is None:
             self._spec = spec
-            # Only the shape of a tensor: it may be large, or belong to a level.
+            # Only the shape of a tensor, which may be large, or belong to a level.
             self._first = [_Shape(leaf.shape) if isinstance(leaf, self._tensors) else leaf for leaf in leaves]
             return leaves, spec
         if spec is not self._spec and spec != self._spec:
             # Dicts agree whatever their order.
             ordered = trees.match(self._spec, trees.unflatten(spec, leaves))
             if ordered is None:
-                batching.outputs_structure(self._name, where, spec, self._spec)
+                batching.raise_structures_differ(self._name, where, spec, self._spec)
             leaves = ordered
         for position, (first, leaf) in enumerate(zip(self._first, leaves, strict=True)):
             came = _Shape(leaf.shape) if isinstance(leaf, self._tensors) else leaf
             if not is_same(came, first):
                 path = trees.paths(self._spec, "output")[position]
-                batching.outputs_agree(self._name, path, where, came, first)
+                batching.raise_outputs_differ(self._name, path, where, came, first)
         return leaves, self._spec
 
 
-class _Shape:
-    """A tensor of which the shape is all that counts."""
+class _Shape(NamedTuple):
+    """A tensor's shape, which is all that has to be consistent."""
 
-    def __init__(self, shape: Sequence[int]) -> None:
-        self._size = tuple(shape)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Shape) and self._size == other._size
-
-    __hash__ = None  # type: ignore[assignment]
+    size: tuple[int, ...]
 
     def __repr__(self) -> str:
-        return f"a tensor of shape {self._size}"
+        return f"a tensor of shape {tuple(self.size)}"
 
 
 def is_same(one: Any, other: Any) -> bool:
@@ -89,5 +81,5 @@ def is_same(one: Any, other: Any) -> bool:
             return False
         differs = (one != other) & ((one == one) | (other == other))  # noqa: PLR0124  NaN is not itself
         return not (differs.any() if hasattr(differs, "any") else differs)
-    except Exception:  # noqa: BLE001  an == of somebody's own, or what is no truth value, as a DataFrame's
+    except Exception:  # noqa: BLE001  a class's own == may raise, or give no truth value, as a DataFrame's
         return False

@@ -83,7 +83,7 @@ class Call:
             if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
         ]
         if not self._where:
-            checks.no_differentiable_leaf(name, self.spec, self._leaves, self.root)
+            checks.raise_no_differentiable_leaf(name, self.spec, self._leaves, self.root)
         if wrt is not None:
             several = isinstance(self._picks, list)
             self._where = _matching(name, wrt, trees.places(self.spec, skip=several), self._where)
@@ -120,7 +120,7 @@ class Call:
             checks.advise(self.name, error, MESSAGES["an input was written in place"], _CLONE)
             raise
         if self.has_aux:
-            checks.has_aux_pair(self.name, output)
+            checks.aux_pair(self.name, output)
             output, aux = output
             aux_leaves, self.aux_spec = trees.flatten(aux)
         else:
@@ -161,18 +161,18 @@ class Call:
 
     def tangents(self, kind: str, tree: Any) -> list[Tensor]:
         """The leaves of a tree of tangents, checked against the primals; passive places are ignored."""
-        leaves = checks.same_structure(self.name, kind, self.spec, tree, self.root)
+        leaves = checks.matching_structure(self.name, kind, self.spec, tree, self.root)
         picked = [leaves[i] for i in self._where]
         for primal, tangent, position in zip(self.primals, picked, self._where, strict=True):
             if type(tangent) is not Tensor or tangent.shape != primal.shape or tangent.dtype != primal.dtype:
                 path = trees.paths(self.spec, kind)[position]
                 home = trees.paths(self.spec, self.root)[position]
-                checks.like_leaf(self.name, "tangent", path, tangent, home, primal)
+                checks.matching_leaf(self.name, "tangent", path, tangent, home, primal)
         return picked
 
     def cotangents(self, outputs: Sequence[Tensor], tree: Any) -> list[Tensor]:
         """The leaves of a tree of cotangents, checked against the outputs."""
-        leaves = checks.same_structure(self.name, "cotangents", self.out_spec, tree, "primal output")
+        leaves = checks.matching_structure(self.name, "cotangents", self.out_spec, tree, "primal output")
         picked = [leaves[i] for i in self._given]
         for output, cotangent, position in zip(outputs, picked, self._given, strict=True):
             if (
@@ -182,7 +182,7 @@ class Call:
             ):
                 path = trees.paths(self.out_spec, "cotangents")[position]
                 home = trees.paths(self.out_spec, "output")[position]
-                checks.like_leaf(self.name, "cotangent", path, cotangent, home, output)
+                checks.matching_leaf(self.name, "cotangent", path, cotangent, home, output)
         return picked
 
     def dense_cotangents(self, pulled: Sequence[Tensor | None], strict: bool = False) -> list[Tensor]:
@@ -190,7 +190,9 @@ class Call:
         if strict:
             for index, cotangent in enumerate(pulled):
                 if cotangent is None:
-                    checks.depends(self.name, "the output", self.path_of_primal(index), primal=index)
+                    checks.raise_independent(
+                        self.name, "the output", self.path_of_primal(index), primal=index
+                    )
         pairs = zip(self.primals, pulled, strict=True)
         return [torch.zeros_like(like) if one is None else one for like, one in pairs]
 
@@ -201,7 +203,9 @@ class Call:
         if strict:
             for index, tangent in enumerate(pushed):
                 if tangent is None:
-                    checks.depends(self.name, self.path_of_output(index), "the primals", output=index)
+                    checks.raise_independent(
+                        self.name, self.path_of_output(index), "the primals", output=index
+                    )
         pairs = zip(outputs, pushed, strict=True)
         return [torch.zeros_like(like) if one is None else one for like, one in pairs]
 
@@ -258,7 +262,7 @@ def _locate(
         return _place(name, func, args, kwargs, argnums)
     places = [_place(name, func, args, kwargs, pick) for pick in argnums]
     if len(set(places)) != len(places):
-        checks.argnums_unique(name, argnums)
+        checks.raise_repeated_argnums(name, argnums)
     return places
 
 
@@ -271,13 +275,13 @@ def _place(
         known = parameter_names(func)
         if pick in known and known.index(pick) < len(args):
             return known.index(pick)
-        checks.argname_known(name, pick, [*known[: len(args)], *kwargs])
+        checks.raise_unknown_argname(name, pick, [*known[: len(args)], *kwargs])
     if -len(args) <= pick < len(args):
         return pick % len(args)
     known = parameter_names(func)
     if 0 <= pick < len(known) and known[pick] in kwargs:
         return known[pick]
-    checks.argnum_in_range(name, pick, len(args))
+    checks.raise_argnum_out_of_range(name, pick, len(args))
 
 
 def _matching(name: str, wrt: Wrt, places: Sequence[str], candidates: Sequence[int]) -> list[int]:
@@ -286,7 +290,7 @@ def _matching(name: str, wrt: Wrt, places: Sequence[str], candidates: Sequence[i
     patterns = wrt if isinstance(wrt, tuple) else (str(wrt),)
     for pattern in patterns:
         if not any(fnmatchcase(places[i], pattern) for i in candidates):
-            checks.wrt_matches(name, pattern, [places[i] for i in candidates])
+            checks.raise_unmatched_wrt(name, pattern, [places[i] for i in candidates])
     return [i for i in candidates if any(fnmatchcase(places[i], pattern) for pattern in patterns)]
 
 

@@ -1,4 +1,4 @@
-"""Floor 2: modules as functions of their parameters. Builds on `core` alone."""
+"""Modules as functions of their parameters. Builds on `core`, `state` and `clone`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autodiff.core import trees
 from autodiff.core.batch import copy_for_every_sample
 from autodiff.errors import BufferWarning, OptionError, StructureError
 from autodiff.nn import state
-from autodiff.nn.clone import Twins
+from autodiff.nn.clone import ModuleClone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,9 +40,9 @@ def functional_call(
 ) -> Any:
     """Call a module with other parameters and buffers than its own.
 
-    The call runs on a twin of the module, so that the module is not touched: not by another thread's call, not by
+    The call runs on a clone of the module, so that the module is not touched: not by another thread's call, not by
     an exception, not by what ``forward`` assigns, or writes to buffers. Lists of modules, bound methods, closures
-    and hooks lead to the twin as well. No lock is held.
+    and hooks lead to the clone as well. No lock is held.
 
     Args:
         module: the module.
@@ -50,9 +50,9 @@ def functional_call(
             ``named_buffers()``, or several such dicts with no name in common. Names that are left out
             keep the module's own tensors. Without ``return_buffers``, a buffer that ``forward`` assigns anew is
             updated in the dict that held it, and one written in place is updated where it is.
-        args: the positional arguments, as a tuple, or one argument that is no tuple.
+        args: the positional arguments, as a tuple, or one argument that is not a tuple.
         kwargs: the keyword arguments.
-        tie_weights: a tensor given for one name serves for all names that share a tensor in the module.
+        tie_weights: a tensor given for one name is used for all names that share a tensor in the module.
         strict: names must be exactly the module's.
         return_buffers: return the buffers as they are after the call, too, and leave those that were given as
             they are. Inside ``vmap`` each sample has buffers of its own.
@@ -91,12 +91,12 @@ def functional_call(
     >>> buffers["running_mean"], buffers["num_batches_tracked"]
     (tensor([0.5700]), tensor(2))
     """
-    dicts = _dicts(module, parameter_and_buffer_dicts)
+    dicts = _checked_dicts(module, parameter_and_buffer_dicts)
     given = state.merged(dicts)
     if strict:
         state.check_names(module, given)
     arguments = () if args is None else args if isinstance(args, tuple) else (args,)
-    call = _traced_call if compiling() else _twin_call
+    call = _traced_call if compiling() else _cloned_call
     result, buffers, lost = call(module, given, arguments, kwargs or {}, tie_weights, return_buffers)
     if return_buffers:
         return result, buffers
@@ -130,7 +130,7 @@ def sample_loss(
         target, each a tree of tensors without a batch dimension; it returns a tensor of shape ``()``.
 
     Raises:
-        StructureError: when the function is called, if ``params`` is no dict.
+        StructureError: when the function is called, if ``params`` is not a dict.
         OptionError: when the function is called, if a layer normalises by the statistics of the batch, as
             BatchNorm does in training mode: then a sample has no loss of its own.
 
@@ -147,7 +147,7 @@ def sample_loss(
                 f"sample_loss: params is a {type(params).__name__}. Expected a dict of tensors by their names in the "
                 f"module. Pass dict(module.named_parameters())."
             )
-        _refuse_batch_statistics(module)
+        _check_no_batch_statistics(module)
         output = functional_call(module, dict(params), (_batch_of_one(x),))
         return loss(output, _batch_of_one(y))
 
@@ -159,7 +159,7 @@ def _batch_of_one(tree: Any) -> Any:
     return trees.unflatten(spec, [t.unsqueeze(0) if isinstance(t, Tensor) else t for t in leaves])
 
 
-def _refuse_batch_statistics(module: nn.Module) -> None:
+def _check_no_batch_statistics(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, state.BATCH_NORMS) and (layer.training or layer.running_mean is None):
             raise OptionError(
@@ -217,14 +217,14 @@ def _stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
                 f"both. Call .requires_grad_() on all of them."
             )
         stack = torch.stack([tensor.detach() for tensor in tensors])
-        # Inside a transform a stack cannot be asked to require grad, and need not.
-        watched = tensors[0].requires_grad and no_transform_active()
-        stacked[name] = stack.requires_grad_() if watched else stack
+        # Inside a transform a stack cannot be made to require grad, and need not.
+        requires_grad = tensors[0].requires_grad and no_transform_active()
+        stacked[name] = stack.requires_grad_() if requires_grad else stack
     return stacked
 
 
-def _dicts(module: nn.Module, given: Any) -> Sequence[dict[str, Tensor]]:
-    """The dicts as a sequence, after a look at what cannot be called so."""
+def _checked_dicts(module: nn.Module, given: Any) -> Sequence[dict[str, Tensor]]:
+    """The dicts as a sequence; an error for a module that cannot be called with them."""
     if isinstance(module, torch.jit.ScriptModule):
         raise RuntimeError(
             "functional_call: The stateless API can't be used with Jitted modules, got "
@@ -243,7 +243,7 @@ def _dicts(module: nn.Module, given: Any) -> Sequence[dict[str, Tensor]]:
     return dicts
 
 
-def _twin_call(
+def _cloned_call(
     module: nn.Module,
     given: dict[str, Tensor],
     args: tuple[Any, ...],
@@ -251,43 +251,44 @@ def _twin_call(
     tie_weights: bool,
     return_buffers: bool,
 ) -> Called:
-    """A call of the module's twin."""
-    own = list(state.held(module))
+    """A call of the module's clone."""
+    own = list(state.entries(module))
     state.check_initialized(own, given)
-    tensors = state.by_identity(own, given, tie_weights)
-    watched: list[tuple[state.Held, Tensor, int]] = []
+    tensors = state.replacements(own, given, tie_weights)
+    buffers: list[tuple[state.Entry, Tensor, int]] = []
     if return_buffers:
         state.copy_buffers(own, tensors)
     else:
-        watched = list(state.cloned_buffers(own, tensors))
-    twins = Twins(module, tensors, Tensor.clone)
+        buffers = list(state.clone_buffers(own, tensors))
+    clone = ModuleClone(module, tensors, Tensor.clone)
     names = {one.name for one in own}
     for name in given.keys() - names:
-        _set(twins.root, name, given[name])
+        _set(clone.root, name, given[name])
     if not tie_weights:
-        _untie(twins.root, own, given, return_buffers)
+        _untie(clone.root, own, given, return_buffers)
     try:
-        result = twins.root(*args, **kwargs)
+        result = clone.root(*args, **kwargs)
     finally:
-        twins.carry_back()
+        clone.write_back()
     if return_buffers:
-        return result, dict(twins.root.named_buffers(remove_duplicate=tie_weights)), []
-    given.update(_assigned_anew(twins, own, given))
+        return result, dict(clone.root.named_buffers(remove_duplicate=tie_weights)), []
+    given.update(_reassigned(clone, own, given))
     lost = [
         one.name
-        for one, clone, before in watched
-        if state.writes(clone) != before or getattr(twins.of(one.owner), one.key, None) is not clone
+        for one, buffer, before in buffers
+        if state.version(buffer) != before
+        or getattr(clone.counterpart(one.owner), one.key, None) is not buffer
     ]
     return result, {}, lost
 
 
 def _untie(
-    root: nn.Module, own: Iterable[state.Held], given: Mapping[str, Tensor], return_buffers: bool
+    root: nn.Module, own: Iterable[state.Entry], given: Mapping[str, Tensor], return_buffers: bool
 ) -> None:
-    """Set by name the tensors that have several: they need not stay the same."""
+    """Set tensors that have several names by each name, since they need not stay the same."""
     count = Counter(id(one.tensor) for one in own)
     copied = copy_for_every_sample() if return_buffers else Tensor.clone
-    # Those that are given come last: two names may be of one place.
+    # Given tensors come last: two names may belong to one place.
     for one in sorted(own, key=lambda one: one.name in given):
         if count[id(one.tensor)] > 1:
             tensor = given.get(one.name, one.tensor)
@@ -309,22 +310,22 @@ def _set(root: nn.Module, name: str, tensor: Tensor) -> None:
         if attribute in home:
             home[attribute] = tensor
             return
-    # A plain tensor attribute, or a parametrized one whose parametrization is so switched off.
+    # A plain tensor attribute, or a parametrized one, whose parametrization this switches off.
     vars(owner)[attribute] = tensor
     owner._parameters.pop(attribute, None)
 
 
-def _assigned_anew(
-    twins: Twins, own: Iterable[state.Held], given: Mapping[str, Tensor]
+def _reassigned(
+    clone: ModuleClone, own: Iterable[state.Entry], given: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """The given tensors for which ``forward`` assigned others, by name."""
     for one in own:
         if one.name not in given:
             continue
-        twin, tensor = twins.of(one.owner), given[one.name]
-        table: Mapping[str, Tensor | None] = twin._buffers if one.is_buffer else twin._parameters
+        owner, tensor = clone.counterpart(one.owner), given[one.name]
+        table: Mapping[str, Tensor | None] = owner._buffers if one.is_buffer else owner._parameters
         if one.key not in table or table[one.key] is not tensor:
-            current = getattr(twin, one.key, None)
+            current = getattr(owner, one.key, None)
             if current is not tensor and isinstance(current, Tensor):
                 yield one.name, current
 
@@ -337,12 +338,12 @@ def _traced_call(
     tie_weights: bool,
     return_buffers: bool,
 ) -> Called:
-    """What torch.compile's tracer knows, torch's own function: the swaps it traces are undone in the trace."""
+    """A call by torch's own function, which torch.compile knows: it swaps tensors and undoes that in the trace."""
     coming = [leaf for leaf in trees.leaves([args, kwargs, list(given.values())]) if isinstance(leaf, Tensor)]
     for name, buffer in module.named_buffers():
         own = given.get(name, buffer)
         if return_buffers and coming and not name.endswith("num_batches_tracked"):
-            # The tracer cannot be asked for its levels: the copy is batched as what comes in is.
+            # The tracer does not tell its levels: the copy is batched as the inputs are.
             batched = [leaf.new_zeros((), dtype=torch.bool, device=own.device) for leaf in coming]
             given[name] = torch.where(torch.stack(batched).any(), own, own)
         elif return_buffers or name not in given:

@@ -1,6 +1,6 @@
-"""Floor 1: the tensors that a module holds, by name, and which others stand for them in a call.
+"""The tensors of a module, by name, and those that replace them in a call.
 
-Hands on `held` and `by_identity`, and the copies that keep a call from writing to buffers. Never changes a module.
+Hands on `entries` and `replacements`, and the copies that keep a call from writing to buffers. Never changes a module.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)
 
 
-class Held(NamedTuple):
-    """A tensor in one of a module's tables, by one of its names."""
+class Entry(NamedTuple):
+    """A tensor in the table of parameters or of buffers of ``owner``, by one of its names in the root module."""
 
     name: str
     tensor: Tensor
@@ -31,8 +31,8 @@ class Held(NamedTuple):
     is_buffer: bool
 
 
-def held(module: nn.Module) -> Iterator[Held]:
-    """All that the module and its submodules hold; what is in two places comes once for each."""
+def entries(module: nn.Module) -> Iterator[Entry]:
+    """The parameters and buffers of the module and its submodules; what is in two places comes once for each."""
     coming: list[tuple[str, nn.Module, tuple[Any, ...]]] = [("", module, ())]
     while coming:
         prefix, owner, above = coming.pop()
@@ -40,18 +40,18 @@ def held(module: nn.Module) -> Iterator[Held]:
         for table, is_buffer in zip(tables, (False, True), strict=True):
             for key, tensor in table.items():
                 if tensor is not None:
-                    yield Held(prefix + key, tensor, owner, key, is_buffer)
+                    yield Entry(prefix + key, tensor, owner, key, is_buffer)
         children = owner._modules
         if children:
-            # A weak proxy of a parent is registered as a child, and says that it has the parent's children.
+            # A weak proxy of a parent may be registered as a child; its children are the parent's.
             above = (children, *above)
             for key, child in [*children.items()][::-1]:
                 if child is not None and not any(child._modules is other for other in above):
                     coming.append((f"{prefix}{key}.", child, above))
 
 
-def by_identity(own: Iterable[Held], given: Mapping[str, Tensor], tie_weights: bool) -> dict[int, Tensor]:
-    """What stands for a tensor, by the ``id`` of that tensor: so it is replaced wherever the module has it."""
+def replacements(own: Iterable[Entry], given: Mapping[str, Tensor], tie_weights: bool) -> dict[int, Tensor]:
+    """What replaces a tensor, by the ``id`` of that tensor: so it is replaced wherever the module has it."""
     tensors: dict[int, Tensor] = {}
     for one in own:
         tensor = given.get(one.name)
@@ -79,8 +79,8 @@ def merged(dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def check_names(module: nn.Module, given: Mapping[str, Tensor]) -> None:
-    """What ``strict`` asks for."""
-    names = {one.name for one in held(module)}
+    """The names are exactly the module's, as ``strict`` requires."""
+    names = {one.name for one in entries(module)}
     unknown, missing = [n for n in given if n not in names], [n for n in names if n not in given]
     if unknown or missing:
         parts = [f"Unexpected key(s): {', '.join(map(repr, unknown))}."] if unknown else []
@@ -91,8 +91,8 @@ def check_names(module: nn.Module, given: Mapping[str, Tensor]) -> None:
         )
 
 
-def check_initialized(own: Iterable[Held], given: Mapping[str, Tensor]) -> None:
-    """A lazy module makes its parameters in its first call, in place."""
+def check_initialized(own: Iterable[Entry], given: Mapping[str, Tensor]) -> None:
+    """No tensor is missing that a lazy module makes, in place, in its first call."""
     for one in own:
         if type(one.tensor) in _LAZY and one.name not in given:
             raise StructureError(
@@ -101,7 +101,7 @@ def check_initialized(own: Iterable[Held], given: Mapping[str, Tensor]) -> None:
             )
 
 
-def copy_buffers(own: Iterable[Held], tensors: dict[int, Tensor]) -> None:
+def copy_buffers(own: Iterable[Entry], tensors: dict[int, Tensor]) -> None:
     """Put a copy, one for every sample of every vmap around, in the place of each buffer."""
     copied = copy_for_every_sample()
     done: set[int] = set()
@@ -110,21 +110,21 @@ def copy_buffers(own: Iterable[Held], tensors: dict[int, Tensor]) -> None:
         if one.is_buffer and key not in done:
             done.add(key)
             buffer = tensors.get(key, one.tensor)
-            # A count of batches is the same for all samples; a layer without momentum asks for it as a number.
+            # A count of batches is the same for all samples; a layer without momentum needs it as a number.
             counts = isinstance(one.owner, _NORMS) and one.key == "num_batches_tracked"
             tensors[key] = buffer.clone() if counts else copied(buffer)
 
 
-def cloned_buffers(own: Iterable[Held], tensors: dict[int, Tensor]) -> Iterator[tuple[Held, Tensor, int]]:
-    """Put a clone in the place of each buffer that was not given; gives it, and how often it was written."""
+def clone_buffers(own: Iterable[Entry], tensors: dict[int, Tensor]) -> Iterator[tuple[Entry, Tensor, int]]:
+    """Put a clone in the place of each buffer that was not given; yields it and its version."""
     for one in own:
         # Torch's own norms write in training mode alone, and a large network has many of them.
         changes = one.is_buffer and (one.owner.training or type(one.owner) not in _NORMS)
         if changes and id(one.tensor) not in tensors:
             clone = tensors[id(one.tensor)] = one.tensor.clone()
-            yield one, clone, writes(clone)
+            yield one, clone, version(clone)
 
 
-def writes(tensor: Tensor) -> int:
-    """How often a tensor was written in place, as far as torch counts it."""
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written in place, 0 where torch does not count it."""
     return 0 if tensor.is_inference() else versions([tensor])[0]

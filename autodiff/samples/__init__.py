@@ -1,1 +1,1 @@
-"""Floor 3: a function of one sample, run over many in bounded memory. The public name is autodiff.per_sample."""
+"""A function of one sample, run over many in bounded memory. The public name is autodiff.per_sample."""

@@ -1,4 +1,4 @@
-"""Floor 3: `per_sample`, a function of one sample made one of many, and the ways to take its results."""
+"""`per_sample`, which turns a function of one sample into one of many, and the ways to take its results."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from autodiff import checks
 from autodiff._torch import never_traced_alone
 from autodiff.core.memory import parse
+from autodiff.samples.evaluator import Evaluator, name_of
 from autodiff.samples.progress import Progress
 from autodiff.samples.run import Options, Run
-from autodiff.samples.work import Work, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def per_sample(
     randomness: Randomness = "error",
     progress: bool = False,
 ) -> PerSample:
-    r"""A function of one sample, made one of any number of samples, in bounded memory.
+    r"""Turn a function of one sample into a function of any number of samples, in bounded memory.
 
     .. math:: \operatorname{per\_sample}(f)(X)_n = f(X_n)
 
@@ -86,9 +86,9 @@ def per_sample(
     checks.chunk_size(name, chunk_size)
     checks.chunk_size(name, row_chunk_size)
     checks.randomness(name, randomness)
-    checks.allowed(name, "on_error", on_error, ("raise", "nan"))
+    checks.choice(name, "on_error", on_error, ("raise", "nan"))
     budget = None if memory is None else parse(name, memory)
-    Work(func, in_dims, randomness, as_matrix=as_matrix)  # whether the options fit the function
+    Evaluator(func, in_dims, randomness, as_matrix=as_matrix)  # whether the options fit the function
     if progress:
         Progress.check()
     options = Options(chunk_size, row_chunk_size, budget, as_matrix, on_error, randomness, progress)
@@ -129,12 +129,12 @@ class PerSample:
 
         Args:
             args: ``func``'s positional arguments, with the samples where ``in_dims`` says. In place of all
-                mapped ones may stand one iterable of batches, such as a ``DataLoader``, that is no tree:
+                mapped ones may stand one iterable of batches, such as a ``DataLoader``, that is not a tree:
                 each batch holds the mapped arguments, in order, with any number of samples.
             out: where results go: nothing for new tensors; a tensor, NumPy array or memmap, or a tree of
                 them like the result, with the samples in front; or a path. A path that ends in ``.npy`` is
                 one file, any other a folder with a file for each tensor of the result. A run to a path that
-                was interrupted goes on where it stopped when it is started again with the same function,
+                was interrupted continues where it stopped when it is started again with the same function,
                 arguments and options, and computes the chunks that one run would have.
             kwargs: ``func``'s keyword arguments, shared by all samples unless ``in_dims`` is a dict that
                 names them.
@@ -168,7 +168,7 @@ class PerSample:
     def stream(self, *args: Any, **kwargs: Any) -> Iterator[Chunk]:
         """The results, chunk by chunk, as a :class:`.Chunk` each.
 
-        While the next chunk is computed, the loop's own variable still holds the last; ``memory`` counts
+        While the next chunk is computed, the loop's own variable still refers to the last; ``memory`` counts
         both.
 
         Args:
@@ -178,29 +178,20 @@ class PerSample:
         Returns:
             An iterator of chunks, in the order of the samples.
         """
-        checks.not_traced("per_sample")
-        return self._run(args, kwargs, held=1 + self._options.as_matrix, assembled=2).stream()
+        checks.untraced_call("per_sample")
+        return self._run(args, kwargs, kept_results=1 + self._options.as_matrix, whole_results=2).stream()
 
     @never_traced_alone
     def _collected(
         self, reduce: Callable[[Any], Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> Any:
-        checks.not_traced("per_sample")
-        # What is reduced is a matrix besides its blocks.
-        held = 0 if reduce is None else int(self._options.as_matrix)
-        assembled = 0 if reduce is None else 1
-        return self._run(args, kwargs, held=held, assembled=assembled).collect(out, reduce)
+        checks.untraced_call("per_sample")
+        # To be reduced, a matrix is put together beside its blocks.
+        kept = 0 if reduce is None else int(self._options.as_matrix)
+        run = self._run(args, kwargs, kept_results=kept, whole_results=0 if reduce is None else 1)
+        return run.collect(out, reduce)
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, held: int, assembled: int) -> Run:
-        run = Run(
-            self._func,
-            self._in_dims,
-            self._options,
-            self._learnt,
-            args,
-            kwargs,
-            held=held,
-            assembled=assembled,
-        )
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], **in_memory: int) -> Run:
+        run = Run(self._func, self._in_dims, self._options, self._learnt, args, kwargs, **in_memory)
         self.report = run.report
         return run

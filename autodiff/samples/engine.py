@@ -1,6 +1,6 @@
-"""Floor 3: the loop over chunks: compute, measure, halve where memory runs out, find the samples that fail.
+"""The loop over chunks: compute, measure, halve where memory runs out, find the samples that fail.
 
-Hands on `Engine`, whose pieces come in order and depend on nothing but the work, the samples and the plan.
+Hands on `Engine`, whose pieces come in order and depend on nothing but the evaluator, the samples and the plan.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ import torch
 from autodiff._torch import says
 from autodiff.core import memory
 from autodiff.errors import AutodiffError, BudgetError, SampleError
-from autodiff.samples.results import Result, Rows, is_finite, template_of
+from autodiff.samples.results import JacobianRows, Result, is_finite, template_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from autodiff.core.memory import Meter
+    from autodiff.samples.evaluator import Evaluator
     from autodiff.samples.plan import Plan
     from autodiff.samples.report import Report
-    from autodiff.samples.results import Template
-    from autodiff.samples.work import Work
     from autodiff.transforms.vmap import Mapped
 
 R = TypeVar("R")
@@ -33,7 +31,7 @@ OnError: TypeAlias = Literal["raise", "nan"]
 
 
 @dataclass
-class Samples:
+class SamplesPiece:
     """Results of whole samples, ``start`` to ``stop``; no result where the only one of them failed."""
 
     start: int
@@ -42,33 +40,35 @@ class Samples:
 
 
 @dataclass
-class SomeRows:
+class RowsPiece:
     """Rows ``start`` to ``stop`` of one sample."""
 
     sample: int
     start: int
     stop: int
-    rows: Rows
+    rows: JacobianRows
 
 
-Piece: TypeAlias = Samples | SomeRows
+Piece: TypeAlias = SamplesPiece | RowsPiece
 
 
 class Engine:
-    """Runs work over batches of samples."""
+    """Evaluates a function on batches of samples, chunk by chunk."""
 
-    def __init__(self, work: Work, plan: Plan, on_error: OnError, report: Report, *, held: int = 0) -> None:
+    def __init__(
+        self, evaluator: Evaluator, plan: Plan, on_error: OnError, report: Report, *, kept_results: int = 0
+    ) -> None:
         self.plan = plan
-        self._work, self._on_error, self._report = work, on_error, report
-        # How many times its results the caller holds while the next chunk is computed.
-        self._held = held
+        self._evaluator, self._on_error, self._report = evaluator, on_error, report
+        # How many copies of a chunk's results the caller keeps while the next chunk is computed.
+        self._kept_results = kept_results
         self._rows = 0  # of one sample's Jacobian, once that is known
         # The sample and the row that come next, counted over all batches.
         self.position = (0, 0)
 
     @property
     def state(self) -> dict[str, Any]:
-        """Where it stands and what it has learnt, in terms that a file can hold."""
+        """The position, and what was learnt, in values that JSON has."""
         sample, row = self.position
         return {"sample": sample, "row": row, "rows": self._rows, "plan": self.plan.state}
 
@@ -84,18 +84,18 @@ class Engine:
         """
         plan = self.plan
         if self.position == (0, 0):
-            plan.begin(self._work.row_bytes(batch) if self._work.splits else None)
+            plan.begin(self._evaluator.row_bytes(batch) if self._evaluator.splits else None)
         sample, row = self.position[0] - first, self.position[1]
         while sample < batch.size:
-            if plan.rows is not None and self._work.splits:
+            if plan.rows is not None and self._evaluator.splits:
                 # The number of rows is known from the first ones.
                 count = plan.rows.take(self._rows - row) if self._rows else int(plan.rows.size)
                 piece = self._attempt(partial(self._some_rows, batch, first, sample, row, count), count)
                 if piece is None:
                     continue
-                if isinstance(piece, SomeRows):
+                if isinstance(piece, RowsPiece):
                     self._rows, row = piece.rows.total, piece.stop
-                if isinstance(piece, Samples) or row >= self._rows:
+                if isinstance(piece, SamplesPiece) or row >= self._rows:
                     sample, row = sample + 1, 0
                     plan.sample_done(self._rows)
                 pieces = [piece]
@@ -111,18 +111,18 @@ class Engine:
 
     def _attempt(self, compute: Callable[[], R], count: int) -> R | None:
         """What ``compute`` gives; None where memory ran out and a smaller chunk is to be tried."""
-        random = self._work.random_state
+        random = self._evaluator.random_state
         try:
             return compute()
         except Exception as error:
             if not memory.is_out_of_memory(error):
                 raise
-            if not self.plan.shrink(count, self._rows if self._work.splits else 1):
+            if not self.plan.shrink(count, self._rows if self._evaluator.splits else 1):
                 raise BudgetError(
                     f"per_sample: memory ran out in a chunk of {count}, which cannot be made smaller ({error}). "
                     f"Give a smaller chunk_size, or ask for less of each sample."
                 ) from error
-        self._work.random_state = random
+        self._evaluator.random_state = random
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         return None
@@ -134,22 +134,19 @@ class Engine:
             pieces = self._bisected(batch, first, start, stop)
         template = next((template_of(piece.result) for piece in pieces if piece.result is not None), None)
         if meter is not None and template is not None:
-            self._learn_samples(batch, stop - start, meter, template)
-        self._report.chunk(stop - start)
+            if self._evaluator.splits:
+                self._rows = self._evaluator.rows_in(batch, template)
+            kept = self._kept_results * (stop - start) * template.nbytes
+            rows = self._rows if self._evaluator.splits else 1
+            self.plan.learn_samples(stop - start, meter, kept, rows, template.nbytes)
+            self._report.peak = max(self._report.peak, meter.peak)
+        self._report.add_chunk(stop - start)
         return [*pieces]
 
-    def _learn_samples(self, batch: Mapped, count: int, meter: Meter, template: Template) -> None:
-        if self._work.splits:
-            self._rows = self._work.rows_in(batch, template)
-        held = self._held * count * template.bytes
-        rows = self._rows if self._work.splits else 1
-        self.plan.learn_samples(count, meter, held, rows, template.bytes)
-        self._report.peak = max(self._report.peak, meter.peak)
-
-    def _bisected(self, batch: Mapped, first: int, start: int, stop: int) -> list[Samples]:
-        """The results, and where the function fails, those of each half, down to the sample that is the cause."""
+    def _bisected(self, batch: Mapped, first: int, start: int, stop: int) -> list[SamplesPiece]:
+        """The results; where the function fails, those of each half, down to the sample that fails."""
         try:
-            result = self._work.samples(batch, start, stop)
+            result = self._evaluator.samples(batch, start, stop)
         except AutodiffError:
             raise  # a wrong call, whatever the sample
         except Exception as error:
@@ -157,9 +154,9 @@ class Engine:
                 raise
             if stop - start == 1:
                 self._failed(first + start, f"{type(error).__name__}: {error}", error)
-                return [Samples(first + start, first + stop, None)]
+                return [SamplesPiece(first + start, first + stop, None)]
         else:
-            return [Samples(first + start, first + stop, self._finite(result, first + start))]
+            return [SamplesPiece(first + start, first + stop, self._finite(result, first + start))]
         middle = (start + stop) // 2
         return [*self._bisected(batch, first, start, middle), *self._bisected(batch, first, middle, stop)]
 
@@ -179,23 +176,23 @@ class Engine:
         measured = rows.measures(count)
         try:
             with memory.Meter(rows.device) if measured else nullcontext() as meter:
-                some = self._work.rows(batch, sample, start, start + count)
+                some = self._evaluator.rows(batch, sample, start, start + count)
         except AutodiffError:
             raise
         except Exception as error:
             if memory.is_out_of_memory(error):
                 raise
             self._failed(first + sample, f"{type(error).__name__}: {error}", error)
-            return Samples(first + sample, first + sample + 1, None)
+            return SamplesPiece(first + sample, first + sample + 1, None)
         stop = min(start + count, some.total)
         if meter is not None:
             self.plan.learn_rows(stop - start, meter)
             self._report.peak = max(self._report.peak, meter.peak)
-        self._report.chunk(1, rows=stop - start)
+        self._report.add_chunk(1, rows=stop - start)
         if not all(is_finite(piece) for _, _, piece in some.pieces):
             self._failed(first + sample, "the result holds infinities or NaN")
-            return Samples(first + sample, first + sample + 1, None)
-        return SomeRows(first + sample, start, stop, some)
+            return SamplesPiece(first + sample, first + sample + 1, None)
+        return RowsPiece(first + sample, start, stop, some)
 
     def _failed(self, sample: int, why: str, error: Exception | None = None) -> None:
         if self._on_error == "raise":
@@ -212,4 +209,4 @@ def _way_out(error: Exception | None) -> str:
             "randomness='different' or 'same'."
         )
     expected = "finite results for every sample" if error is None else "a function that runs on every sample"
-    return f"Expected {expected}. Look at that sample, or pass on_error='nan' to fill in NaN and go on."
+    return f"Expected {expected}. Inspect that sample, or pass on_error='nan' to fill in NaN and go on."

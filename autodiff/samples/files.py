@@ -1,7 +1,7 @@
-"""Floor 3: results on disk: .npy files, and beside them a journal by which an interrupted run goes on.
+"""Results on disk: .npy files, and beside them a journal from which an interrupted run is resumed.
 
-A chunk is written first and entered in the journal then, so that what the journal names is whole. The files
-are never mapped while they are written, so that what is written takes no memory.
+A chunk is written first and entered in the journal afterwards, so that all chunks in the journal are complete. The
+files are not mapped while they are written, so that what is written takes no memory.
 """
 
 from __future__ import annotations
@@ -10,38 +10,39 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from autodiff.errors import DtypeError, OptionError, ResumeError
-from autodiff.samples.results import Kind, with_tensors
+from autodiff.samples.results import nan, with_tensors
 from autodiff.samples.sinks import Sink
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autodiff.samples.results import Result, Rows, Template
+    from autodiff.core.specs import TensorSpec
+    from autodiff.samples.results import JacobianRows, Result, Template
 
-# Entries are written to the journal, and files to the disk, at most so often.
+# Entries are written to the journal, and files to the disk, at most this often.
 SECONDS_BETWEEN_COMMITS = 1.0
 _VERSION = 1
 
 
-class Array:
-    """One .npy file, written piece by piece: ``[samples, *kind.shape]`` in C order."""
+class NpyFile:
+    """One .npy file, written piece by piece: ``[samples, *spec.shape]`` in C order."""
 
-    def __init__(self, path: Path, kind: Kind, samples: int | None, *, new: bool) -> None:
+    def __init__(self, path: Path, spec: TensorSpec, samples: int | None, *, new: bool) -> None:
         import numpy as np  # noqa: PLC0415  torch works without it
 
-        self.path, self._kind = path, kind
-        self._dtype = _numpy_dtype(kind.dtype)
+        self.path, self._spec = path, spec
+        self._dtype = _numpy_dtype(spec.dtype)
         self._grows, self._start = samples is None, 0
         self._file = path.open("w+b" if new else "r+b", buffering=0)
         if new:
             self._write_header(0 if samples is None else samples)
             if samples is not None:
-                self._file.truncate(self._start + samples * kind.bytes)
+                self._file.truncate(self._start + samples * spec.nbytes)
         else:
             np.lib.format.read_magic(self._file)
             np.lib.format.read_array_header_1_0(self._file)
@@ -52,7 +53,7 @@ class Array:
         import numpy as np  # noqa: PLC0415
 
         self._file.seek(0)
-        shape = (samples, *self._kind.shape)
+        shape = (samples, *self._spec.shape)
         described = {
             "descr": np.lib.format.dtype_to_descr(self._dtype),
             "fortran_order": False,
@@ -63,20 +64,20 @@ class Array:
 
     def write(self, sample: int, offset: int, tensor: Tensor) -> None:
         """Write numbers of one sample or more, ``offset`` numbers behind the beginning of ``sample``."""
-        whole = tensor.detach().to("cpu", self._kind.dtype).resolve_conj().resolve_neg().contiguous()
+        whole = tensor.detach().to("cpu", self._spec.dtype).resolve_conj().resolve_neg().contiguous()
         data = memoryview(whole.reshape(-1).view(torch.uint8).numpy().data)
-        self._file.seek(self._start + sample * self._kind.bytes + offset * self._kind.dtype.itemsize)
+        self._file.seek(self._start + sample * self._spec.nbytes + offset * self._spec.dtype.itemsize)
         while data:
             data = data[self._file.write(data) :]
 
     def sync(self, samples: int) -> None:
-        """Have the disk keep what was written; a growing file tells that it holds ``samples``."""
+        """Write everything to the disk; the header of a growing file says that it holds ``samples``."""
         if self._grows:
             self._write_header(samples)
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Leave the file."""
+        """Close the file."""
         self._file.close()
 
     def mapped(self) -> Tensor:
@@ -90,8 +91,8 @@ class Array:
 class FileSink(Sink):
     """Results in ``path``: one .npy file, or a folder of one for each leaf.
 
-    ``header`` says what run this is: a file of another run is refused. ``resumed`` is the journal's last
-    entry, from which to go on, None for a new run.
+    ``header`` identifies the run: a file of another run is an error. ``resumed`` is the journal's last
+    entry, from which to continue, None for a new run.
     """
 
     def __init__(self, path: str | os.PathLike[str], header: dict[str, Any], samples: int | None) -> None:
@@ -100,7 +101,7 @@ class FileSink(Sink):
         self._single = self._path.suffix == ".npy"
         beside = self._path.with_name(self._path.name + ".journal")
         self._journal_path = beside if self._single else self._path / "journal"
-        self._arrays: list[Array] = []
+        self._arrays: list[NpyFile] = []
         self._pending: list[str] = []
         self._committed = time.monotonic()
         self._batches: dict[int, str] = {}
@@ -127,7 +128,7 @@ class FileSink(Sink):
         if not entries or not self._files_exist(entries[0]):
             return []
         self._check(entries[0]["run"])
-        self._whole = len(whole.encode())
+        self._journal_size = len(whole.encode())
         for entry in entries[1:]:
             if "batch" in entry:
                 self._batches[entry["batch"]] = entry["samples"]
@@ -144,34 +145,32 @@ class FileSink(Sink):
     def _check(self, run: dict[str, Any]) -> None:
         for what, value in self._header.items():
             if run.get(what) != value:
-                raise ResumeError(
-                    f"per_sample: {self._path} holds results of another run, with other {what}. Expected the "
-                    f"same function, arguments and options. Choose another path, or remove {self._path.name} "
-                    f"and its journal."
-                )
+                self._raise_other_run(what, "function, arguments and options")
+
+    def _raise_other_run(self, what: str, expected: str) -> NoReturn:
+        raise ResumeError(
+            f"per_sample: {self._path} holds results of another run, with other {what}. Expected the same {expected}. "
+            f"Choose another path, or remove {self._path.name} and its journal."
+        )
 
     def begin_batch(self, first: int, samples: str) -> None:
-        """A batch of samples comes, known by its fingerprint; it must be the one of the earlier run."""
+        """Enter a batch by its fingerprint, or check that it is the one of the earlier run."""
         known = self._batches.get(first)
         if known is None:
             self._batches[first] = samples
             self._pending.append(json.dumps({"batch": first, "samples": samples}))
         elif known != samples:
-            raise ResumeError(
-                f"per_sample: {self._path} holds results of another run, with other samples from number {first} "
-                f"on. Expected the same samples in the same order. Choose another path, or remove "
-                f"{self._path.name} and its journal."
-            )
+            self._raise_other_run(f"samples from number {first} on", "samples in the same order")
 
     def commit(self, state: dict[str, Any], failed: dict[int, str], *, complete: bool = False) -> None:
-        """Everything before the state's position is done, and from the state the run can go on."""
+        """Enter a state: everything before its position is done, and the run can be resumed from it."""
         self.finished = state["sample"]
         self._pending.append(json.dumps({**state, "failed": failed, "complete": complete}))
         if complete or time.monotonic() - self._committed > SECONDS_BETWEEN_COMMITS:
             self.flush()
 
     def flush(self) -> None:
-        """Have the disk keep the results first, and then the journal's entries about them."""
+        """Write the results to the disk, and then the journal's entries about them."""
         if not self._arrays or not self._pending:
             return
         for array in self._arrays:
@@ -184,7 +183,7 @@ class FileSink(Sink):
         self._committed = time.monotonic()
 
     def close(self) -> None:
-        """Leave the files as they are."""
+        """Close the files."""
         self.flush()
         for array in self._arrays:
             array.close()
@@ -193,22 +192,22 @@ class FileSink(Sink):
 
     def open(self, template: Template) -> None:
         super().open(template)
-        kinds, names = template.kinds(), self._names(template)
-        for kind in kinds:
-            _numpy_dtype(kind.dtype)
+        specs, names = template.tensors(), self._names(template)
+        for spec in specs:
+            _numpy_dtype(spec.dtype)
         new = not self._entries
         if not new:
-            os.truncate(self._journal_path, self._whole)
+            os.truncate(self._journal_path, self._journal_size)
         else:
             if not self._single:
                 self._path.mkdir(parents=True, exist_ok=True)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             files = [str(path.relative_to(self._path.parent)) for path in names]
             first = json.dumps({"per_sample": _VERSION, "run": self._header, "files": files})
-            # The journal first: a run that is cut short in between has no file, and begins anew.
+            # The journal first: a run that is interrupted in between has no file, and starts again.
             self._journal_path.write_text(f"{first}\n")
         self._arrays = [
-            Array(path, kind, self._samples, new=new) for path, kind in zip(names, kinds, strict=True)
+            NpyFile(path, spec, self._samples, new=new) for path, spec in zip(names, specs, strict=True)
         ]
 
     def _names(self, template: Template) -> list[Path]:
@@ -230,14 +229,14 @@ class FileSink(Sink):
                 array.write(sample, 0, portion)
                 sample += len(portion)
 
-    def put_rows(self, sample: int, rows: Rows) -> None:
+    def put_rows(self, sample: int, rows: JacobianRows) -> None:
         for leaf, first, piece in rows.pieces:
             self._arrays[leaf].write(sample, first * (piece.numel() // max(len(piece), 1)), piece)
 
     def put_nan(self, sample: int) -> None:
         assert self.template is not None
-        for array, kind in zip(self._arrays, self.template.kinds(), strict=True):
-            array.write(sample, 0, kind.nan(sample).expand(kind.shape))
+        for array, spec in zip(self._arrays, self.template.tensors(), strict=True):
+            array.write(sample, 0, nan(spec, sample).expand(spec.shape))
 
     def tree(self) -> Any:
         assert self.template is not None
@@ -249,7 +248,7 @@ def _numpy_dtype(dtype: torch.dtype) -> Any:
         return torch.empty(0, dtype=dtype).numpy().dtype
     except TypeError:
         raise DtypeError(
-            f"per_sample: NumPy's files have no {dtype}. Expected a dtype that NumPy knows; convert the result, as in "
+            f"per_sample: .npy files have no {dtype}. Expected a dtype that NumPy has; convert the result, as in "
             f"lambda *args: func(*args).float()."
         ) from None
     except RuntimeError as error:

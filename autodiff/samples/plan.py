@@ -1,6 +1,6 @@
-"""Floor 3: how much is computed at once: samples, or rows of one sample where one alone is too large.
+"""How much is computed at once: samples, or rows of one sample where one alone is too large.
 
-Hands on `Plan`, whose decisions depend on sizes alone, so that a run that is resumed goes on as it would have.
+Hands on `Plan`, whose decisions depend on sizes alone, so that a resumed run continues as it would have.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Plan:
     """The sizes of the chunks to come, on two axes.
 
     ``samples`` says how many samples are next. Where ``rows`` is not None, samples are computed one by
-    one, and it says how many of a sample's rows are next. Beside these rows there are ``assembled`` whole
-    results: one that they are put together to, and one that the caller may hold.
+    one, and it says how many of a sample's rows are next. While these are computed, ``whole_results`` results of whole
+    samples are in memory: the one that the rows belong to, and one that the caller may keep.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class Plan:
         budget: int,
         device: torch.device,
         *,
-        assembled: int = 0,
+        whole_results: int = 0,
     ) -> None:
-        self.budget, self._device, self._assembled = budget, device, assembled
+        self.budget, self._device, self._whole_results = budget, device, whole_results
         self.samples = Sizes(chunk_size, budget, device=device)
         self.rows: Sizes | None = None
         self._may_split = row_chunk_size is not None
@@ -61,12 +61,12 @@ class Plan:
         for sizes in filter(None, (self.samples, self.rows)):
             sizes.reserve(size)
 
-    def learn_samples(self, count: int, meter: Meter, held: int, rows: int, whole: int) -> None:
-        """A chunk of whole samples was measured; ``held`` is what the caller keeps of it meanwhile.
+    def learn_samples(self, count: int, meter: Meter, kept: int, rows: int, whole: int) -> None:
+        """A chunk of whole samples was measured; ``kept`` is the size of the results that the caller keeps meanwhile.
 
         One sample's result has ``rows`` rows and takes ``whole`` bytes.
         """
-        peak = meter.peak + held
+        peak = meter.peak + kept
         self._warn(peak, smallest=count == 1 and not (rows > 1 and self._may_split))
         if count == 1 and rows > 1 and self._may_split and peak > self.samples.aim:
             self._too_large = True
@@ -97,8 +97,8 @@ class Plan:
         return True
 
     def _split(self, first: int, whole: int) -> None:
-        # What whole results leave of the budget; rows of a quarter of it, if they leave less, cost little more.
-        budget = max(self.samples.budget - self._assembled * whole, self.samples.budget // 4)
+        # What whole results leave of the budget, but at least a quarter, with which rows cost little more.
+        budget = max(self.samples.budget - self._whole_results * whole, self.samples.budget // 4)
         self.rows = Sizes("auto", budget, device=self._device, first=max(1, first))
 
     def _warn(self, peak: int, *, smallest: bool) -> None:
@@ -106,22 +106,22 @@ class Plan:
             self._warned = True
             warnings.warn(
                 f"per_sample: the smallest piece of work takes {memory.show(peak)}, more than the "
-                f"{memory.show(self.budget)} that memory allows. It goes on piece by piece.",
+                f"{memory.show(self.budget)} that memory allows. The run continues piece by piece.",
                 BudgetWarning,
                 stacklevel=2,
             )
 
-    def go_on_from(self, state: list[Any]) -> None:
+    def continue_from(self, state: list[Any]) -> None:
         """Begin with the sizes that another run learnt, within this run's own budget."""
         self.state = state
         self.samples.budget = self.budget
         if self.rows is not None:
-            # Within what was left beside whole results, which is not asked again: it only shrinks.
+            # Already reduced by the whole results, and not learnt again: it only shrinks.
             self.rows.budget, self.rows.learning = self.budget, False
 
     @property
     def state(self) -> list[Any]:
-        """All that was learnt, in terms that a file can hold."""
+        """All that was learnt, in values that JSON has."""
         rows = None if self.rows is None else [self.rows.adapts, *self.rows.state]
         return [self.samples.state, rows, self._too_large]
 

@@ -1,4 +1,4 @@
-"""Floor 3: a progress bar with samples per second and memory, by tqdm where it is wanted."""
+"""A progress bar with samples per second and memory, by tqdm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Progress:
 
     @staticmethod
     def check() -> None:
-        """Whether tqdm is there."""
+        """An error if tqdm is missing."""
         if importlib.util.find_spec("tqdm") is None:
             raise OptionError(
                 "per_sample: progress=True needs tqdm, which is not installed. Install it: pip install "
@@ -39,7 +39,7 @@ class Progress:
             self._bar.close()
 
     def advance(self, samples: int, report: Report) -> None:
-        """So many samples more are done."""
+        """Count samples that are done."""
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"chunk {report.largest}, peak {memory.show(report.peak)}", refresh=False

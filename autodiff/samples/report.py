@@ -1,4 +1,4 @@
-"""Floor 3: what a run did: chunks, peak, time, and the samples that failed."""
+"""What a run did: chunks, peak, time, and the samples that failed."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class Report:
     failed: dict[int, str] = field(default_factory=dict)
     _started: float = field(default_factory=time.perf_counter, repr=False)
 
-    def chunk(self, samples: int, rows: int = 0) -> None:
-        """One more chunk; of ``rows`` of one sample where that is not 0."""
+    def add_chunk(self, samples: int, rows: int = 0) -> None:
+        """Count a chunk; one of ``rows`` of one sample where that is not 0."""
         self.chunks += 1
         self.smallest = min(self.smallest or samples, samples)
         self.largest = max(self.largest, samples)
         self.rows = max(self.rows, rows)
 
     def advance(self, samples: int) -> None:
-        """So many samples more are done, now."""
+        """Count samples that are done."""
         self.samples += samples
         self.seconds = time.perf_counter() - self._started
 

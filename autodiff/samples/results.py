@@ -1,18 +1,17 @@
-"""Floor 3: what a chunk of samples gives: leaves with the samples in front, on their way to a destination.
+"""The results of a chunk of samples: leaves with the samples in front.
 
-A leaf is a tensor as it was computed, or the blocks of a matrix that is put together only where it goes.
+A leaf is a tensor as it was computed, or the blocks of a matrix that is put together only at its destination.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from autodiff.core import trees
+from autodiff.core.specs import TensorSpec
 from autodiff.errors import OptionError
 
 if TYPE_CHECKING:
@@ -23,54 +22,42 @@ if TYPE_CHECKING:
     from autodiff.core.trees import Spec
 
 
-# Matrices that go to disk are put together in portions of so many bytes.
+# Matrices that go to disk are put together in portions of this many bytes.
 _PORTION = 8 * 2**20
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What is known of a leaf beforehand: the shape of one sample's, dtype and device."""
+def empty(spec: TensorSpec, samples: int) -> Tensor:
+    """A tensor for this many samples."""
+    return torch.empty((samples, *spec.shape), dtype=spec.dtype, device=spec.device)
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
 
-    @property
-    def bytes(self) -> int:
-        """The size of one sample's."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    def empty(self, samples: int) -> Tensor:
-        """Room for so many samples."""
-        return torch.empty((samples, *self.shape), dtype=self.dtype, device=self.device)
-
-    def nan(self, sample: int) -> Tensor:
-        """The NaN that stands for a sample that failed."""
-        if not (self.dtype.is_floating_point or self.dtype.is_complex):
-            raise OptionError(
-                f"per_sample: on_error='nan' cannot mark sample {sample} in a result of dtype {self.dtype}, which "
-                f"has no NaN. Return a floating tensor, or use on_error='raise'."
-            )
-        return torch.full((), float("nan"), dtype=self.dtype, device=self.device)
+def nan(spec: TensorSpec, sample: int) -> Tensor:
+    """The NaN that marks a sample that failed."""
+    if not (spec.dtype.is_floating_point or spec.dtype.is_complex):
+        raise OptionError(
+            f"per_sample: on_error='nan' cannot mark sample {sample} in a result of dtype {spec.dtype}, which has no "
+            f"NaN. Expected a floating-point or complex result. Return one, or use on_error='raise'."
+        )
+    return torch.full((), float("nan"), dtype=spec.dtype, device=spec.device)
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether the tensor holds neither infinities nor NaN."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    # A sum that is finite needs no second look, which takes 25 x as long, and memory.
+    # Where the sum is finite, so are all numbers; to look at each takes 25 x as long, and memory.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 class Leaf(ABC):
-    """One leaf of the result, for some samples: ``[samples, *kind.shape]``."""
+    """One leaf of the result, for some samples: ``[samples, *spec.shape]``."""
 
-    kind: Kind
+    spec: TensorSpec
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample's."""
-        return self.kind.shape
+        return self.spec.shape
 
     @abstractmethod
     def parts(self) -> Sequence[Tensor]:
@@ -86,7 +73,7 @@ class Leaf(ABC):
 
     @abstractmethod
     def portions(self) -> Iterator[Tensor]:
-        """The leaf as tensors of a few samples each, which need little memory besides."""
+        """The leaf as tensors of a few samples each, to use little memory."""
 
     def infinite(self) -> list[int]:
         """The samples, counted from the first of these, that hold infinities or NaN."""
@@ -110,7 +97,7 @@ class Plain(Leaf):
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
-        self.kind = Kind(tuple(tensor.shape[1:]), tensor.dtype, tensor.device)
+        self.spec = TensorSpec(tensor.shape[1:], tensor.dtype, tensor.device)
 
     def parts(self) -> Sequence[Tensor]:
         return [self._tensor]
@@ -137,13 +124,13 @@ class Matrix(Leaf):
         dtype = flat[0].dtype
         for part in flat:
             dtype = torch.promote_types(dtype, part.dtype)
-        self.kind = Kind((sum(heights), sum(widths)), dtype, flat[0].device)
+        self.spec = TensorSpec((sum(heights), sum(widths)), dtype, flat[0].device)
 
     def parts(self) -> Sequence[Tensor]:
         return [block for row in self._blocks for block in row]
 
     def tensor(self) -> Tensor:
-        target = self.kind.empty(len(self._blocks[0][0]))
+        target = empty(self.spec, len(self._blocks[0][0]))
         self.copy_to(target)
         return target
 
@@ -155,7 +142,7 @@ class Matrix(Leaf):
                 place.copy_(block.reshape(len(block), height, width))
 
     def portions(self) -> Iterator[Tensor]:
-        at_once = max(1, _PORTION // max(self.kind.bytes, 1))
+        at_once = max(1, _PORTION // max(self.spec.nbytes, 1))
         for start in range(0, len(self._blocks[0][0]), at_once):
             some = [[block[start : start + at_once] for block in row] for row in self._blocks]
             yield Matrix(some, self._heights, self._widths).tensor()
@@ -168,7 +155,7 @@ class Result(NamedTuple):
     leaves: list[Any]
 
     def tensors(self) -> list[Leaf]:
-        """The leaves that are no constants."""
+        """The leaves that are not constants."""
         return [leaf for leaf in self.leaves if isinstance(leaf, Leaf)]
 
     def tree(self) -> Any:
@@ -177,39 +164,41 @@ class Result(NamedTuple):
 
 
 class Template(NamedTuple):
-    """The tree of one sample's result: a `Kind`, or a constant, for each place."""
+    """The tree of one sample's result: a `TensorSpec`, or a constant, for each place."""
 
     spec: Spec
     leaves: list[Any]
 
-    def kinds(self) -> list[Kind]:
-        """The kinds of the leaves that are no constants."""
-        return [leaf for leaf in self.leaves if isinstance(leaf, Kind)]
+    def tensors(self) -> list[TensorSpec]:
+        """The leaves that are not constants."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, TensorSpec)]
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """The size of one sample's result."""
-        return sum(kind.bytes for kind in self.kinds())
+        return sum(spec.nbytes for spec in self.tensors())
 
     def paths(self) -> list[str]:
-        """Where the tensors stand, written with dots; empty for one that is the whole result."""
+        """The places of the tensors, written with dots; empty for one that is the whole result."""
         places = trees.places(self.spec)
-        return [place for place, leaf in zip(places, self.leaves, strict=True) if isinstance(leaf, Kind)]
+        return [
+            place for place, leaf in zip(places, self.leaves, strict=True) if isinstance(leaf, TensorSpec)
+        ]
 
 
 def template_of(result: Result) -> Template:
     """What one sample's result looks like."""
-    return Template(result.spec, [leaf.kind if isinstance(leaf, Leaf) else leaf for leaf in result.leaves])
+    return Template(result.spec, [leaf.spec if isinstance(leaf, Leaf) else leaf for leaf in result.leaves])
 
 
 def with_tensors(like: Result | Template, tensors: Sequence[Tensor]) -> Any:
     """The tree with these tensors, in order, and its constants."""
-    coming = iter(tensors)
-    filled = [next(coming) if isinstance(leaf, Leaf | Kind) else leaf for leaf in like.leaves]
+    remaining = iter(tensors)
+    filled = [next(remaining) if isinstance(leaf, Leaf | TensorSpec) else leaf for leaf in like.leaves]
     return trees.unflatten(like.spec, filled)
 
 
-class Rows(NamedTuple):
+class JacobianRows(NamedTuple):
     """Some rows of one sample's Jacobian: pieces of leaves, and how many rows there are in all.
 
     A piece is ``(leaf, first, tensor)``: the tensor is ``[rows, *rest]``, and goes to rows ``first`` on of the

@@ -1,4 +1,4 @@
-"""Floor 3: one run over all samples: from the source, through the engine, to a destination.
+"""One run over all samples: from the source, through the engine, to a destination.
 
 Hands on `Run`, whose results are collected or streamed.
 """
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from autodiff import _torch
-from autodiff.checks.consistency import Agreement
+from autodiff.checks.consistency import OutputConsistency
 from autodiff.core import memory, trees
 from autodiff.errors import AutodiffError, BatchError, SampleError
-from autodiff.samples.engine import Engine, Samples, SomeRows
+from autodiff.samples.engine import Engine, RowsPiece, SamplesPiece
+from autodiff.samples.evaluator import Evaluator, name_of
 from autodiff.samples.files import FileSink
 from autodiff.samples.fingerprint import fingerprint
 from autodiff.samples.plan import Plan
 from autodiff.samples.progress import Progress
 from autodiff.samples.report import Report
-from autodiff.samples.results import Leaf, Plain, Result, template_of, with_tensors
+from autodiff.samples.results import Leaf, Plain, Result, empty, nan, template_of, with_tensors
 from autodiff.samples.sinks import MemorySink
 from autodiff.samples.sources import calls_of
-from autodiff.samples.work import Work, name_of
 from autodiff.transforms.vmap import vmap
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ class Chunk:
 class Run:
     """One run over all samples.
 
-    While a chunk is computed, ``held`` times its results are alive besides, and where rows of one sample are
-    computed, ``assembled`` results of a whole sample.
+    While a chunk is computed, ``kept_results`` copies of its results are in memory as well, and where rows of one
+    sample are computed, ``whole_results`` results of whole samples.
     """
 
     def __init__(
@@ -87,33 +87,35 @@ class Run:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
-        held: int,
-        assembled: int,
+        kept_results: int,
+        whole_results: int,
     ) -> None:
         if not _torch.no_transform_active():
             raise AutodiffError(
-                "per_sample: it was called inside another transform, but it runs on the ground, in chunks that it "
-                "measures. Use vmap(func, chunk_size='auto') inside transforms."
+                "per_sample: it was called inside another transform. Expected a call outside of all transforms, since "
+                "it measures the memory of chunks. Use vmap(func, chunk_size='auto') inside transforms."
             )
         self._func, self._in_dims, self._options, self._learnt = func, in_dims, options, learnt
-        self._work = Work(func, in_dims, options.randomness, as_matrix=options.as_matrix)
+        self._evaluator = Evaluator(func, in_dims, options.randomness, as_matrix=options.as_matrix)
         self._source = calls_of(in_dims, args, kwargs)
         batch = self._next_batch()
         if batch is None:
             raise BatchError(
-                "per_sample: the iterable of batches gave none. Give at least one batch of samples."
+                "per_sample: the iterable of batches is empty. Give at least one batch of samples."
             )
         self._first = batch
         self._total = batch.size if self._source.one else None
-        self._beside = held, assembled
-        self._early: list[int] = []  # samples that failed before it was known what a result looks like
+        self._in_memory = kept_results, whole_results
+        self._early: list[int] = []  # samples that failed before there was a template
         self._assembling: MemorySink | None = None
-        self._agreement = Agreement("per_sample", Leaf)
+        self._consistency = OutputConsistency("per_sample", Leaf)
         device = memory.device_of(trees.leaves((args, kwargs)))
         self._budget = options.memory or int(memory.SHARE * memory.free(device))
         self.report = Report(f"per_sample({name_of(func)})", self._budget)
-        plan = Plan(options.chunk_size, options.row_chunk_size, self._budget, device, assembled=assembled)
-        self._engine = Engine(self._work, plan, options.on_error, self.report, held=held)
+        plan = Plan(
+            options.chunk_size, options.row_chunk_size, self._budget, device, whole_results=whole_results
+        )
+        self._engine = Engine(self._evaluator, plan, options.on_error, self.report, kept_results=kept_results)
 
     # Results.
 
@@ -130,7 +132,7 @@ class Run:
 
     def stream(self) -> Iterator[Chunk]:
         """Whole samples, chunk by chunk."""
-        early: list[int] = []  # samples that failed before it was known what a result looks like
+        early: list[int] = []  # samples that failed before there was a template
         template: Template | None = None
         with self._sizes_kept():
             for pieces in self._pieces():
@@ -157,7 +159,7 @@ class Run:
                 engine.state = sink.resumed
                 report.failed.update(sink.failed)
                 report.resumed_at = engine.position[0]
-                self._work.random_state = _tensors_of(sink.resumed["random"])
+                self._evaluator.random_state = _tensors_of(sink.resumed["random"])
             for pieces in self._pieces(sink):
                 self._put(sink, self._reduced(pieces, reduce))
                 # A sample that is reduced is done when all its rows are there.
@@ -174,7 +176,7 @@ class Run:
 
     def _next_batch(self) -> Mapped | None:
         call = next(self._source.calls, None)
-        return None if call is None else self._work.batch(*call)
+        return None if call is None else self._evaluator.batch(*call)
 
     def _pieces(self, sink: FileSink | None = None) -> Iterator[list[Piece]]:
         """What the engine computes, from its position on; ``sink`` is shown every batch of the source."""
@@ -197,10 +199,10 @@ class Run:
                 first += batch.size
                 batch = self._next_batch()
 
-    def _whole(self, pieces: Iterable[Piece]) -> Iterator[Samples]:
+    def _whole(self, pieces: Iterable[Piece]) -> Iterator[SamplesPiece]:
         """Pieces of whole samples: rows are put together."""
         for piece in pieces:
-            if isinstance(piece, Samples):
+            if isinstance(piece, SamplesPiece):
                 self._assembling = None
                 yield piece
                 continue
@@ -211,66 +213,64 @@ class Run:
             if piece.stop == piece.rows.total:
                 result = _result_of(self._assembling.tree())
                 self._assembling = None
-                yield Samples(piece.sample, piece.sample + 1, result)
+                yield SamplesPiece(piece.sample, piece.sample + 1, result)
 
     def _reduced(self, pieces: list[Piece], reduce: Reduce | None) -> Iterable[Piece]:
         if reduce is None:
             yield from pieces
             return
-        # Such as torch.lobpcg begin at random vectors.
+        # Functions such as torch.lobpcg start from random vectors.
         batched = vmap(reduce, randomness="different", fallback="loop")
         for piece in self._whole(pieces):
             if piece.result is not None:
                 with torch.no_grad():
                     reduced = batched(piece.result.tree())
-                piece = Samples(piece.start, piece.stop, _result_of(reduced))  # noqa: PLW2901
+                piece = SamplesPiece(piece.start, piece.stop, _result_of(reduced))  # noqa: PLW2901
             yield piece
 
     # From pieces to a sink.
 
     def _put(self, sink: Sink, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
-            if isinstance(piece, Samples) and piece.result is None:
+            if isinstance(piece, RowsPiece):
                 if sink.template is None:
-                    self._early.append(piece.start)
-                else:
-                    sink.put_nan(piece.start)
-                continue
-            if isinstance(piece, Samples) and piece.result is not None:
-                piece.result = self._agreed(piece.result, piece)
-            if sink.template is None:
-                self._open_with(
-                    sink, piece.rows.template if isinstance(piece, SomeRows) else _template(piece)
-                )
-            if isinstance(piece, SomeRows):
+                    self._open_with(sink, piece.rows.template)
                 sink.put_rows(piece.sample, piece.rows)
             elif piece.result is not None:
+                piece.result = self._consistent(piece.result, piece)
+                if sink.template is None:
+                    self._open_with(sink, template_of(piece.result))
                 sink.put(piece.start, piece.stop, piece.result)
+            elif sink.template is None:
+                self._early.append(piece.start)
+            else:
+                sink.put_nan(piece.start)
 
-    def _agreed(self, result: Result, piece: Samples) -> Result:
-        """The result of some samples, where it is like those before: shapes, and what is no tensor."""
+    def _consistent(self, result: Result, piece: SamplesPiece) -> Result:
+        """The result of some samples, if it is consistent with those before."""
         count = piece.stop - piece.start
         where = f"samples {piece.start} to {piece.stop - 1}" if count > 1 else f"sample {piece.start}"
-        leaves, spec = self._agreement.join(result.leaves, result.spec, where)
+        leaves, spec = self._consistency.match(result.leaves, result.spec, where)
         return Result(spec, leaves)
 
     def _open(self, sink: Sink, reduce: Reduce | None) -> None:
-        """Tell the sink what a result looks like where no sample was, or had to be, computed."""
+        """Open a sink for which no sample was, or had to be, computed."""
         if sink.template is not None:
             return
-        # A sample of zeros shows what a result looks like where there is none.
+        # Where there is no sample, one of zeros gives the template.
         batch = self._first if self._first.size else self._first.blank()
-        sound = next((at for at in range(batch.size) if at not in self.report.failed), None)
-        if sound is None:
+        finite = next((at for at in range(batch.size) if at not in self.report.failed), None)
+        if finite is None:
             self._all_failed()
-        if self._work.splits and reduce is None:
-            # One row shows as much, where a whole sample may be too large.
-            self._open_with(sink, self._work.rows(batch, sound, 0, 1).template)
+        if self._evaluator.splits and reduce is None:
+            # One row is enough for it; a whole sample may be too large.
+            self._open_with(sink, self._evaluator.rows(batch, finite, 0, 1).template)
             return
-        pieces: list[Piece] = [Samples(0, 0, self._work.samples(batch, sound, sound + 1))]
+        pieces: list[Piece] = [SamplesPiece(0, 0, self._evaluator.samples(batch, finite, finite + 1))]
         (piece,) = self._reduced(pieces, reduce)
-        assert isinstance(piece, Samples)
-        self._open_with(sink, _template(piece))
+        assert isinstance(piece, SamplesPiece)
+        assert piece.result is not None
+        self._open_with(sink, template_of(piece.result))
 
     def _open_with(self, sink: Sink, template: Template) -> None:
         sink.open(template)
@@ -281,8 +281,8 @@ class Run:
     def _all_failed(self) -> NoReturn:
         first, why = next(iter(self.report.failed.items()))
         raise SampleError(
-            f"per_sample: all {len(self.report.failed)} samples failed, the first with: {why}. Expected at least "
-            f"one that shows what a result looks like. Run func on one sample.",
+            f"per_sample: all {len(self.report.failed)} samples failed, the first with: {why}. Expected a result for "
+            f"at least one, which gives the shapes of the others. Run func on one sample.",
             first,
         )
 
@@ -291,20 +291,20 @@ class Run:
     @contextmanager
     def _sizes_kept(self) -> Iterator[None]:
         """Begin with the chunk sizes learnt in an earlier run on such samples, and keep those of this one."""
-        kind, plan = (self._beside, *self._first.kind()), self._engine.plan
+        kind, plan = (self._in_memory, *self._first.kind()), self._engine.plan
         if kind in self._learnt:
-            plan.go_on_from(self._learnt[kind])
+            plan.continue_from(self._learnt[kind])
         yield
         self._learnt.clear()
         self._learnt[kind] = plan.state
 
     def _state(self) -> dict[str, Any]:
-        random = self._work.random_state
+        random = self._evaluator.random_state
         texts = random and {device: bytes(state.tolist()).hex() for device, state in random.items()}
         return {**self._engine.state, "random": texts}
 
     def _header(self, reduce: Reduce | None) -> dict[str, str]:
-        """What makes this run this run, but for the samples."""
+        """What identifies this run, apart from the samples."""
         options = dataclasses.asdict(self._options) | {"in_dims": self._in_dims, "progress": None}
         return {
             "code or captured values": fingerprint([self._func, reduce]),
@@ -316,14 +316,7 @@ class Run:
 def _tensors_of(texts: dict[str, str] | None) -> dict[str, Tensor] | None:
     if texts is None:
         return None
-    return {
-        device: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for device, text in texts.items()
-    }
-
-
-def _template(piece: Samples) -> Template:
-    assert piece.result is not None
-    return template_of(piece.result)
+    return {name: torch.tensor([*bytes.fromhex(text)], dtype=torch.uint8) for name, text in texts.items()}
 
 
 def _result_of(tree: Any) -> Result:
@@ -333,4 +326,4 @@ def _result_of(tree: Any) -> Result:
 
 
 def _nan_tree(template: Template, sample: int) -> Any:
-    return with_tensors(template, [kind.empty(1).copy_(kind.nan(sample)) for kind in template.kinds()])
+    return with_tensors(template, [empty(spec, 1).copy_(nan(spec, sample)) for spec in template.tensors()])

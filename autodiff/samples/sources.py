@@ -1,4 +1,4 @@
-"""Floor 3: where samples come from: tensors, or an iterable of batches such as a DataLoader.
+"""Where samples come from: tensors, or an iterable of batches such as a DataLoader.
 
 Hands on `batches`: calls with their samples, one batch after the other.
 """
@@ -19,7 +19,7 @@ Args = tuple[Any, ...]
 
 
 class Source(NamedTuple):
-    """Calls, each with a batch of samples, and how many samples there are, None where nobody knows."""
+    """Calls, each with a batch of samples, and how many samples there are, None where that is unknown."""
 
     calls: Iterator[tuple[Args, dict[str, Any]]]
     one: bool
@@ -62,9 +62,9 @@ def _calls(
                     f"iterable of batches, got {len(others)}. The batches hold all mapped arguments. Any iterator "
                     f"counts as batches: for parameters write dict(module.named_parameters())."
                 )
-            coming = iter(others)
+            remaining = iter(others)
             parts = dict(zip(mapped, _parts(batch, len(mapped)), strict=True))
-            yield tuple(parts[at] if at in parts else next(coming) for at in range(len(in_dims))), kwargs
+            yield tuple(parts[at] if at in parts else next(remaining) for at in range(len(in_dims))), kwargs
         else:
             if others:
                 raise BatchError(
@@ -86,17 +86,10 @@ def _parts(batch: Any, count: int, names: list[str] | None = None) -> list[Any]:
         return list(batch)
     if count == 1:
         return [batch]
+    size = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
     raise BatchError(
-        f"per_sample: a batch of the iterable is {_described(batch)}, but {count} arguments are mapped. Yield a "
-        f"tuple of {count}, in the order of the arguments."
-    )
-
-
-def _described(batch: Any) -> str:
-    return (
-        f"a {type(batch).__name__} of {len(batch)}"
-        if isinstance(batch, list | tuple)
-        else f"a {type(batch).__name__}"
+        f"per_sample: a batch of the iterable is a {type(batch).__name__}{size}, but {count} arguments are mapped. "
+        f"Yield a tuple of {count}, in the order of the arguments."
     )
 
 

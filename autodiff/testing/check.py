@@ -1,7 +1,7 @@
-"""Floor 3: derivatives checked against difference quotients. Builds on `jvp` and `vjp`.
+"""Derivatives checked against finite differences. Builds on `jvp` and `vjp`.
 
-Hands on `check_grads`, `check_jvp` and `check_vjp`, after JAX's ``jax.test_util``. All numbers that the
-derivatives are held against are differences of values; nothing here differentiates to know what is right.
+Hands on `check_grads`, `check_jvp` and `check_vjp`, after JAX's ``jax.test_util``. Derivatives are only compared with
+differences of values; nothing here differentiates to find the expected number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from autodiff import checks
 from autodiff.core import trees
 from autodiff.errors import DerivativeError, OutputError
-from autodiff.testing.differences import copied, double, explained, in_double, same_draws, start
+from autodiff.testing.differences import copied, double, in_double, naming, point_at, same_random_numbers
 from autodiff.transforms.jvp import jvp
 from autodiff.transforms.vjp import vjp
 
@@ -70,7 +70,7 @@ def check_grads(
     Traceback (most recent call last):
         ...
     autodiff.errors.DerivativeError: check_grads: the derivative of output['loss'] with respect to args[0]['b'], by
-    vjp of f (order 1, mode 'rev'), is expected to be ..., the difference quotient along a random direction, within
+    vjp of f (order 1, mode 'rev'), is expected to be ..., the finite difference along a random direction, within
     ..., but is .... Correct the rule of an operation (a custom Function, a detach) that is used there. ...
 
     The error has the leaves and the numbers too:
@@ -78,7 +78,7 @@ def check_grads(
     >>> try:
     ...     check_grads(f, (p,), modes="rev")
     ... except AssertionError as error:
-    ...     print(error.input, round(error.derivative / error.quotient, 6))
+    ...     print(error.input, round(error.derivative / error.finite_difference, 6))
     args[0]['b'] 2.0
 
     Args:
@@ -91,44 +91,44 @@ def check_grads(
         modes: ``"fwd"`` (:func:`autodiff.jvp`), ``"rev"`` (:func:`autodiff.vjp`) or both.
         kwargs: ``f``'s keyword arguments, any trees; not differentiated.
         has_aux: whether ``f`` returns ``(output, aux)``.
-        atol: how far derivative and quotient may be apart; by default 1e-9, and 1e-5 for a function that
+        atol: the absolute tolerance between the two numbers; by default 1e-9, and 1e-5 for a function that
             computes in float32.
-        rtol: the same, as a multiple of the quotient; by default 1e-6, and 1e-3 in float32.
-        eps: the quotient's step, as a multiple of each number (of 0.01 and 10 for smaller and larger
-            ones); by default 2**-17, and 2**-7 in float32. The error of the quotient grows with its fourth
+        rtol: the tolerance relative to the finite difference; by default 1e-6, and 1e-3 in float32.
+        eps: the step of the finite difference, as a multiple of each number (of 0.01 and 10 for smaller and larger
+            ones); by default 2**-17, and 2**-7 in float32. The truncation error grows with its fourth
             power, and rounding with its inverse: for a tight ``rtol``, such as 1e-11, pass 1e-3.
-        seed: of the directions. torch's own random state plays no part.
+        seed: of the directions, which do not depend on torch's own random state.
 
     Raises:
-        DerivativeError: a derivative and its difference quotient disagree, or one is not finite. The
+        DerivativeError: a derivative and its finite difference disagree, or one is not finite. The
             message names the leaf, and gives the two numbers.
-        OutputError: the output is empty, or holds something else than floating or complex tensors.
+        OutputError: the output is empty, or has leaves that are not floating-point or complex tensors.
         LeafError: ``args`` hold no floating or complex tensor.
-        OptionError: an option is outside of its set.
+        OptionError: an option has a value that is not allowed.
 
     **float64.** Arguments of lower precision are converted, and ``f`` runs in float64. What it captures is
     not converted: check a module as ``module.double()``, or pass its parameters in ``args``. A function that
     has to compute in float32 can be checked as ``lambda x: f(x.float())``; its output's dtype then
     decides the tolerances.
 
-    Each leaf is moved alone, along a random direction, so that a leaf with small derivatives does not hide
+    Each leaf is perturbed alone, along a random direction, so that a leaf with small derivatives does not hide
     behind one with large ones. ``f`` sees the same random numbers in each run, and leaves torch's random state as
     one run does. For complex leaves the derivative is the real-linear one, as in ``torch.autograd``, so
     that ``f`` need not be holomorphic.
 
-    Where ``f`` has a kink, as ``relu`` at 0, there is no derivative to compare with. What is meant to differ
-    from the derivative, such as ``detach`` or a straight-through estimator, fails. So does a pair of modes in which
-    torch itself is wrong, such as ``"fwd"`` of ``"fwd"`` of an autograd Function's ``jvp``: ``modes`` leaves it out.
+    Where ``f`` has a kink, as ``relu`` at 0, there is no derivative to compare with. What differs from the derivative
+    on purpose, such as ``detach`` or a straight-through estimator, fails. So does a mode combination in which torch
+    itself is wrong, such as ``"fwd"`` of ``"fwd"`` of an autograd Function's ``jvp``: leave it out of ``modes``.
 
-    Source: after ``jax.test_util.check_grads``, which moves all leaves at once, along one direction.
+    Source: after ``jax.test_util.check_grads``, which perturbs all leaves at once, along one direction.
     """
-    checks.positive("check_grads", "order", order, "Order 1 checks first derivatives.")
+    checks.positive_int("check_grads", "order", order, "Order 1 checks first derivatives.")
     picked = (modes,) if isinstance(modes, str) else tuple(modes)
     for mode in picked or [picked]:
-        checks.allowed("check_grads", "modes", mode, ("fwd", "rev"))
-    with same_draws() as again:
+        checks.choice("check_grads", "modes", mode, ("fwd", "rev"))
+    with same_random_numbers() as again:
         func = partial(again(f), **in_double(dict(kwargs or {})))
-        _check_orders(start("check_grads", func, args, has_aux, (atol, rtol, eps), seed), order, picked)
+        _check_orders(point_at("check_grads", func, args, has_aux, (atol, rtol, eps), seed), order, picked)
 
 
 def check_jvp(
@@ -142,7 +142,7 @@ def check_jvp(
     eps: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Check a Jacobian-vector product of one's own against difference quotients.
+    """Check a custom Jacobian-vector product against finite differences.
 
     >>> import torch
     >>> x = torch.tensor([1.0, 2.0])
@@ -165,14 +165,14 @@ def check_jvp(
         seed: as for :func:`check_grads`.
 
     Raises:
-        DerivativeError: a tangent and its difference quotient disagree, one is not finite, or ``f_jvp``'s
+        DerivativeError: a tangent and its finite difference disagree, one is not finite, or ``f_jvp``'s
             output is not ``f``'s.
         StructureError, ShapeError, DtypeError: what ``f_jvp`` returns is not like ``f``'s output.
-        OutputError: the output is empty, or holds something else than floating or complex tensors.
+        OutputError: the output is empty, or has leaves that are not floating-point or complex tensors.
         LeafError: ``args`` hold no floating or complex tensor.
     """
-    with same_draws() as again:
-        point = start("check_jvp", again(f), args, has_aux, (atol, rtol, eps), seed)
+    with same_random_numbers() as again:
+        point = point_at("check_jvp", again(f), args, has_aux, (atol, rtol, eps), seed)
         _compare_jvp(point, again(f_jvp), "f_jvp")
 
 
@@ -187,7 +187,7 @@ def check_vjp(
     eps: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Check a vector-Jacobian product of one's own against difference quotients.
+    """Check a custom vector-Jacobian product against finite differences.
 
     >>> import torch
     >>> x = torch.tensor([1.0, 2.0])
@@ -210,15 +210,15 @@ def check_vjp(
         seed: as for :func:`check_grads`.
 
     Raises:
-        DerivativeError: a cotangent and its difference quotient disagree, one is not finite, or ``f_vjp``'s
+        DerivativeError: a cotangent and its finite difference disagree, one is not finite, or ``f_vjp``'s
             output is not ``f``'s.
         StructureError, ShapeError, DtypeError: what ``f_vjp`` returns is not like ``f``'s output, or what the
             pullback returns is not like ``args``.
-        OutputError: the output is empty, or holds something else than floating or complex tensors.
+        OutputError: the output is empty, or has leaves that are not floating-point or complex tensors.
         LeafError: ``args`` hold no floating or complex tensor.
     """
-    with same_draws() as again:
-        point = start("check_vjp", again(f), args, has_aux, (atol, rtol, eps), seed)
+    with same_random_numbers() as again:
+        point = point_at("check_vjp", again(f), args, has_aux, (atol, rtol, eps), seed)
         _compare_vjp(point, again(f_vjp), "f_vjp")
 
 
@@ -270,15 +270,15 @@ def _pullback(point: Point) -> Point:
 def _compare_jvp(point: Point, f_jvp: Callable[..., Any], named: str) -> None:
     """Push each direction alone, then all of them at once."""
     call, name = point.call, point.options.name
-    for moved, where in _each_and_all(point.inputs, "all inputs"):
-        directions = [d if i in moved else torch.zeros_like(d) for i, d in enumerate(point.directions)]
-        with explained(name, named):
+    for perturbed, where in _each_and_all(point.inputs, "all inputs"):
+        directions = [d if i in perturbed else torch.zeros_like(d) for i, d in enumerate(point.directions)]
+        with naming(name, named):
             result = f_jvp(*copied((point.args, call.like_arguments(directions))))
         output, pushed = _pair(name, named, result, "(output, tangents_out)")
         _same_value(point, output, named)
         tangents = _matched(name, "tangents_out", pushed, call.like_output(point.values), "output")
         for j, tangent in enumerate(tangents):
-            value, rounding = point.quotient(moved, j)
+            value, rounding = point.finite_difference(perturbed, j)
             tolerance = point.atol + point.rtol * value.abs() + rounding
             _compare(point, "fwd", named, point.outputs[j], where, tangent, value, tolerance)
 
@@ -286,22 +286,22 @@ def _compare_jvp(point: Point, f_jvp: Callable[..., Any], named: str) -> None:
 def _compare_vjp(point: Point, f_vjp: Callable[..., Any], named: str) -> None:
     """Pull a random cotangent of each output alone, then of all of them at once."""
     call, name = point.call, point.options.name
-    with explained(name, named):
+    with naming(name, named):
         result = f_vjp(*copied(point.args))
     output, pullback = _pair(name, named, result, "(output, pullback)")
     _same_value(point, output, named)
     drawn = [point.options.random_like(value) for value in point.values]
     for pulled_from, where in _each_and_all(point.outputs, "all outputs"):
         seeds = [c if j in pulled_from else torch.zeros_like(c) for j, c in enumerate(drawn)]
-        with explained(name, named):
+        with naming(name, named):
             pulled = pullback(copied(call.like_output(seeds)))
         cotangents = _matched(name, "cotangents", pulled, call.like_arguments(point.primals), "args")
         for i, cotangent in enumerate(cotangents):
-            # Over the real numbers <cotangent of the input, direction> = <cotangent of the output, quotient>.
-            pairs = [(drawn[j], *point.quotient([i], j)) for j in pulled_from]
+            # Over the real numbers <cotangent of the input, direction> = <cotangent of the output, difference>.
+            pairs = [(drawn[j], *point.finite_difference([i], j)) for j in pulled_from]
             terms = torch.cat([_terms(seed, value) for seed, value, _ in pairs])
             rounding = torch.cat([_terms(seed.abs(), rounding) for seed, _, rounding in pairs])
-            # Errors of single terms add up as the sides of a right angle do.
+            # The errors of single terms are independent: their squares add up.
             slack = (point.rtol * terms.abs() + rounding).norm()
             tolerance = point.atol + point.rtol * terms.sum().abs() + slack
             derivative = _terms(cotangent, point.directions[i]).sum()
@@ -332,19 +332,19 @@ def _terms(one: Tensor, other: Tensor) -> Tensor:
 def _matched(name: str, kind: str, tree: Any, model: Any, reference: str) -> list[Tensor]:
     """The leaves of ``tree`` where ``model`` holds tensors, checked against these; None stands for zeros."""
     models, spec = trees.flatten(model)
-    leaves = checks.same_structure(name, kind, spec, tree, reference)
+    leaves = checks.matching_structure(name, kind, spec, tree, reference)
     paths = zip(trees.paths(spec, kind), trees.paths(spec, reference), strict=True)
     found = []
     for like, leaf, (path, home) in zip(models, leaves, paths, strict=True):
         if like is not None:
             found.append(torch.zeros_like(like) if leaf is None else leaf)
-            checks.like_leaf(
+            checks.matching_leaf(
                 name, "cotangent" if kind == "cotangents" else "tangent", path, found[-1], home, like
             )
     return found
 
 
-# What is said of a difference.
+# Errors where numbers differ.
 
 
 def _compare(
@@ -354,14 +354,14 @@ def _compare(
     whose: str,
     by: str,
     derivative: Tensor,
-    quotient: Tensor,
+    difference: Tensor,
     tolerance: Tensor,
 ) -> None:
     """Raise for the element that is furthest out of tolerance."""
-    element = _furthest(derivative, quotient, tolerance)
+    element = _furthest(derivative, difference, tolerance)
     if element is None:
         return
-    came, expected, within = (every[element].item() for every in (derivative, quotient, tolerance))
+    came, expected, within = (every[element].item() for every in (derivative, difference, tolerance))
     if not isfinite(abs(expected)):
         way_out = "f is not finite around args: pass others, or a smaller eps."
     elif not isfinite(abs(came)):
@@ -375,10 +375,10 @@ def _compare(
         )
     raise DerivativeError(
         f"{point.options.name}: the derivative of {whose}{_at(element)} with respect to {by}, by {named} "
-        f"(order {point.order}, mode {mode!r}), is expected to be {expected:.9g}, the difference quotient along a "
+        f"(order {point.order}, mode {mode!r}), is expected to be {expected:.9g}, the finite difference along a "
         f"random direction, within {within:.1e}, but is {came:.9g}. {way_out}",
         derivative=came,
-        quotient=expected,
+        finite_difference=expected,
         mode=mode,
         order=point.order,
         output=whose,
@@ -387,7 +387,7 @@ def _compare(
 
 
 def _furthest(came: Tensor, expected: Tensor, tolerance: Tensor) -> tuple[int, ...] | None:
-    """The element that is furthest out of tolerance, None where none is. What is no number is furthest."""
+    """The element that is furthest out of tolerance, None where none is. NaN is furthest."""
     excess = ((came.detach() - expected).abs() - tolerance).nan_to_num(nan=inf)
     if (excess <= 0).all():
         return None
@@ -399,7 +399,7 @@ def _at(element: tuple[int, ...]) -> str:
 
 
 def _same_value(point: Point, output: Any, named: str) -> None:
-    """The value that comes with a derivative is the function's."""
+    """The value that a product returns besides the derivative is the function's."""
     values = _matched(point.options.name, "value", output, point.call.like_output(point.values), "output")
     for path, came, expected in zip(point.outputs, values, point.values, strict=True):
         element = _furthest(came, expected, point.atol + point.rtol * expected.abs())

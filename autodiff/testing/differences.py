@@ -1,7 +1,7 @@
-"""Floor 1: difference quotients, the numbers that derivatives are held against.
+"""Finite differences, with which derivatives are compared.
 
-Hands on `Point`, a function where it is moved along random directions, in float64, and `same_draws`, in which
-all runs see the same random numbers. Never differentiates; imports `arguments`, `batch`, `checks`, `trees`, `errors`.
+Hands on `Point`, a function with its finite differences along random directions, in float64, and
+`same_random_numbers`, for all runs of a function. Never differentiates; imports `call`, `batch`, `checks` and `trees`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 # The steps with the least error are about 7e-4 and 4e-2, the fifth roots of the units of rounding. Smaller ones still
 # leave ten and five digits, and meet a kink a hundred times and five times less often.
 _DEFAULTS = {torch.float64: (1e-9, 1e-6, 2.0**-17), torch.float32: (1e-5, 1e-3, 2.0**-7)}  # atol, rtol, eps
-# Units in the last place that a function's own operations may lose: a heuristic.
+# Units in the last place that a function's own operations may lose, by a heuristic.
 _UNITS_LOST = 8
-# A number is moved in proportion to its size, within bounds: log at 0.01 needs a small step, sin at 1000 as well.
+# A step is proportional to its number, within bounds: log at 0.01 needs a small one, and so does sin at 1000.
 _LEAST_MOVE, _LARGEST_MOVE = 0.01, 10.0
 
 _CAPTURED = (
@@ -39,7 +39,7 @@ _CAPTURED = (
 
 
 class Options(NamedTuple):
-    """What the user chose, None where the dtype decides, and the source of random directions."""
+    """The user's options, None where the dtype decides, and the generator of random directions."""
 
     name: str
     atol: float | None
@@ -52,8 +52,8 @@ class Options(NamedTuple):
         return torch.randn(model.shape, dtype=double(model), generator=self.generator).to(model)
 
 
-class Quotient(NamedTuple):
-    """An output's derivative along a direction, and how far rounding may have put it off."""
+class FiniteDifference(NamedTuple):
+    """An output's derivative along a direction, and a bound of its rounding error."""
 
     value: Tensor
     rounding: Tensor
@@ -62,8 +62,8 @@ class Quotient(NamedTuple):
 class Point:
     """A function where it is differentiated, with a random direction for each input.
 
-    ``roots`` name its arguments, ``outputs`` its outputs, and ``named`` itself. ``dtype`` is the coarsest in which it
-    is known to compute.
+    ``roots`` name its arguments, ``outputs`` its outputs, and ``named`` itself. ``dtype`` is the least precise one in
+    which it is known to compute.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class Point:
         self.has_aux, self.named, self.order = has_aux, named, order
         self.call = Call(options.name, func, args, {}, tuple(range(len(args))) or None, has_aux)
         self.primals = self.call.primals
-        with explained(options.name, named):
+        with naming(options.name, named):
             self.values = self.call.evaluate([primal.clone() for primal in self.primals])[0]
         self.inputs = [path for arg, root in zip(args, roots, strict=True) for path in _paths(arg, root)]
         self.outputs = outputs or [self.call.path_of_output(j) for j in range(len(self.values))]
         checks.tensor_outputs(options.name, self.values, lambda j: self.outputs[j])
-        self.dtype = _coarsest(self, dtype)
+        self.dtype = _least_precise(self, dtype)
         chosen = zip(options[1:4], _DEFAULTS[self.dtype], strict=True)
         self.atol, self.rtol, self.eps = (usual if given is None else given for given, usual in chosen)
         self.directions = [
@@ -106,34 +106,34 @@ class Point:
             self.options, product, args, roots, outputs, named=named, order=self.order + 1, dtype=self.dtype
         )
 
-    def quotient(self, moved: Sequence[int], output: int) -> Quotient:
-        """Of one output, where the inputs ``moved`` move."""
-        picked = [self._quotients[i][output] for i in moved]
-        value = torch.stack([quotient.value for quotient in picked]).sum(0)
-        return Quotient(value, torch.stack([quotient.rounding for quotient in picked]).sum(0))
+    def finite_difference(self, perturbed: Sequence[int], output: int) -> FiniteDifference:
+        """Of one output, along the directions of the inputs ``perturbed``."""
+        picked = [self._differences[i][output] for i in perturbed]
+        value = torch.stack([difference.value for difference in picked]).sum(0)
+        return FiniteDifference(value, torch.stack([difference.rounding for difference in picked]).sum(0))
 
     @cached_property
-    def _quotients(self) -> list[list[Quotient]]:
+    def _differences(self) -> list[list[FiniteDifference]]:
         # [each input, each output], an output's shape
         return [self._along(position) for position in range(len(self.primals))]
 
-    def _along(self, position: int) -> list[Quotient]:
+    def _along(self, position: int) -> list[FiniteDifference]:
         def at(steps: int) -> list[Tensor]:
             leaves = [primal.clone() for primal in self.primals]
             leaves[position] += steps * self.eps * self.directions[position]
             return [value.detach().to(double(value)) for value in self.call.evaluate(leaves)[0]]
 
-        quotients = []
+        differences = []
         for right, left, far_right, far_left in zip(at(1), at(-1), at(2), at(-2), strict=True):
             value = (8 * (right - left) - (far_right - far_left)) / (12 * self.eps)
             largest = torch.stack([right.abs(), left.abs(), far_right.abs(), far_left.abs()]).amax(0)
-            # Each of the four values may be off by these units, and (8 + 8 + 1 + 1) / 12 of them add up.
+            # Each of the four values may have an error of these units, and (8 + 8 + 1 + 1) / 12 of them add up.
             unit = 1.5 * _UNITS_LOST * torch.finfo(self.dtype).eps / self.eps
-            quotients.append(Quotient(value, unit * largest))
-        return quotients
+            differences.append(FiniteDifference(value, unit * largest))
+        return differences
 
 
-def start(
+def point_at(
     name: str,
     f: Callable[..., Any],
     args: Any,
@@ -146,7 +146,7 @@ def start(
         if value is not None and not least <= value < inf:
             raise OptionError(
                 f"{name}: {option} is a finite number from {least:.2g} on, got {value!r}. Leave it out for a value "
-                f"that fits the dtype in which f computes."
+                f"that suits the dtype in which f computes."
             )
     args = tuple(args) if isinstance(args, list) else args
     checks.tuple_of_primals(name, args)
@@ -155,7 +155,7 @@ def start(
 
 
 def double(tensor: Tensor) -> torch.dtype:
-    """The widest dtype of its kind, real or complex."""
+    """The most precise dtype, real or complex as the tensor is."""
     return torch.complex128 if tensor.is_complex() else torch.float64
 
 
@@ -183,14 +183,14 @@ def _paths(tree: Any, root: str) -> list[str]:
     return [p for p, leaf in zip(trees.paths(spec, root), leaves, strict=True) if is_differentiable(leaf)]
 
 
-def _coarsest(point: Point, dtype: torch.dtype) -> torch.dtype:
-    """``dtype``, or that of an output if it is coarser; an error where there is nothing to compare."""
+def _least_precise(point: Point, dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or that of an output if it is less precise; an error where there is nothing to compare."""
     for path, value in zip(point.outputs, point.values, strict=True):
         real = value.dtype.to_real()
         if real not in _DEFAULTS:
             raise DtypeError(
-                f"{point.options.name}: {path} is expected in float64 or float32, got {value.dtype}, which is too "
-                f"coarse for difference quotients. Let f compute in a wider dtype."
+                f"{point.options.name}: {path} is expected in float64 or float32, got {value.dtype}, which is not "
+                f"precise enough for finite differences. Let f compute in a wider dtype."
             )
         finite = value.isfinite()
         if not finite.all():
@@ -205,8 +205,8 @@ def _coarsest(point: Point, dtype: torch.dtype) -> torch.dtype:
 
 
 @contextmanager
-def explained(name: str, named: str) -> Iterator[None]:
-    """Say what was run when torch raised."""
+def naming(name: str, named: str) -> Iterator[None]:
+    """Name what was run in an error of torch's."""
     try:
         yield
     except RuntimeError as error:
@@ -216,8 +216,8 @@ def explained(name: str, named: str) -> Iterator[None]:
 
 
 @contextmanager
-def same_draws() -> Iterator[Callable[[Callable[..., Any]], Callable[..., Any]]]:
-    """Make functions see the same random numbers in every run; afterwards there has been one run."""
+def same_random_numbers() -> Iterator[Callable[[Callable[..., Any]], Callable[..., Any]]]:
+    """Give functions the same random numbers in every run; afterwards torch's state is that after one run."""
     rewind = remember_randomness()
     after: list[dict[str, Tensor]] = []
 

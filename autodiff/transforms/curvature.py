@@ -180,7 +180,7 @@ def of_gradient(
     @wraps(func)
     def derived(*args: Any, **kwargs: Any) -> Any:
         call = Call(name, func, args, kwargs, argnums, has_aux, wrt)
-        checks.real(name, call.primals, call.path_of_primal)
+        checks.real_tensors(name, call.primals, call.path_of_primal)
         slope = gradient(call).linearize()
         result = compute(call, slope)
         return (result, call.aux(slope.aux)) if has_aux else result

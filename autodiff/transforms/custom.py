@@ -147,7 +147,7 @@ class Custom(ABC):
     @never_traced_alone
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's value, which knows its derivatives."""
-        custom_checks.not_traced(self.name, self.shown)
+        custom_checks.untraced_call(self.name, self.shown)
         use = Use(self, self._positional(args, kwargs))
         if not any(map(is_tracked, use.saved)):
             return self.func(*use.args)
@@ -161,12 +161,12 @@ class Custom(ABC):
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         if self._signature is None:
             if kwargs:
-                custom_checks.only_positional(self.name, self.shown, list(kwargs))
+                custom_checks.raise_keyword_arguments(self.name, self.shown, list(kwargs))
             return args
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         if bound.kwargs:
-            custom_checks.only_positional(self.name, self.shown, list(bound.kwargs))
+            custom_checks.raise_keyword_arguments(self.name, self.shown, list(bound.kwargs))
         return bound.args
 
 
@@ -210,7 +210,7 @@ class Use:
         before = write_counts(constants[: len(self.where)])
         result = func(*self.all_args(constants))
         if before != write_counts(constants[: len(self.where)]):
-            custom_checks.leaves_arguments(self.custom.name, self.custom.shown)
+            custom_checks.raise_argument_written(self.custom.name, self.custom.shown)
         return result
 
     def tangents(self, vectors: Vectors) -> tuple[Any, ...]:
@@ -223,7 +223,7 @@ class Use:
     def cotangents(self, tree: Any) -> list[Tensor | None]:
         """What a rule gave for the differentiated arguments, as one cotangent for each of ``saved``."""
         if not isinstance(tree, tuple) or len(tree) != self.count:
-            custom_checks.rule_gives_tuple(self.custom.name, self.custom.shown, tree, self.count)
+            custom_checks.raise_wrong_cotangent_count(self.custom.name, self.custom.shown, tree, self.count)
         leaves = _like(self.custom, "cotangent", tree, self._spec, "args")
         pairs = [(leaves[i], self._leaves[i], i) for i in self.where]
         return [
@@ -235,7 +235,7 @@ class Use:
         for position in self._constant:
             if is_tracked(self._leaves[position]):
                 path = trees.paths(self._nondiff_spec, "nondiff")[position - self._border]
-                custom_checks.nondiff_is_constant(self.custom.name, self.custom.shown, path)
+                custom_checks.raise_differentiated_nondiff(self.custom.name, self.custom.shown, path)
 
 
 class Output:
@@ -246,7 +246,7 @@ class Output:
         self.leaves, self.spec = trees.flatten(tree)
         self.where = [i for i, leaf in enumerate(self.leaves) if is_differentiable(leaf)]
         if any(is_tracked(leaf) for leaf in self.leaves if isinstance(leaf, Tensor)):
-            custom_checks.captures_nothing(custom.name, custom.shown)
+            custom_checks.raise_captured_tensor(custom.name, custom.shown)
         self._specs = [TensorSpec.of(self.leaves[i]) for i in self.where]
 
     def zeros(self) -> list[Tensor]:
@@ -274,7 +274,9 @@ class Output:
 def _like(custom: Custom, kind: str, tree: Any, spec: Spec, root: str) -> list[Any]:
     values = trees.broadcast(tree, spec)
     if values is None or any(value is not None and not exact for value, exact in values):
-        custom_checks.rule_gives_structure(custom.name, custom.shown, kind, trees.structure(tree), spec, root)
+        custom_checks.raise_wrong_rule_structure(
+            custom.name, custom.shown, kind, trees.structure(tree), spec, root
+        )
     return [value for value, _ in values]
 
 
@@ -285,7 +287,7 @@ def _vector(
         return None
     if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
         path = trees.paths(spec, "args" if kind == "cotangent" else "output")[position]
-        custom_checks.rule_gives_like(custom.name, custom.shown, kind, path, value, like)
+        custom_checks.raise_wrong_rule_leaf(custom.name, custom.shown, kind, path, value, like)
     return value
 
 
@@ -305,10 +307,10 @@ class CustomVjp(Custom):
 
     def _differentiated(self, use: Use) -> Any:
         if self.fwd is None or self.bwd is None:
-            custom_checks.has_rule(self.name, self.shown, "defvjp(fwd, bwd)")
+            custom_checks.raise_no_rule(self.name, self.shown, "defvjp(fwd, bwd)")
         state = randomness.random_state()
         pair = use.evaluate(self.fwd)
-        custom_checks.rule_gives_pair(self.name, self.shown, "fwd", "(output, residuals)", pair)
+        custom_checks.rule_result_pair(self.name, self.shown, "fwd", "(output, residuals)", pair)
         output, residuals = Output(self, pair[0]), trees.flatten(pair[1])
         rules = _ByPullback(self, use, output, residuals, state)
         return output.tied(rules, [*use.saved, *rules.residuals])
@@ -366,7 +368,7 @@ class CustomJvp(Custom):
 
     def defjvps(self, *rules: Callable[..., Any] | None) -> None:
         """Set a rule for each argument, ``rule(tangent, output, *args)``; the tangents are added."""
-        custom_checks.no_nondiff(self.name, self.shown, self.nondiff)
+        custom_checks.no_nondiff_argnums(self.name, self.shown, self.nondiff)
 
         def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
             output = self(*primals)
@@ -382,7 +384,7 @@ class CustomJvp(Custom):
 
     def _differentiated(self, use: Use) -> Any:
         if self.rule is None:
-            custom_checks.has_rule(self.name, self.shown, "defjvp(rule)")
+            custom_checks.raise_no_rule(self.name, self.shown, "defjvp(rule)")
         output = Output(self, use.evaluate(self.func))
         return output.tied(_ByPushforward(self, use, output), use.saved)
 
@@ -396,7 +398,7 @@ class _ByPushforward(Rules):
         nondiff, primals = self._use.parts(saved)
         pair = self._custom.rule(*nondiff, primals, self._use.tangents(tangents))
         name = self._custom.name, self._custom.shown
-        custom_checks.rule_gives_pair(*name, "jvp rule", "(output, tangent)", pair)
+        custom_checks.rule_result_pair(*name, "jvp rule", "(output, tangent)", pair)
         return self._output.tangents(pair[1])
 
     def pull(self, saved: Sequence[Tensor], cotangents: Vectors, wanted: Sequence[bool]) -> Vectors:

@@ -1,6 +1,6 @@
-"""Floor 1: every check of a custom rule. `func` is the name of the function that has it.
+"""Checks of custom rules, named as `checks` says; ``func`` is the name of the function that has the rule.
 
-As in `checks`, the first parameter is the public name that the user called. Imports `_torch`, `trees` and `errors`.
+Imports `_torch`, `trees` and `errors`.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def nondiff_argnums(
     return frozenset(positions)
 
 
-def only_positional(name: str, func: str, names: Sequence[str]) -> NoReturn:
+def raise_keyword_arguments(name: str, func: str, names: Sequence[str]) -> NoReturn:
     raise RuleError(
-        f"{name}: {func} is called with {names} by keyword, but rules get arguments by position. Expected parameters "
-        f"with a place of their own; write them before the * in {func}'s signature."
+        f"{name}: {func} is called with {names} by keyword, but rules get arguments by position. Expected positional "
+        f"parameters; write them before the * in {func}'s signature."
     )
 
 
-def not_traced(name: str, func: str) -> None:
+def untraced_call(name: str, func: str) -> None:
     if compiling():
         stop_tracing(
             f"{name}: torch.compile traces a call of {func}. Expected a call outside of what is compiled: no tracer "
@@ -55,14 +55,14 @@ def not_traced(name: str, func: str) -> None:
         )
 
 
-def has_rule(name: str, func: str, how: str) -> NoReturn:
+def raise_no_rule(name: str, func: str, how: str) -> NoReturn:
     raise RuleError(
         f"{name}: {func} is differentiated, but has no rule. Expected one, set by {func}.{how}, before the first "
         f"derivative."
     )
 
 
-def no_nondiff(name: str, func: str, nondiff: frozenset[int]) -> None:
+def no_nondiff_argnums(name: str, func: str, nondiff: frozenset[int]) -> None:
     if nondiff:
         raise RuleError(
             f"{name}: {func}.defjvps takes a rule for every argument, but {func} has nondiff_argnums "
@@ -70,30 +70,32 @@ def no_nondiff(name: str, func: str, nondiff: frozenset[int]) -> None:
         )
 
 
-def rule_gives_pair(name: str, func: str, rule: str, pair: str, value: object) -> None:
+def rule_result_pair(name: str, func: str, rule: str, pair: str, value: object) -> None:
     if not isinstance(value, tuple) or len(value) != 2:
         came = f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
         raise RuleError(
-            f"{name}: the {rule} of {func} is to return {pair}, got {came}. Return a tuple of the two."
+            f"{name}: the {rule} of {func} is expected to return {pair}, got {came}. Return a tuple of the two."
         )
 
 
-def rule_gives_tuple(name: str, func: str, value: object, count: int) -> NoReturn:
+def raise_wrong_cotangent_count(name: str, func: str, value: object, count: int) -> NoReturn:
     came = f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
     raise RuleError(
-        f"{name}: bwd of {func} is to return a tuple of {count}, a cotangent for each differentiated argument, got "
-        f"{came}. Write (c,) for one, and None for zero."
+        f"{name}: bwd of {func} is expected to return a tuple of {count}, a cotangent for each differentiated "
+        f"argument, got {came}. Write (c,) for one, and None for zero."
     )
 
 
-def rule_gives_structure(name: str, func: str, kind: str, came: Spec, wanted: Spec, root: str) -> NoReturn:
+def raise_wrong_rule_structure(
+    name: str, func: str, kind: str, came: Spec, wanted: Spec, root: str
+) -> NoReturn:
     raise RuleError(
-        f"{name}: the {kind} that the rule of {func} gives is to have the structure of {root}: "
-        f"{trees.difference(came, kind, wanted, root)} Give a tensor for each floating leaf, and None for zero."
+        f"{name}: the {kind} that the rule of {func} gives is expected to have the structure of {root}, but "
+        f"{trees.difference(came, kind, wanted, root)} Give a tensor for each floating-point leaf, and None for zero."
     )
 
 
-def rule_gives_like(
+def raise_wrong_rule_leaf(
     name: str, func: str, kind: str, path: str, value: object, like: Tensor | TensorSpec
 ) -> NoReturn:
     came = (
@@ -107,21 +109,21 @@ def rule_gives_like(
     )
 
 
-def captures_nothing(name: str, func: str) -> NoReturn:
+def raise_captured_tensor(name: str, func: str) -> NoReturn:
     raise RuleError(
-        f"{name}: {func} reaches a tensor that is differentiated and is no argument of it, so that no rule gives the "
-        f"derivative by it. Make it an argument, or detach it."
+        f"{name}: {func} captures a tensor that is differentiated, but is not an argument of it, so that no rule "
+        f"gives the derivative. Expected only arguments to be differentiated; make it an argument, or detach it."
     )
 
 
-def nondiff_is_constant(name: str, func: str, path: str) -> NoReturn:
+def raise_differentiated_nondiff(name: str, func: str, path: str) -> NoReturn:
     raise RuleError(
-        f"{name}: {path} of {func} is differentiated, but stands in nondiff_argnums. Expected a constant there; detach "
+        f"{name}: {path} of {func} is differentiated, but listed in nondiff_argnums. Expected a constant there; detach "
         f"it, or leave it out of nondiff_argnums."
     )
 
 
-def leaves_arguments(name: str, func: str) -> NoReturn:
+def raise_argument_written(name: str, func: str) -> NoReturn:
     raise RuleError(
         f"{name}: {func} wrote in place to an argument that is differentiated: its derivative belongs to another "
         f"point. Expected a function that leaves its arguments as they are; write to a clone."

@@ -93,10 +93,10 @@ def hessian_eigenvalues(
         ArgnumsError, LeafError: ``argnums`` or ``wrt`` does not fit the call, or selects nothing to differentiate.
     """
     name = "hessian_eigenvalues"
-    checks.positive(name, "k", k, "Ask for at least one eigenvalue.")
-    checks.allowed(name, "which", which, ("LA", "SA", "LM"))
+    checks.positive_int(name, "k", k, "Ask for at least one eigenvalue.")
+    checks.choice(name, "which", which, ("LA", "SA", "LM"))
     if iterations is not None:
-        checks.positive(name, "iterations", iterations, f"None takes {_BLOCKS}.")
+        checks.positive_int(name, "iterations", iterations, f"None takes {_BLOCKS}.")
 
     def eigenvalues(call: Call, slope: DerivativeLinearization) -> Tensor:
         size = size_of(call.primals)

@@ -196,7 +196,7 @@ def differentiate(
     """Value, gradient and aux of one call, under the public name that the user called."""
     call = Call(name, func, args, kwargs, argnums, has_aux, wrt)
     if holomorphic:
-        checks.complex_pairing(name, call.primals, holomorphic, "inputs")
+        checks.holomorphic_dtypes(name, call.primals, holomorphic, "inputs")
     tape = record(call.evaluate, call.primals)
     checks.scalar_output(name, call.out_spec, tape.outputs, holomorphic)
     (value,) = tape.outputs

@@ -90,7 +90,7 @@ def hessian(
         IndependenceError: ``strict`` and an output or its derivative is independent of a leaf.
         MissingRuleError: ``mode="auto"``, and torch lacks a rule for every order.
     """
-    checks.allowed("hessian", "mode", mode, _HESSIAN_MODES)
+    checks.choice("hessian", "mode", mode, _HESSIAN_MODES)
     outer, inner = _combination(mode)
     return Hessian(
         name="hessian",
@@ -236,7 +236,7 @@ def hvp(
         LeafError: no primal holds a floating or complex tensor.
         MissingRuleError: ``mode="auto"``, and torch lacks a rule for every order.
     """
-    checks.allowed("hvp", "mode", mode, _HVP_MODES)
+    checks.choice("hvp", "mode", mode, _HVP_MODES)
     checks.tuple_of_primals("hvp", primals)
     call = Call("hvp", func, primals, {}, None, has_aux)
     directions = call.tangents("tangents", tangents)

@@ -80,7 +80,7 @@ class Jacobian:
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """One call, its arguments checked."""
         call = Call(self.name, self.func, args, kwargs, self.argnums, self.has_aux, self.wrt)
-        checks.complex_pairing(self.name, call.primals, self.holomorphic, "inputs")
+        checks.holomorphic_dtypes(self.name, call.primals, self.holomorphic, "inputs")
         return call
 
     def nested(self, call: Call, blocks: Sequence[Sequence[Any]]) -> Any:
@@ -179,7 +179,7 @@ class Jacobian:
             for position, tangent in enumerate(result.tangents if self.strict else ()):
                 if tangent is None:
                     path = self.path_of_output(call, position)
-                    checks.depends(call.name, path, call.root, output=position)
+                    checks.raise_independent(call.name, path, call.root, output=position)
             outputs[:] = result.outputs
             aux[:] = shared_by_rows(result.aux, tangents)
             return result.tangents
@@ -202,7 +202,7 @@ class Jacobian:
     def check_outputs(self, call: Call, outputs: Sequence[Any]) -> None:
         """Check the outputs of the call."""
         checks.tensor_outputs(call.name, outputs, call.path_of_output, any_dtype=self.holomorphic is None)
-        checks.complex_pairing(call.name, outputs, self.holomorphic, "outputs")
+        checks.holomorphic_dtypes(call.name, outputs, self.holomorphic, "outputs")
 
     def check_dependence(
         self, call: Call, function: Linearization, path_of_output: Callable[[int], str]
@@ -214,7 +214,7 @@ class Jacobian:
             for index, pulled in enumerate(function.vjp(cotangents, create_graph=False)):
                 if pulled is None:
                     paths = path_of_output(position), call.path_of_primal(index)
-                    checks.depends(call.name, *paths, output=position, primal=index)
+                    checks.raise_independent(call.name, *paths, output=position, primal=index)
 
 
 def jacrev(
@@ -374,7 +374,7 @@ def jacobian(
         ArgnumsError, LeafError: ``argnums`` or ``wrt`` does not fit the call, or selects nothing to differentiate.
         IndependenceError: ``strict`` and an output is independent of a leaf.
     """
-    checks.allowed("jacobian", "mode", mode, ("auto", "reverse", "forward"))
+    checks.choice("jacobian", "mode", mode, ("auto", "reverse", "forward"))
     return Jacobian(
         name="jacobian",
         func=func,

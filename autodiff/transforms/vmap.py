@@ -10,7 +10,7 @@ from torch import Tensor
 from autodiff import checks
 from autodiff._torch import MESSAGES, compiling, never_traced_alone
 from autodiff.checks import batching
-from autodiff.checks.consistency import Agreement, is_same
+from autodiff.checks.consistency import OutputConsistency, is_same
 from autodiff.core import batch, trees
 from autodiff.core.call import parameter_names, wraps
 from autodiff.core.chunks import Chunks, Sizes, sizes_for
@@ -86,7 +86,7 @@ def vmap(
     """
     checks.chunk_size("vmap", chunk_size)
     checks.randomness("vmap", randomness)
-    checks.allowed("vmap", "fallback", fallback, (None, "loop"))
+    checks.choice("vmap", "fallback", fallback, (None, "loop"))
     batching.out_dims_type("vmap", out_dims)
     # What was learnt for arguments of the last call's shapes.
     learnt: dict[Any, Sizes] = {}
@@ -125,7 +125,7 @@ class Mapped:
     """One call of a function under vmap: leaves with their dims, and how to put results together."""
 
     __slots__ = (
-        "_agreement",
+        "_consistency",
         "_func",
         "_name",
         "_out_dims",
@@ -160,7 +160,7 @@ class Mapped:
         batching.batch_sizes(self._name, [path for path, _ in mapped], [size for _, size in mapped])
         self.size = mapped[0][1]
         # Where chunks are put together: what they have to agree in, and the samples of the one that is computed.
-        self._agreement: Agreement | None = None
+        self._consistency: OutputConsistency | None = None
         self._where = ""
 
     def blank(self) -> Mapped:
@@ -197,13 +197,13 @@ class Mapped:
     def run(self, randomness: Randomness, sizes: Sizes) -> Any:
         """All samples, in one batch or in chunks of it."""
         chunks = Chunks(self.size, sizes)
-        self._agreement = None if chunks.in_one else Agreement(self._name)
+        self._consistency = None if chunks.in_one else OutputConsistency(self._name)
         rewind = None if chunks.in_one or randomness != "same" else remember_randomness()
 
         def compute(start: int, stop: int) -> list[Any]:
             if rewind is not None:
                 rewind()
-            if self._agreement is not None:
+            if self._consistency is not None:
                 self._where = f"samples {start} to {stop - 1}" if stop - start > 1 else f"sample {start}"
             return self.of_samples(start, stop, randomness)
 
@@ -232,7 +232,7 @@ class Mapped:
     def run_by_sample(self, randomness: Randomness) -> Any:
         """All samples, one after the other, without a batching level."""
         chunks = Chunks(self.size, Sizes(1))
-        self._agreement = Agreement(self._name)
+        self._consistency = OutputConsistency(self._name)
         state = random_state()
         before: list[Any] = []
 
@@ -243,7 +243,7 @@ class Mapped:
             results = self._call(self._each(Tensor.select, sample))
             if randomness == "error" and has_drawn(state):
                 set_random_state(state)
-                batching.no_random_numbers(self._name)
+                batching.raise_random_numbers_drawn(self._name)
             return results
 
         def keep(sample: int, after: int, results: list[Any]) -> None:
@@ -260,8 +260,8 @@ class Mapped:
     def _call(self, leaves: Sequence[Any]) -> list[Any]:
         args, kwargs = trees.unflatten(self._spec, leaves)
         results, self.out_spec = trees.flatten(self._func(*args, **kwargs))
-        if self._agreement is not None:
-            results, self.out_spec = self._agreement.join(results, self.out_spec, self._where)
+        if self._consistency is not None:
+            results, self.out_spec = self._consistency.match(results, self.out_spec, self._where)
         return results
 
     def _each(self, part: Callable[..., Tensor], *of_dim: int) -> list[Any]:
@@ -301,7 +301,7 @@ class Mapped:
             prefix = prefix[0]
         values = trees.broadcast(prefix, self.out_spec)
         if values is None:
-            batching.out_dims_fit(self._name, self._out_dims, self.out_spec)
+            batching.raise_out_dims_structure(self._name, self._out_dims, self.out_spec)
         return [dim for dim, _ in values]
 
 
@@ -311,7 +311,7 @@ def _batched_leaves(
     """The leaves of ``(args, kwargs)``, the dim and the path of each, and the structure."""
     batching.in_dims_type(name, in_dims)
     if not args and not kwargs:
-        batching.no_inputs(name)
+        batching.raise_no_inputs(name)
     leaves, spec = trees.flatten((args, kwargs))
     args_spec, kwargs_spec = spec.children()
     if isinstance(in_dims, dict):
@@ -321,9 +321,9 @@ def _batched_leaves(
     of_args = trees.broadcast(positions, args_spec)
     of_kwargs = trees.broadcast(named, kwargs_spec)
     if of_args is None:
-        batching.in_dims_fit(name, in_dims, positions, args_spec)
+        batching.raise_in_dims_structure(name, in_dims, positions, args_spec)
     if of_kwargs is None:
-        batching.in_dims_fit(name, in_dims, named, kwargs_spec)
+        batching.raise_in_dims_structure(name, in_dims, named, kwargs_spec)
     where = trees.paths(args_spec, "args") + trees.paths(kwargs_spec, "kwargs")
     dims: list[int | None] = []
     alone = [child.is_leaf() for child in args_spec.children() for _ in range(child.num_leaves)]
@@ -352,6 +352,6 @@ def _by_name(
     names = parameter_names(func)[: len(args)]
     for unknown in in_dims:
         if unknown not in names and unknown not in kwargs:
-            batching.in_dims_name(name, unknown, [*names, *kwargs])
+            batching.raise_unknown_in_dims_name(name, unknown, [*names, *kwargs])
     positions = [in_dims.get(name) for name in names] + [None] * (len(args) - len(names))
     return tuple(positions), {key: in_dims.get(key) for key in kwargs}

@@ -1,8 +1,9 @@
-"""Modules with their samples, and each sample's Hessian by torch.autograd.functional, one by one."""
+"""Functions of a sample with known Hessians: by a closed form, or by torch.autograd.functional, one by one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,42 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 import autodiff as ad
+from autodiff import _torch
+
+ARCHITECTURES = ("mlp", "cnn", "encoder")
+CHUNKS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "one": {"chunk_size": 1},
+    "two": {"chunk_size": 2},
+    "all": {"chunk_size": None},
+    "rows": {"row_chunk_size": 11},
+    "row": {"row_chunk_size": 1},
+}
+W = torch.tensor([1.0, 2.0, -1.0])
+X = torch.arange(30.0).view(10, 3) / 10
+
+
+def square(w: Tensor, x: Tensor) -> Tensor:
+    """Its Hessian is 2 x x^T."""
+    return (w @ x) ** 2
+
+
+def outer(x: Tensor) -> Tensor:
+    """The Hessians of `square` for samples [n, 3]."""
+    return 2 * x[:, :, None] * x[:, None, :]
+
+
+def out_of_memory_above(size: int, tried: list[int], func: Any = square) -> Any:
+    """``func``, but for batches of more than ``size`` samples there is no memory."""
+
+    def limited(w: Tensor, x: Tensor) -> Tensor:
+        batch = _torch.innermost(x).numel() // x.numel()
+        tried.append(batch)
+        if batch > size:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return func(w, x)
+
+    return limited
 
 
 @dataclass
@@ -81,3 +118,10 @@ def problem(kind: str) -> Problem:
         case "encoder":
             return Problem(Encoder().eval(), torch.randn(5, 6, 4), targets)
     raise ValueError(kind)
+
+
+@cache
+def known(kind: str) -> tuple[Problem, Tensor]:
+    """The problem and its Hessians, found once."""
+    case = problem(kind)
+    return case, case.expected()

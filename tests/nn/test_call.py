@@ -27,12 +27,12 @@ def scaled(module: nn.Module, factor: float = 2.0) -> dict[str, Tensor]:
 
 def reference(module: nn.Module, given: dict[str, Tensor], *args: Any) -> Any:
     """A deep copy with the tensors loaded."""
-    twin = copy.deepcopy(module)
+    clone = copy.deepcopy(module)
     with torch.no_grad():
-        for name, tensor in state(twin).items():
+        for name, tensor in state(clone).items():
             if name in given:
                 tensor.copy_(given[name])
-    return twin(*args)
+    return clone(*args)
 
 
 MODULES = {

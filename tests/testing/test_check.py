@@ -198,7 +198,7 @@ def test_rule_wrong_by_a_factor_fails_in_its_mode_alone(rule: str, mode: str) ->
     for modes in (mode, (mode,), ("fwd", "rev")):
         error = failure(check_grads, f, (X,), 1, modes)
         assert (error.mode, error.order, error.output, error.input) == (mode, 1, "output", "args[0]")
-        assert error.derivative == pytest.approx(2 * error.quotient, rel=1e-6)
+        assert error.derivative == pytest.approx(2 * error.finite_difference, rel=1e-6)
         assert isinstance(error, AssertionError)
 
 
@@ -217,7 +217,7 @@ def test_small_errors_fail_where_the_tolerance_is_smaller(off: float) -> None:
 
 
 WRONG = {
-    # name: f, order, modes; expected mode, order, output, input, and derivative / quotient
+    # name: f, order, modes; expected mode, order, output, input, and derivative / finite difference
     "backward in one leaf": (
         lambda p, q: {"a": p["w"][0] * 2, "b": p["w"][1].sin() + cube(TWICE["backward"])(q)},
         *(1, "rev", "rev", 1, "output['b']", "args[1]", 2.0),
@@ -259,13 +259,13 @@ def test_wrong_leaf_is_named_with_both_numbers(name: str) -> None:
     args = ({"w": [randn(3, seed=1), randn(3, seed=2)]}, randn(3, seed=3))
     error = failure(check_grads, f, args, order, modes)
     assert [error.mode, error.order, error.output, error.input] == expected
-    assert error.derivative == pytest.approx(ratio * error.quotient, rel=1e-6)
+    assert error.derivative == pytest.approx(ratio * error.finite_difference, rel=1e-6)
     text = str(error)
     assert text.startswith(f"check_grads: the derivative of {error.output}")
     for part in (
         error.input,
         f"{error.derivative:.9g}",
-        f"{error.quotient:.9g}",
+        f"{error.finite_difference:.9g}",
         f"order {order}",
         f"mode '{error.mode}'",
     ):
@@ -304,7 +304,7 @@ def test_rule_wrong_in_a_small_leaf_does_not_hide_behind_a_large_one() -> None:
 
     error = failure(check_grads, f, ({"large": randn(3, seed=1), "small": X},), 1, "rev", atol=0.0, eps=1e-3)
     assert error.input == "args[0]['small']"
-    assert error.derivative == pytest.approx(2 * error.quotient, rel=1e-3)
+    assert error.derivative == pytest.approx(2 * error.finite_difference, rel=1e-3)
 
 
 def test_rule_that_is_not_linear_fails_for_all_leaves_together() -> None:
@@ -340,11 +340,11 @@ def test_conjugate_is_told_from_its_opposite() -> None:
     check_jvp(lambda z: z**2, lambda p, t: (p[0] ** 2, 2 * p[0] * t[0]), (Z,))
     error = failure(check_jvp, lambda z: z**2, lambda p, t: (p[0] ** 2, 2 * p[0].conj() * t[0]), (Z,))
     assert isinstance(error.derivative, complex)
-    assert abs(error.derivative) == pytest.approx(abs(error.quotient), rel=1e-6)
+    assert abs(error.derivative) == pytest.approx(abs(error.finite_difference), rel=1e-6)
 
 
 def test_numbers_are_those_of_the_closed_form() -> None:
-    """f(w, b) = w^2 b: the quotient along a tangent (t, 0) is 2 w t b, whatever f_jvp says."""
+    """f(w, b) = w^2 b: the finite difference along a tangent (t, 0) is 2 w t b, whatever f_jvp says."""
     seen: list[Any] = []
     w, b = torch.tensor(1.5, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
 
@@ -355,13 +355,13 @@ def test_numbers_are_those_of_the_closed_form() -> None:
     error = failure(check_jvp, lambda p: p["w"] ** 2 * p["b"], f_jvp, ({"w": w, "b": b, "n": "text"},))
     assert seen[0]["b"] == 0
     assert seen[0]["n"] is None
-    assert error.quotient == pytest.approx(float(2 * w * seen[0]["w"] * b), rel=1e-9)
+    assert error.finite_difference == pytest.approx(float(2 * w * seen[0]["w"] * b), rel=1e-9)
     assert error.derivative == 7.25
     assert (error.input, error.order, error.mode) == ("args[0]['w']", 1, "fwd")
 
 
 def test_numbers_of_a_pullback_are_inner_products() -> None:
-    """f(x) = A x: the quotient is c.A t, with the cotangent c that the pullback is given."""
+    """f(x) = A x: the finite difference is c.A t, with the cotangent c that the pullback is given."""
     a = randn(2, 3, seed=6)
     seen: list[Tensor] = []
 
@@ -373,7 +373,7 @@ def test_numbers_of_a_pullback_are_inner_products() -> None:
     error = failure(check_vjp, lambda x: a @ x, lambda x: (a @ x, pullback), (x,), seed=2)
     generator = torch.Generator().manual_seed(2)
     t = torch.randn(3, dtype=torch.float64, generator=generator) * x.abs().clamp(0.01, 10)
-    assert error.quotient == pytest.approx(float(seen[0] @ a @ t), rel=1e-8)
+    assert error.finite_difference == pytest.approx(float(seen[0] @ a @ t), rel=1e-8)
     assert error.derivative == pytest.approx(float(t.sum()), rel=1e-12)
 
 
@@ -386,7 +386,7 @@ def test_nan_and_infinity_are_reported_as_such() -> None:
     assert "but is nan. A rule divides by zero there" in str(error)
 
     error = failure(check_grads, torch.sqrt, (torch.zeros(2),), 1)
-    assert error.quotient != error.quotient
+    assert error.finite_difference != error.finite_difference
     assert "f is not finite around args" in str(error)
 
     text = str(failure(check_grads, lambda x: {"y": x / x}, (torch.tensor([1.0, 0.0]),)))
@@ -464,10 +464,12 @@ def test_own_random_state_plays_no_part() -> None:
     for state in (1, 2):
         torch.manual_seed(state)
         before = torch.get_rng_state()
-        errors.append(failure(check_grads, cube(TWICE["backward"]), (X,), 1, "rev").quotient)
+        errors.append(failure(check_grads, cube(TWICE["backward"]), (X,), 1, "rev").finite_difference)
         assert torch.equal(torch.get_rng_state(), before)
     assert errors[0] == errors[1]
-    assert failure(check_grads, cube(TWICE["backward"]), (X,), 1, "rev", seed=1).quotient != errors[0]
+    assert (
+        failure(check_grads, cube(TWICE["backward"]), (X,), 1, "rev", seed=1).finite_difference != errors[0]
+    )
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])

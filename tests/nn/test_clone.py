@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import autodiff as ad
-from autodiff.errors import BufferWarning, StructureError, TwinError
+from autodiff.errors import BufferWarning, CloneError, StructureError
 from scenarios import assert_close
 
 if TYPE_CHECKING:
@@ -424,7 +424,7 @@ def test_buffers_that_are_lost_are_named() -> None:
 
 
 def test_module_outside_the_tree_is_not_touched_either() -> None:
-    """A list hides it from torch; its buffers are written on its twin."""
+    """A list hides it from torch; its buffers are written on its clone."""
     norm = nn.BatchNorm1d(3)
     module = Linear(lambda m: [norm])
     module.way = None
@@ -505,7 +505,7 @@ def test_what_cannot_be_copied_is_named() -> None:
     module = nn.Sequential(nn.Linear(3, 3))
     module[0].stream = (layer for layer in [module[0]])
     before = everything(module)
-    with pytest.raises(TwinError) as raised:
+    with pytest.raises(CloneError) as raised:
         ad.functional_call(module, other_params(module), (X,))
     assert str(raised.value).startswith(
         "functional_call: Linear.stream is, or holds, a generator that leads back"
@@ -522,7 +522,9 @@ def test_module_that_is_a_dict_cannot_be_copied() -> None:
     class Both(nn.Module, dict):
         pass
 
-    with pytest.raises(TwinError, match=r"functional_call: Both is a module and of a class of C's at once"):
+    with pytest.raises(
+        CloneError, match=r"functional_call: Both derives from nn.Module and from a class written in C"
+    ):
         ad.functional_call(Both(), {}, ())
 
 
@@ -539,7 +541,7 @@ def test_lazy_module_is_not_initialized_on_the_way() -> None:
     assert output.shape == (2, 2)
 
 
-def test_twins_go_when_the_call_is_over() -> None:
+def test_clones_go_when_the_call_is_over() -> None:
     """No cycle of our own keeps the tensors of a call alive."""
     for module in (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).eval()), nn.GRU(3, 2)):
         params = other_params(module)

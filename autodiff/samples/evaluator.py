@@ -1,7 +1,6 @@
-"""Floor 3: what is computed for each sample, in batches of samples or in rows of one.
+"""The user's function, evaluated on a batch of samples or for some rows of one sample.
 
-Hands on `Work`, which runs the user's function over some samples, or, where that is one of autodiff's
-Jacobians by pulls, some rows of one sample's.
+Hands on `Evaluator`. Rows alone can be computed for autodiff's own Jacobians in reverse mode.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ from torch import Tensor
 from autodiff.core import seeds, trees
 from autodiff.core.call import wraps
 from autodiff.core.randomness import random_state, set_random_state
+from autodiff.core.specs import TensorSpec
 from autodiff.errors import OptionError
-from autodiff.samples.results import Kind, Matrix, Plain, Result, Rows, Template
+from autodiff.samples.results import JacobianRows, Matrix, Plain, Result, Template
 from autodiff.transforms.hessian import Hessian
 from autodiff.transforms.jacobian import Jacobian
 from autodiff.transforms.vmap import Mapped
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from autodiff.core.call import Call
 
 
-class Work:
-    """A function of one sample, and how its results are wanted."""
+class Evaluator:
+    """A function of one sample, and the form in which its results are wanted."""
 
     def __init__(
         self, func: Callable[..., Any], in_dims: Any, randomness: Randomness, *, as_matrix: bool
@@ -45,31 +45,31 @@ class Work:
         # Whether rows of one sample can be computed alone.
         self.splits = jacobian is not None and jacobian.mode != "forward" and not jacobian.has_aux
         self._start = random_state()
-        # What the batching level shall run now, and what that tells besides its tensors.
-        self._run: Callable[..., Any] = func
-        self._told: Any = None
+        # What is run under vmap now, and what it returns besides tensors.
+        self._current: Callable[..., Any] = func
+        self._details: Any = None
 
     def batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapped:
-        """Samples to work on: the arguments, of which ``in_dims`` says where the samples are."""
+        """A batch of samples: arguments in which ``in_dims`` says where the samples are."""
 
         @wraps(self.func)
         def current(*args: Any, **kwargs: Any) -> Any:
-            return self._run(*args, **kwargs)
+            return self._current(*args, **kwargs)
 
         return Mapped(current, self._in_dims, 0, args, kwargs, name="per_sample")
 
     def samples(self, batch: Mapped, start: int, stop: int) -> Result:
         """The results of samples ``start`` to ``stop``."""
-        self._run = self._blocks if self._as_matrix else self.func
+        self._current = self._blocks if self._as_matrix else self.func
         leaves = self._computed(batch, start, stop)
         if self._as_matrix:
-            call, heights = self._told
+            call, heights = self._details
             widths = [primal.numel() for primal in call.primals]
             blocks = [leaves[at : at + len(widths)] for at in range(0, len(leaves), len(widths))]
             return Result(trees.LEAF, [Matrix(blocks, heights, widths)])
         return Result(batch.out_spec, [Plain(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
-    def rows(self, batch: Mapped, sample: int, start: int, stop: int) -> Rows:
+    def rows(self, batch: Mapped, sample: int, start: int, stop: int) -> JacobianRows:
         """Rows ``start`` to ``stop`` of one sample's Jacobian."""
         jacobian = self._jacobian
         assert jacobian is not None
@@ -78,12 +78,12 @@ class Work:
             call = jacobian.call(args, kwargs)
             outputs, strips = jacobian.some_rows(call, start, stop)
             shapes = [(tuple(output.shape), output.numel()) for output in outputs]
-            self._told = call, shapes, [(strip.output, strip.first) for strip in strips]
+            self._details = call, shapes, [(strip.output, strip.first) for strip in strips]
             return [strip.blocks for strip in strips]
 
-        self._run = some_rows
+        self._current = some_rows
         leaves = [leaf.squeeze(0) for leaf in self._computed(batch, sample, sample + 1)]
-        call, shapes, strips = self._told
+        call, shapes, strips = self._details
         total, width = sum(size for _, size in shapes), len(call.primals)
         by_strip = [leaves[at : at + width] for at in range(0, len(leaves), width)]
         template, positions = self._template(call, shapes)
@@ -97,7 +97,7 @@ class Work:
             else:
                 columns = zip(positions[output], blocks, strict=True)
                 pieces += [(position, first, block) for position, block in columns]
-        return Rows(template, total, pieces)
+        return JacobianRows(template, total, pieces)
 
     def row_bytes(self, batch: Mapped) -> tuple[int, int] | None:
         """For a Hessian: the bytes of one row, and how many rows; None where that cannot be known before."""
@@ -110,12 +110,12 @@ class Work:
     def rows_in(self, batch: Mapped, template: Template) -> int:
         """How many rows one sample's Jacobian has."""
         assert self._jacobian is not None
-        numbers = sum(prod(kind.shape) for kind in template.kinds())
+        numbers = sum(prod(spec.shape) for spec in template.tensors())
         return numbers // max(seeds.size_of(self._jacobian.call(*batch.sample(0)).primals), 1)
 
     @property
     def random_state(self) -> Any:
-        """What the generators have to be set to for the next chunk, None where nothing may be random."""
+        """The state of the generators for the next chunk, None where nothing may be random."""
         match self._randomness:
             case "error":
                 return None
@@ -143,7 +143,7 @@ class Work:
         blocks, _ = self._jacobian.blocks(call)
         # J[i][j]: [*out_i, *in_j]
         inner = call.primals[0].dim()
-        self._told = call, [prod(row[0].shape[: row[0].dim() - inner]) for row in blocks]
+        self._details = call, [prod(row[0].shape[: row[0].dim() - inner]) for row in blocks]
         return blocks
 
     def _template(self, call: Call, shapes: list[tuple[Any, int]]) -> tuple[Template, list[list[int]]]:
@@ -155,34 +155,31 @@ class Work:
             for other in dtypes:
                 dtype = torch.promote_types(dtype, other)
             shape = sum(size for _, size in shapes), seeds.size_of(primals)
-            return Template(trees.LEAF, [Kind(shape, dtype, primals[0].device)]), []
+            return Template(trees.LEAF, [TensorSpec(shape, dtype, primals[0].device)]), []
         assert self._jacobian is not None
-        numbered = [[(i, j) for j in range(len(primals))] for i in range(len(shapes))]
-        boxes, spec = trees.flatten(
-            self._jacobian.nested(call, [[_Box(*pair) for pair in row] for row in numbered])
-        )
-        leaves: list[Any] = list(boxes)
+        numbered = [[_BlockPosition(i, j) for j in range(len(primals))] for i in range(len(shapes))]
+        leaves, spec = trees.flatten(self._jacobian.nested(call, numbered))
         positions = [[0] * len(primals) for _ in shapes]
         tensors = 0
-        for at, box in enumerate(boxes):
-            if isinstance(box, _Box):
-                primal = primals[box.primal]
-                shape = (*shapes[box.output][0], *primal.shape)
-                leaves[at] = Kind(shape, primal.dtype, primal.device)
-                positions[box.output][box.primal] = tensors
+        for at, block in enumerate(leaves):
+            if isinstance(block, _BlockPosition):
+                primal = primals[block.primal]
+                shape = (*shapes[block.output][0], *primal.shape)
+                leaves[at] = TensorSpec(shape, primal.dtype, primal.device)
+                positions[block.output][block.primal] = tensors
                 tensors += 1
         return Template(spec, leaves), positions
 
 
-class _Box:
-    """The place of a block in the tree."""
+class _BlockPosition:
+    """A leaf that stands for a block of the Jacobian."""
 
     def __init__(self, output: int, primal: int) -> None:
         self.output, self.primal = output, primal
 
 
 def name_of(func: object) -> str:
-    """What a person calls the function, such as hessian(loss)."""
+    """The function's name for messages, such as hessian(loss)."""
     if isinstance(func, Jacobian):
         return f"{func.name}({name_of(func.func)})"
     return getattr(func, "__name__", None) or type(func).__name__

@@ -1,0 +1,61 @@
+"""Whole runs: the first samples fail, there are no samples, or a transform is around the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import autodiff as ad
+from autodiff import _torch
+from autodiff.errors import SampleError
+from problems import W, X, outer, square
+
+
+def test_the_first_samples_may_fail() -> None:
+    x = X.clone()
+    x[:3] = float("inf")
+    x[0] = float("nan")
+
+    def func(w: Tensor, x: Tensor) -> Tensor:
+        if not bool(_torch.innermost(x).isfinite().all()):
+            raise RuntimeError("not finite")
+        return square(w, x)
+
+    curvature = ad.per_sample(ad.hessian(func), (None, 0), on_error="nan", chunk_size=2)
+    result = curvature(W, x)
+    assert result[:3].isnan().all()
+    assert_close(result[3:], outer(X)[3:])
+    loader = torch.utils.data.DataLoader(x, batch_size=2)
+    assert_close(curvature(W, loader), result, equal_nan=True)
+    assert_close(torch.cat([c.result for c in curvature.stream(W, x)]), result, equal_nan=True)
+    with pytest.raises(SampleError, match="all 3 samples failed"):
+        curvature(W, x[:3])
+    with pytest.raises(SampleError, match="all 3 samples failed"):
+        list(curvature.stream(W, x[:3]))
+
+
+def test_no_samples_give_an_empty_result(tmp_path: Any) -> None:
+    curvature = ad.per_sample(ad.hessian(lambda w, x: (w @ x).sin()), (None, 0))
+    assert curvature(torch.ones(3), torch.zeros(0, 3)).shape == (0, 3, 3)
+    assert curvature(torch.ones(3), torch.zeros(0, 3), out=tmp_path / "none.npy").shape == (0, 3, 3)
+    assert list(curvature.stream(torch.ones(3), torch.zeros(0, 3))) == []
+
+
+def test_random_functions_follow_randomness(tmp_path: Any) -> None:
+    x = torch.zeros(9)
+    with pytest.raises(ad.errors.SampleError, match="randomness"):
+        ad.per_sample(lambda x: x + torch.rand(()))(x)
+    different = ad.per_sample(lambda x: x + torch.rand(()), randomness="different", chunk_size=2)
+    assert len(set(different(x).tolist())) == 9
+    same = ad.per_sample(lambda x: x + torch.rand(()), randomness="same", chunk_size=2)
+    assert len(set(same(x).tolist())) == 1
+
+
+def test_inside_a_transform_it_says_what_to_do() -> None:
+    inner = ad.per_sample(lambda x: x**2)
+    with pytest.raises(ad.errors.AutodiffError, match="chunk_size='auto'"):
+        ad.vmap(inner)(torch.ones(2, 3))
