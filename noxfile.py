@@ -82,7 +82,10 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure time and memory beside torch and raw autograd; ``-- --full`` compiles too, and takes JAX along."""
+    """Measure time and memory beside torch and raw autograd.
+
+    ``-- --full`` compiles too, and takes JAX along; ``-- --before COMMIT`` compares with the package as it was there.
+    """
     install(session, "-e", ".[examples]")
     full = ["--jax", jax_python(session)] if "--full" in session.posargs else []
     session.run("python", "-m", "benchmarks", *session.posargs, *full, env=ONE_THREAD)

@@ -1,4 +1,8 @@
-"""autodiff beside torch.func, torch.autograd.functional, raw autograd and JAX: ``python -m benchmarks``."""
+"""autodiff beside torch.func, torch.autograd.functional, raw autograd and JAX: ``python -m benchmarks``.
+
+With ``--before COMMIT`` beside itself as well, as it was at that commit: no row may have become slower, or take more
+memory.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +13,34 @@ import platform
 import shlex
 import sys
 import warnings
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import growth, promises
+from benchmarks import before, growth, pair, promises
 from benchmarks.bars import bars
 from benchmarks.jax_client import Jax
 from benchmarks.limits import Rates, rates
 from benchmarks.measure import measured
-from benchmarks.report import Lines, growth_lines
+from benchmarks.report import Lines, before_line, growth_lines
 from benchmarks.rows import ROWS
 from benchmarks.rows.row import Place
 
 
 def main() -> int:
     options = _options()
+    with before.exported(options.before) if options.before else nullcontext("") as copy:
+        return _run(options, copy)
+
+
+def _run(options: argparse.Namespace, copy: str) -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     place = Place(device=options.device)
+    there = replace(place, before=copy)
     chosen = [
         row
         for row in ROWS
@@ -38,20 +50,30 @@ def main() -> int:
     jax = options.jax if options.device == "cpu" else ""
     results: dict[str, Any] = {"about": _about(at_most, options.device, jax)}
     results |= {"rows": [], "growth": [], "promises": []}
+    if copy:
+        results["about"]["before"] = before.described(options.before)
+        results["before"] = []
     print(json.dumps(results["about"], indent=1))
     if options.full and not jax:
         print("JAX is left out: --jax wants the Python of an environment that has it.")
-    lines = Lines()
+    lines = Lines(before=bool(copy))
     rounds = 21 if options.full else 11
     for row in chosen:
         one = measured(row, place, at_most, rounds=rounds, compiled=options.full, jax=jax)
         results["rows"].append(one)
-        lines.add(one)
+        beside = pair.compared("benchmarks.rows", row, there) if copy else None
+        lines.add(one, beside)
+        if beside:
+            results["before"].append(beside)
     if options.full and (options.rows is None or 9 in options.rows):
         for one in growth.GROWTHS:
             for of_column in growth.measured(one, place, rounds=5):
                 results["growth"].append(of_column)
                 print(growth_lines(of_column), flush=True)
+            for row in map(one.row, one.sizes if copy else ()):
+                beside = pair.compared(growth.__name__, row, there)
+                results["before"].append(beside)
+                print(before_line(beside), flush=True)
     if options.rows is None and options.device == "cpu":
         results["promises"] = [promise._asdict() for promise in promises.kept()]
     if options.json is not None:
@@ -68,13 +90,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", help="the rows of these numbers only")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument(
+        "--before", metavar="COMMIT", help="compare every row with the package as it was at this commit"
+    )
+    parser.add_argument(
         "--jax", metavar="PYTHON", default="", help="the Python of an environment that has JAX"
     )
     return parser.parse_args()
 
 
 def _about(at_most: Rates, device: str, python: str) -> dict[str, Any]:
-    about = {
+    about: dict[str, Any] = {
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "command": shlex.join(["python", "-m", "benchmarks", *_shown(sys.argv[1:])]),
         "processor": _processor(),

@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.growth import COLUMNS as GROWING
-from benchmarks.rows.row import AUTODIFF, BY_HAND, COMPILED, FUNCTIONAL, JAX, TORCH_FUNC
+from benchmarks.pair import PEAK_BAR, TIME_BAR
+from benchmarks.rows.row import AUTODIFF, BEFORE, BY_HAND, COMPILED, FUNCTIONAL, JAX, TORCH_FUNC
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,6 +63,7 @@ def bars(results: dict[str, Any]) -> list[Bar]:
         *_of_compiled(rows),
         *_of_growth(results["growth"]),
         *(Bar(promise["name"], promise["value"], promise["bound"]) for promise in results["promises"]),
+        *_of_before(results.get("before", [])),
     ]
 
 
@@ -114,6 +116,14 @@ def _of_growth(growths: list[dict[str, Any]]) -> Iterator[Bar]:
         for what in ("exponent of time", "exponent of memory"):
             excess = of_column[AUTODIFF][what] - of_column[BY_HAND][what]
             yield Bar(f"{what} over {of_column[AUTODIFF]['name']}, above that by hand", excess, 0.05)
+
+
+def _of_before(compared: list[dict[str, Any]]) -> Iterator[Bar]:
+    for one in compared:
+        if "unable before" not in one:
+            peaks = {column: max(peak, _NEGLIGIBLE) for column, peak in one["bytes"].items()}
+            yield Bar(f"time of {one['row']}, over before", one["time"], TIME_BAR)
+            yield Bar(f"peak of {one['row']}, over before", peaks[AUTODIFF] / peaks[BEFORE], PEAK_BAR)
 
 
 def _geometric_mean(ratios: list[float]) -> float:

@@ -17,7 +17,7 @@ from torch.autograd.profiler import profile
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from benchmarks.rows.row import Place, Side
+    from benchmarks.rows.row import Place, Row, Side
 
 # Forks of a process that has imported all of this, and has run nothing.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -33,8 +33,13 @@ def peak(module: str, name: str, column: str, place: Place) -> int:
 def _peak_of(module: str, name: str, column: str, place: Place) -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    return peak_here(row_of(module, name).sides(place)[column], place.device)
+
+
+def row_of(module: str, name: str) -> Row:
+    """The row of this name in this module's ROWS."""
     (row,) = (row for row in import_module(module).ROWS if row.name == name)
-    return peak_here(row.sides(place)[column], place.device)
+    return row
 
 
 def peak_here(side: Side, device: str) -> int:

@@ -20,7 +20,9 @@ _OPENING = """\
 
 autodiff beside what torch ships, beside raw `torch.autograd` as somebody writes it by hand who knows it well, and
 beside JAX. The problems and all sides are in `benchmarks/rows`; `python -m nox -s bench -- --full` measures them, and
-`python -m benchmarks.page` makes this page of what was measured.
+`python -m benchmarks.page` makes this page of what was measured. With `--before COMMIT` every row also runs with the
+package as it was at that commit, taking turns with the present one: none may have become slower by more than 3 %, or
+take 2 % more memory.
 
 How it is measured: every result is first checked against the same derivative by hand in float64. Times are medians of
 interleaved runs in one process, on one thread; JAX answers from a process of its own. Peaks are the most bytes that

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.rows.row import AUTODIFF, COLUMNS, EAGER, JAX
+from benchmarks.rows.row import AUTODIFF, BEFORE, COLUMNS, EAGER, JAX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -50,24 +50,40 @@ def size(value: float) -> str:
 class Lines:
     """Prints the table while it is measured."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, before: bool = False) -> None:
         heads = [f"{_HEADS[column]:>12s}" for column in COLUMNS[1:]]
         print("Times of the others are multiples of autodiff's: above 1.00 they are slower.\n")
-        print(f"{'':60s} {'autodiff':>9s} {''.join(heads)} {'limit':>8s} {'peak':>9s} {'by hand':>8s}")
+        last = f" {'now/before':>10s} {'its peak':>8s}" if before else ""
+        print(f"{'':60s} {'autodiff':>9s} {''.join(heads)} {'limit':>8s} {'peak':>9s} {'by hand':>8s}{last}")
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: dict[str, Any], before: dict[str, Any] | None = None) -> None:
         ours, peaks = row["seconds"][AUTODIFF], row["bytes"]
         cells = "".join(f"{_multiple(row, column):>12s}" for column in COLUMNS[1:])
         name = f"{row['number']:2d} {row['row']}"
         peak = f"{size(peaks[AUTODIFF]):>9s} {peaks['by hand'] / max(peaks[AUTODIFF], 1):8.2f}"
         limit = f"{ours / row['least seconds']:.3g}"
-        print(f"{name:60s} {seconds(ours):>9s} {cells} {limit:>8s} {peak}", flush=True)
+        last = "" if before is None else _over_before(before)
+        print(f"{name:60s} {seconds(ours):>9s} {cells} {limit:>8s} {peak}{last}", flush=True)
 
 
 def _multiple(row: dict[str, Any], column: str) -> str:
     if column in row["seconds"]:
         return f"{row['seconds'][column] / row['seconds'][AUTODIFF]:.2f}"
     return "fails" if column in row["does not compile"] else ""
+
+
+def before_line(compared: dict[str, Any]) -> str:
+    """A size of row 9, over the package before."""
+    return f" {compared['number']} {compared['row']:57s} now/before{_over_before(compared)}"
+
+
+def _over_before(compared: dict[str, Any]) -> str:
+    """Time and peak over those before, and how often the time was measured where that was more than once."""
+    if "unable before" in compared:
+        return f" {'none':>10s}  before: {compared['unable before']}"
+    peaks, times = compared["bytes"], compared["times"]
+    again = f"  the median of {', '.join(f'{time:.3f}' for time in times)}" if len(times) > 1 else ""
+    return f" {compared['time']:10.3f} {peaks[AUTODIFF] / max(peaks[BEFORE], 1):8.3f}{again}"
 
 
 def growth_lines(growth: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ import torch.autograd.functional as legacy
 from torch import Tensor, nn
 from torch.autograd import grad
 
-import autodiff
 from benchmarks import by_hand
 from benchmarks.rows.row import (
     BY_HAND,
@@ -42,7 +41,7 @@ def perceptron(*widths: int) -> Callable[[], nn.Module]:
 
 def _samplewise(library: Any, in_chunks: bool) -> Any:
     """What runs a function over samples: vmap, or of autodiff per_sample, which learns the size of its chunks."""
-    return autodiff.per_sample if in_chunks and library is autodiff else library.vmap
+    return library.per_sample if in_chunks and library is not torch.func else library.vmap
 
 
 def input_hessians(place: Place, samples: int, *widths: int, in_chunks: bool = False) -> Sides:
@@ -53,7 +52,7 @@ def input_hessians(place: Place, samples: int, *widths: int, in_chunks: bool = F
         return model(x).squeeze(-1)
 
     return {
-        **transformed(lambda library: _samplewise(library, in_chunks)(library.hessian(height)), x),
+        **transformed(place, lambda library: _samplewise(library, in_chunks)(library.hessian(height)), x),
         BY_HAND: Side(by_hand.hessians_of_samples, (height, x)),
         JAX: OfJax("hessian_of_samples", "perceptron", (x, list(model.parameters()))),
     }
@@ -101,7 +100,7 @@ def parameter_hessians(place: Place, samples: int = 64, *, in_chunks: bool = Fal
         return blocks
 
     return {
-        **transformed(of, params, x, y),
+        **transformed(place, of, params, x, y),
         BY_HAND: Side(by_expanding, (params, x, y)),
         JAX: OfJax("hessian_of_samples", "error_of_perceptron", (list(params.values()), x, y)),
     }
@@ -118,7 +117,9 @@ def _hessian_of_a_batch(place: Place) -> Sides:
         return _error(model, torch.func.functional_call)(named, x, y)
 
     return {
-        **transformed(lambda library: library.hessian(_error(model, library.functional_call)), params, x, y),
+        **transformed(
+            place, lambda library: library.hessian(_error(model, library.functional_call)), params, x, y
+        ),
         FUNCTIONAL: Side(legacy.hessian, (lambda *leaves: of_leaves(leaves), tuple(params.values()))),
         BY_HAND: Side(by_hand.hessian_blocks, (of_leaves, tuple(params.values()))),
         JAX: OfJax("hessian", "error_of_perceptron", (list(params.values()), x, y)),
@@ -150,7 +151,7 @@ def _informed_step(place: Place) -> Sides:
         return grad(laplacian.square().mean(), leaves, allow_unused=True, materialize_grads=True)
 
     return {
-        **transformed(of, params, x),
+        **transformed(place, of, params, x),
         BY_HAND: Side(step, (params, x)),
         JAX: OfJax("grad", "squared_laplacian", (list(params.values()), x)),
     }

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch.autograd.functional as legacy
 
-from autodiff import functional
 from benchmarks import by_hand
 from benchmarks.rows.dense import perceptron
-from benchmarks.rows.row import AUTODIFF, BY_HAND, FUNCTIONAL, Row, Side, transformed
+from benchmarks.rows.row import BY_HAND, FUNCTIONAL, Row, Side, of_autodiff, transformed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +25,7 @@ def waves(x: Tensor) -> Tensor:
 def _gradient(place: Place) -> Sides:
     x = place.numbers(1024, 1024)
     return {
-        **transformed(lambda library: library.grad(waves), x),
+        **transformed(place, lambda library: library.grad(waves), x),
         BY_HAND: Side(by_hand.gradient, (waves, x)),
     }
 
@@ -34,7 +33,7 @@ def _gradient(place: Place) -> Sides:
 def _gradients(place: Place) -> Sides:
     x = place.numbers(4, 512, 512)
     return {
-        **transformed(lambda library: library.vmap(library.grad(waves)), x),
+        **transformed(place, lambda library: library.vmap(library.grad(waves)), x),
         BY_HAND: Side(by_hand.gradient, (waves, x)),
     }
 
@@ -48,7 +47,7 @@ def _matrix(place: Place, name: str) -> Sides:
 
     func = energy if name == "hessian" else model
     return {
-        AUTODIFF: Side(getattr(functional, name), (func, x)),
+        **of_autodiff(place, lambda library: getattr(library.functional, name), func, x),
         FUNCTIONAL: Side(getattr(legacy, name), (func, x)),
         BY_HAND: Side(getattr(by_hand, name), (func, x)),
     }
@@ -62,7 +61,7 @@ def _of_many_samples(place: Place) -> Sides:
         return (hidden @ w[380:399].view(19, 1) + w[399]).sin().square().mean() + w[400:].square().sum()
 
     return {
-        AUTODIFF: Side(functional.hessian, (loss, weights)),
+        **of_autodiff(place, lambda library: library.functional.hessian, loss, weights),
         FUNCTIONAL: Side(legacy.hessian, (loss, weights)),
         BY_HAND: Side(by_hand.hessian_row_by_row, (loss, weights)),
     }

@@ -9,10 +9,8 @@ import torch.autograd.functional as legacy
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import autodiff
 from benchmarks import by_hand
 from benchmarks.rows.row import (
-    AUTODIFF,
     BY_HAND,
     FUNCTIONAL,
     JAX,
@@ -20,6 +18,7 @@ from benchmarks.rows.row import (
     OfJax,
     Row,
     Side,
+    of_autodiff,
     transformed,
 )
 
@@ -52,7 +51,9 @@ def _of_leaves(model: nn.Module, params: Params, x: Tensor) -> Callable[[Sequenc
 def _encoder_gradient(place: Place) -> Sides:
     (model, params), x = _encoder(place), place.numbers(32, 16, 64, seed=1)
     return {
-        **transformed(lambda library: library.grad(_height(model, library.functional_call)), params, x),
+        **transformed(
+            place, lambda library: library.grad(_height(model, library.functional_call)), params, x
+        ),
         BY_HAND: Side(by_hand.gradients, (_of_leaves(model, params, x), tuple(params.values()))),
         JAX: OfJax("grad", "encoder", (list(params.values()), x)),
     }
@@ -74,9 +75,12 @@ def _encoder_hvp(place: Place) -> Sides:
     of_leaves = _of_leaves(model, params, x)
     leaves, tangents = tuple(params.values()), tuple(vectors.values())
 
-    def ours(params: Params, vectors: Params) -> Any:
-        height = _height(model, autodiff.functional_call)
-        return autodiff.hvp(lambda params: height(params, x), (params,), (vectors,))
+    def of(library: Any) -> Callable[[Params, Params], Any]:
+        def product(params: Params, vectors: Params) -> Any:
+            height = _height(model, library.functional_call)
+            return library.hvp(lambda params: height(params, x), (params,), (vectors,))
+
+        return product
 
     def of_torch_func(params: Params, vectors: Params) -> Any:
         height = _height(model, torch.func.functional_call)
@@ -85,7 +89,7 @@ def _encoder_hvp(place: Place) -> Sides:
         return value, product
 
     return {
-        AUTODIFF: Side(ours, (params, vectors)),
+        **of_autodiff(place, of, params, vectors),
         TORCH_FUNC: Side(_with_rules(of_torch_func), (params, vectors)),
         FUNCTIONAL: Side(_with_rules(legacy.hvp), (lambda *leaves: of_leaves(leaves), leaves, tangents)),
         BY_HAND: Side(_with_rules(by_hand.hvps), (of_leaves, leaves, tangents)),
@@ -94,7 +98,7 @@ def _encoder_hvp(place: Place) -> Sides:
 
 
 def _per_sample_gradients(
-    height: Callable[[Any], Callable[..., Tensor]], params: Params, *data: Tensor
+    place: Place, height: Callable[[Any], Callable[..., Tensor]], params: Params, *data: Tensor
 ) -> Sides:
     in_dims = (None, *(0 for _ in data))
     one = height(torch.func.functional_call)
@@ -106,6 +110,7 @@ def _per_sample_gradients(
 
     return {
         **transformed(
+            place,
             lambda library: library.vmap(library.grad(height(library.functional_call)), in_dims),
             params,
             *data,
@@ -117,7 +122,7 @@ def _per_sample_gradients(
 def _encoder_per_sample(place: Place) -> Sides:
     (model, params), x = _encoder(place), place.numbers(32, 16, 64, seed=1)
     return {
-        **_per_sample_gradients(lambda call: _height(model, call), params, x),
+        **_per_sample_gradients(place, lambda call: _height(model, call), params, x),
         JAX: OfJax("grad_of_samples", "encoder", (list(params.values()), x)),
     }
 
@@ -166,7 +171,7 @@ def _convolutions_per_sample(place: Place) -> Sides:
         return torch.autograd.grad(nn.functional.cross_entropy(logits, y, reduction="sum"), leaves)
 
     return {
-        **_per_sample_gradients(lambda call: _entropy(model, call), params, x, y),
+        **_per_sample_gradients(place, lambda call: _entropy(model, call), params, x, y),
         BY_HAND: Side(by_expanding, (params, x, y)),
         JAX: OfJax("grad_of_samples", "entropy_of_convolutions", (list(params.values()), x, y)),
     }
@@ -199,7 +204,7 @@ def _last_layer(place: Place) -> Sides:
         return by_hand.sample_by_sample(of_one, (features, y))
 
     return {
-        **transformed(of, last, x, y),
+        **transformed(place, of, last, x, y),
         BY_HAND: Side(sample_by_sample, (last, x, y)),
         JAX: OfJax(
             "hessian_of_samples", "entropy_of_last", (list(last.values()), x, y, list(params.values()))

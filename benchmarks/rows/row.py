@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 
 import autodiff
+from benchmarks import before
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 AUTODIFF, TORCH_FUNC, FUNCTIONAL, BY_HAND = "autodiff", "torch.func", "autograd.functional", "by hand"
+BEFORE = "before"  # autodiff as it was at another commit; where a place has it
 COMPILED, TORCH_FUNC_COMPILED, JAX = "autodiff compiled", "torch.func compiled", "JAX jitted"
 EAGER = (AUTODIFF, TORCH_FUNC, FUNCTIONAL, BY_HAND)
 COLUMNS = (*EAGER, COMPILED, TORCH_FUNC_COMPILED, JAX)
@@ -44,10 +46,14 @@ Sides: TypeAlias = "dict[str, Side | OfJax]"
 
 @dataclass(frozen=True)
 class Place:
-    """The precision and the device of a problem. The numbers are the same everywhere."""
+    """The precision and the device of a problem. The numbers are the same everywhere.
+
+    ``before`` is the folder of the package as it was, where it is measured as well.
+    """
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    before: str = ""
 
     def numbers(self, *shape: int, seed: int = 0) -> Tensor:
         drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -74,6 +80,12 @@ class Row:
     compiles: tuple[str, ...] = (AUTODIFF, TORCH_FUNC)
 
 
-def transformed(of: Callable[[Any], Callable[..., Any]], *args: Any) -> dict[str, Side | OfJax]:
+def of_autodiff(place: Place, of: Callable[[Any], Callable[..., Any]], *args: Any) -> dict[str, Side | OfJax]:
+    """A composition of autodiff's names; from the package as it was too, where the place has it."""
+    libraries = {AUTODIFF: autodiff} | ({BEFORE: before.library(place.before)} if place.before else {})
+    return {column: Side(of(library), args) for column, library in libraries.items()}
+
+
+def transformed(place: Place, of: Callable[[Any], Callable[..., Any]], *args: Any) -> dict[str, Side | OfJax]:
     """The same composition of the same names, from autodiff and from torch.func."""
-    return {AUTODIFF: Side(of(autodiff), args), TORCH_FUNC: Side(of(torch.func), args)}
+    return {**of_autodiff(place, of, *args), TORCH_FUNC: Side(of(torch.func), args)}

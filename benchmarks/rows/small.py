@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.autograd.functional as legacy
 
-import autodiff
-from autodiff import functional
 from benchmarks import by_hand
 from benchmarks.rows.row import (
     AUTODIFF,
@@ -20,6 +18,7 @@ from benchmarks.rows.row import (
     OfJax,
     Row,
     Side,
+    of_autodiff,
     transformed,
 )
 
@@ -53,7 +52,7 @@ def chain(length: int) -> Callable[[Tensor], Tensor]:
 def _grad(place: Place, func: Callable[[Tensor], Tensor], jax_name: str) -> Sides:
     x = place.numbers(4)
     return {
-        **transformed(lambda library: library.grad(func), x),
+        **transformed(place, lambda library: library.grad(func), x),
         BY_HAND: Side(by_hand.gradient, (func, x)),
         JAX: OfJax("grad", jax_name, (x,)),
     }
@@ -70,7 +69,7 @@ def _vjp(place: Place, func: Callable[[Tensor], Tensor], jax_name: str) -> Sides
         return product
 
     return {
-        **transformed(of, x, v),
+        **transformed(place, of, x, v),
         FUNCTIONAL: Side(legacy.vjp, (func, x, v)),
         BY_HAND: Side(by_hand.vjp, (func, x, v)),
         JAX: OfJax("vjp", jax_name, (x, v)),
@@ -80,7 +79,7 @@ def _vjp(place: Place, func: Callable[[Tensor], Tensor], jax_name: str) -> Sides
 def _jvp(place: Place, func: Callable[[Tensor], Tensor], jax_name: str) -> Sides:
     x, v = place.numbers(4), place.numbers(4, seed=1)
     return {
-        **transformed(lambda library: lambda x, v: library.jvp(func, (x,), (v,)), x, v),
+        **transformed(place, lambda library: lambda x, v: library.jvp(func, (x,), (v,)), x, v),
         FUNCTIONAL: Side(legacy.jvp, (func, x, v)),
         BY_HAND: Side(by_hand.jvp, (func, x, v)),
         JAX: OfJax("jvp", jax_name, (x, v)),
@@ -95,7 +94,7 @@ def _hvp(place: Place, func: Callable[[Tensor], Tensor], jax_name: str) -> Sides
         return value, product
 
     return {
-        AUTODIFF: Side(lambda x, v: autodiff.hvp(func, (x,), (v,)), (x, v)),
+        **of_autodiff(place, lambda library: lambda x, v: library.hvp(func, (x,), (v,)), x, v),
         TORCH_FUNC: Side(of_torch_func, (x, v)),
         FUNCTIONAL: Side(legacy.hvp, (func, x, v)),
         BY_HAND: Side(by_hand.hvp, (func, x, v)),
@@ -106,7 +105,7 @@ def _hvp(place: Place, func: Callable[[Tensor], Tensor], jax_name: str) -> Sides
 def _hessian(place: Place, func: Callable[[Tensor], Tensor], jax_name: str) -> Sides:
     x = place.numbers(4)
     return {
-        **transformed(lambda library: library.hessian(func), x),
+        **transformed(place, lambda library: library.hessian(func), x),
         FUNCTIONAL: Side(legacy.hessian, (func, x)),
         BY_HAND: Side(by_hand.hessian_row_by_row, (func, x)),
         JAX: OfJax("hessian", jax_name, (x,)),
@@ -132,7 +131,7 @@ def _of_functional(name: str, number: int, title: str, func: Callable[[Tensor], 
         alone = name in {"jacobian", "hessian"} or (name == "vjp" and func(x).dim() == 0)
         args = (func, x) if alone else (func, x, v)
         return {
-            AUTODIFF: Side(getattr(functional, name), args),
+            **of_autodiff(place, lambda library: getattr(library.functional, name), *args),
             FUNCTIONAL: Side(getattr(legacy, name), args),
             BY_HAND: Side(_PRODUCTS_BY_HAND[name], args),
         }

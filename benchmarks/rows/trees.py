@@ -34,7 +34,7 @@ def of_tree(tree: dict[str, Any]) -> Tensor:
 def of_count(place: Place, count: int) -> Sides:
     leaves = [place.numbers(4, seed=at) for at in range(count)]
     return {
-        **transformed(lambda library: library.grad(of_tree), tree_of(leaves)),
+        **transformed(place, lambda library: library.grad(of_tree), tree_of(leaves)),
         BY_HAND: Side(by_hand.gradients, (_sum, leaves)),
         JAX: OfJax("grad", "sum_of_leaves", (leaves,)),
     }
