@@ -1,4 +1,4 @@
-"""Every check of this project, each in an environment of its own.
+"""Every check of this project, each in its own environment.
 
 ``nox`` runs what CI runs. ``nox -s demo`` shows the main use; ``nox -l`` lists the sessions.
 """
@@ -11,25 +11,25 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2024.4.15"
-# pip knows the machine's own package sources; uv would not.
+# pip uses the package sources configured on the machine; uv would not.
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["tests", "lint", "types", "ops", "docs"]
 
 CONSTRAINTS = Path("constraints.txt")
-# One thread per process: the test processes share the cores, and timings need a quiet one.
+# One thread per process: the test processes share the cores, and more threads would disturb timings.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 WORKERS = str(min(os.cpu_count() or 1, 8))
 
 
 def install(session: nox.Session, *what: str) -> None:
-    """Install under the pins."""
+    """Install with the pinned versions."""
     session.install(*what, "-c", str(CONSTRAINTS))
 
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Compute the Hessian of every digit's loss, with the package as users install it."""
+    """Compute the Hessian of the loss for every digit, with the package as users install it."""
     install(session, ".[examples]")
     both = [["--parameters", "last"], ["--parameters", "all"]]
     for options in [session.posargs] if session.posargs else both:
@@ -45,21 +45,21 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def ops(session: nox.Session) -> None:
-    """Compare with torch.func over torch's own operator database."""
+    """Compare with torch.func on torch's own operator database."""
     install(session, "-e", ".[tests]")
     session.run("pytest", "-n", WORKERS, "tests/ops", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Check 20,000 random compositions of transforms, and what they leave behind: some ten minutes."""
+    """Check 20,000 random compositions of transforms, and that they leave nothing behind: about ten minutes."""
     install(session, "-e", ".[tests]")
     session.run("python", "tests/soak", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, docstrings and the two seams."""
+    """Check style, docstrings, and which files use private parts of torch or import optree."""
     install(session, "ruff")
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", "--check")
@@ -74,7 +74,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation into docs/_build: run every tutorial, check every link inside; a warning is an error."""
+    """Build the documentation in docs/_build, run every tutorial and check internal links; warnings are errors."""
     install(session, "-e", ".[docs]")
     options = ["-W", "--keep-going", "-n", "-q", *session.posargs]
     session.run("sphinx-build", *options, "docs", "docs/_build", env=ONE_THREAD)
@@ -82,9 +82,9 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure time and memory beside torch and raw autograd.
+    """Compare time and memory with torch and raw autograd.
 
-    ``-- --full`` compiles too, and takes JAX along; ``-- --before COMMIT`` compares with the package as it was there.
+    ``-- --full`` adds compiled code and JAX; ``-- --before COMMIT`` compares with the package as it was there.
     """
     install(session, "-e", ".[examples]")
     full = ["--jax", jax_python(session)] if "--full" in session.posargs else []
@@ -92,7 +92,7 @@ def bench(session: nox.Session) -> None:
 
 
 def jax_python(session: nox.Session) -> str:
-    """The Python of an environment that has JAX and nothing of this project; empty where it cannot be had."""
+    """The Python of an environment with JAX and without this project; empty if JAX cannot be installed."""
     folder = Path(session.create_tmp()) / "jax"
     python = folder / "bin" / "python"
     session.run("python", "-m", "venv", str(folder), silent=True)
@@ -104,8 +104,8 @@ def jax_python(session: nox.Session) -> str:
 @nox.session
 @nox.parametrize("torch", ["2.11.0", "2.15.0"])
 def torch_versions(session: nox.Session, torch: str) -> None:
-    """Run the tests under the oldest and the newest torch: by hand, for it fetches several GB."""
-    # Each torch brings bounds on setuptools of its own; all other pins hold.
+    """Run the tests with the oldest and the newest torch; run it by hand, since it downloads several GB."""
+    # Each torch has its own bounds on setuptools; all other pins apply.
     freed = ("torch==", "setuptools==")
     pins = [pin for pin in CONSTRAINTS.read_text().splitlines() if not pin.startswith(freed)]
     constraints = Path(session.create_tmp()) / "constraints.txt"
@@ -127,5 +127,5 @@ def unneeded_fixes(session: nox.Session) -> None:
 
 
 def run_tests(session: nox.Session) -> None:
-    """Run the suite without the operator matrix, which has a session of its own."""
+    """Run the tests without the operator matrix, which has its own session."""
     session.run("pytest", "-n", WORKERS, "--ignore=tests/ops", *session.posargs, env=ONE_THREAD)

@@ -1,4 +1,4 @@
-"""Sphinx: MyST pages, the API from docstrings, tutorials that run, the furo theme. Builds without a network."""
+"""Sphinx settings: MyST pages, the API from docstrings, executed tutorials, the furo theme. Builds offline too."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "mathml",
 ]
-# Of the gallery, Sphinx reads the pages; beside them lie the scripts, the notebooks and what was measured.
+# From the gallery, Sphinx reads only the pages, not the scripts, the notebooks or the timings next to them.
 exclude_patterns = ["_build", "tutorials/*.py", "tutorials/*.ipynb", "sg_execution_times.rst"]
 root_doc = "index"
 
@@ -49,13 +49,13 @@ myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
-# Types are said in words under Args, with shapes; signatures keep names and defaults.
+# Types and shapes are described under Args; signatures show only names and defaults.
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
-# What is returned is said in a sentence, which may have a colon; it is no type to link to.
+# Returns is a sentence, which may contain a colon; it is not a type to link to.
 napoleon_use_rtype = False
 
-# Copied are the lines of input without their prompts; what a tutorial printed has no button.
+# The copy button takes input lines without their prompts; output of a tutorial has no button.
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 copybutton_selector = "div:not(.sphx-glr-script-out) > div.highlight > pre"
@@ -81,14 +81,14 @@ TUTORIALS = [
 sphinx_gallery_conf = {
     "examples_dirs": "../examples/tutorials",
     "gallery_dirs": "tutorials",
-    # Every script is run in every build, whether it has changed or not: the library has.
-    # `-D plot_gallery=0` builds the pages without running them.
+    # Run every script in every build, even an unchanged one: the library may have changed.
+    # `-D plot_gallery=0` builds the pages without running the scripts.
     "filename_pattern": "",
     "run_stale_examples": True,
-    # In the order in which they are read; a script that is not listed is an error.
+    # The order on the page; a script that is not listed is an error.
     "within_subsection_order": ExplicitOrder(TUTORIALS),
     "image_srcset": ["2x"],
-    # What the last line of a cell gives is shown only where it prints itself: no reprs of figures.
+    # Show only what a cell prints, not the repr of its last expression (a figure, for example).
     "capture_repr": (),
     "remove_config_comments": True,
     "write_computation_times": False,
@@ -100,7 +100,7 @@ logger = logging.getLogger(__name__)
 
 
 def draw_figures(app: Sphinx) -> None:
-    """Draw the pages' figures, anew in every build: they show what the code does now."""
+    """Draw the figures of the pages again in every build, so that they show what the code does now."""
     folder = Path(app.srcdir) / "_static" / "generated"
     folder.mkdir(parents=True, exist_ok=True)
     for script in sorted(Path(app.srcdir, "figures").glob("*.py")):
@@ -108,14 +108,14 @@ def draw_figures(app: Sphinx) -> None:
 
 
 def unreached_is_news(record: standard_logging.LogRecord) -> bool:
-    """Make an inventory that cannot be fetched a message instead of a warning, which has no type to suppress."""
+    """Log an inventory that cannot be fetched as information: the warning has no type, so it cannot be suppressed."""
     if str(record.msg).startswith("failed to reach any of the inventories"):
         record.levelno, record.levelname = standard_logging.INFO, "INFO"
     return True
 
 
 def is_of_unreached_inventory(app: Sphinx, _: Domain | None, node: Element) -> bool | None:
-    """Whether a name that was not found may be in an inventory that was not fetched; then it stays plain text."""
+    """Whether an unknown name may be in an inventory that was not fetched; it then stays plain text."""
     package = node.get("reftarget", "").partition(".")[0]
     name = "python" if package in sys.stdlib_module_names else package
     known = InventoryAdapter(app.env).named_inventory
@@ -123,7 +123,7 @@ def is_of_unreached_inventory(app: Sphinx, _: Domain | None, node: Element) -> b
 
 
 def check_local_links(app: Sphinx, exception: Exception | None) -> None:
-    """Warn of every link in the pages that leads to no file, or to no anchor in it."""
+    """Warn about every link in the pages whose file or anchor does not exist."""
     if exception is None and app.builder.format == "html":
         for page, link in broken_links(Path(app.outdir)):
             logger.warning("%s: the link %r leads nowhere", page, link, type="local_links")
@@ -133,5 +133,5 @@ def setup(app: Sphinx) -> None:
     standard_logging.getLogger("sphinx.sphinx.ext.intersphinx").addFilter(unreached_is_news)
     app.connect("builder-inited", draw_figures)
     app.connect("warn-missing-reference", is_of_unreached_inventory)
-    # After the gallery has put its links into the pages.
+    # After the gallery has added its links to the pages.
     app.connect("build-finished", check_local_links, priority=900)

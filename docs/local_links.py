@@ -1,6 +1,6 @@
-"""Links between built pages: which lead to no file, or to no anchor in it.
+"""Find links between built pages whose file or anchor does not exist.
 
-Reads HTML alone, and knows nothing of Sphinx. Links that leave the pages are not followed.
+Reads only HTML, and does not depend on Sphinx. External links are not followed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Page(HTMLParser):
-    """What a page links to, and the anchors that others may link to.
+    """The links of a page, and its anchors.
 
     >>> page = Page('<a href="other.html#top">other</a> <h1 id="here">Here</h1> <img srcset="a.png, b.png 2x">')
     >>> sorted(page.links), page.anchors
@@ -29,7 +29,7 @@ class Page(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:  # noqa: ARG002  of any tag
-        """Read the attributes that name a place."""
+        """Collect links and anchors from the attributes."""
         values = {name: value for name, value in attrs if value is not None}
         self.links |= {values[name] for name in ("href", "src") if name in values}
         self.links |= {source.split()[0] for source in values.get("srcset", "").split(",") if source.strip()}
@@ -37,7 +37,7 @@ class Page(HTMLParser):
 
 
 def broken_links(folder: Path) -> list[tuple[str, str]]:
-    """Of all pages under a folder, the links inside it that lead nowhere, as (page, link)."""
+    """All broken links between the pages in a folder, as (page, link)."""
     pages = {
         path.resolve(): Page(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.html"))
     }
@@ -56,6 +56,6 @@ def _leads_somewhere(page: Path, link: str, pages: dict[Path, Page]) -> bool:
     target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
     if not target.is_file():
         return False
-    # "#" and "#top" are the top of any page.
+    # "#" and "#top" mean the top of any page.
     anchor = unquote(parts.fragment)
     return anchor in {"", "top"} or target not in pages or anchor in pages[target].anchors

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw by themselves: no script, and no network, in the pages."""
+"""Formulas as MathML, which browsers display without scripts and without network access."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 def converted(node: math | math_block, *, as_block: bool) -> str:
-    """The formula in MathML; where docutils cannot read it, its source and a warning."""
+    """The formula in MathML; if docutils cannot parse it, its source, with a warning."""
     source = node.astext()
-    # LaTeX wants the underscores of a name escaped; docutils takes the name as it stands.
+    # LaTeX needs underscores in a name to be escaped; docutils takes the name literally.
     unescaped = re.sub(r"\\operatorname\{[^}]*\}", lambda name: name[0].replace(r"\_", "_"), source)
     try:
         return tex2mathml(unescaped, as_block=as_block)
@@ -31,22 +31,22 @@ def converted(node: math | math_block, *, as_block: bool) -> str:
 
 
 def visit_inline(self: HTML5Translator, node: math) -> None:
-    """Write a formula in a line, without its source behind it."""
+    """Write an inline formula, and skip its source."""
     self.body.append(converted(node, as_block=False))
     node.clear()
 
 
 def visit_display(self: HTML5Translator, node: math_block) -> None:
-    """Write a formula on a line of its own, which scrolls where it is too long."""
+    """Write a formula on its own line, which scrolls if it is too long."""
     self.body.append(f'<div class="formula">{converted(node, as_block=True)}</div>')
     node.clear()
 
 
 def depart(self: HTML5Translator, node: math | math_block) -> None:
-    """Everything is written on the way in."""
+    """Do nothing: the visit has written everything."""
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Offer the renderer to Sphinx, under the name that conf.py chooses."""
+    """Register the renderer with Sphinx, under the name that conf.py selects."""
     app.add_html_math_renderer("mathml", (visit_inline, depart), (visit_display, depart))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

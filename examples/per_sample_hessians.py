@@ -1,36 +1,38 @@
 r"""The curvature of the loss, image by image: one Hessian for every handwritten digit.
 
-A small network (64 inputs, 16 hidden units, 10 classes) learns scikit-learn's 1797 digits. Then, for
-every image on its own, this script computes the Hessian of its loss with respect to the last layer's
-170 parameters,
+A small network (64 inputs, 16 hidden units, 10 classes) learns scikit-learn's 1797 digits. For every single
+image, this script then computes the Hessian of the loss with respect to the 170 parameters of the last
+layer,
 
     H_n = d^2 loss(params, image_n, label_n) / d last^2        one 170 x 170 matrix for each image,
 
 as ``per_sample(hessian(loss, wrt="last.*"), in_dims=(None, 0, 0), as_matrix=True)``: the parameters are
-shared, images and labels are mapped, and the images are taken in chunks whose size is learnt. It prints
-the ten images at which the loss is most curved, and draws them beneath the Hessians' spectra by class.
+shared, images and labels are mapped, and ``per_sample`` learns how many images to process at once. The script
+prints the ten images at which the loss is most curved, and draws them below the spectra of the Hessians by
+class.
 
-What comes out can be checked by hand. With hidden activations h, a trailing 1 for the bias, z = (h, 1),
-logits W z and p = softmax(W z), the cross-entropy has
+The results can be checked by hand. With hidden activations h, a trailing 1 for the bias, z = (h, 1), logits
+W z and p = softmax(W z), the Hessian of the cross-entropy is
 
     H = (diag(p) - p p^T) (x) (z z^T)
 
-whatever the label. So at most 9 of the 170 eigenvalues are not zero: those of diag(p) - p p^T, times
-|z|^2. A network that is certain (p near a corner of the simplex) sees a flat loss, even where it is
-wrong; the most curved images are those on which it hesitates. Every Hessian is compared with this form,
+for any label. So at most 9 of the 170 eigenvalues are nonzero: those of diag(p) - p p^T, times |z|^2. Where
+the network is confident (p near a corner of the simplex), the loss is flat, even if the network is wrong. The
+most curved images are those on which the network is undecided. Every Hessian is compared with this formula,
 and three of them with ``torch.autograd.functional.hessian``.
 
-With ``--parameters all`` it is the Hessian in all 1210 parameters, in float32, for 200 images or, with
-``--samples all``, for each: 10.5 GB, which a run under a budget of 512 MiB writes to ``hessians.npy`` in
-the output folder. A run that was interrupted goes on where it stopped when it is started again; one that
-is complete computes nothing. With J the Jacobian of the logits and r = p - onehot(label),
+With ``--parameters all``, the script computes the Hessian in all 1210 parameters, in float32, for 200 images
+or, with ``--samples all``, for every image. All of them take 10.5 GB, which a run with a budget of 512 MiB
+writes to ``hessians.npy`` in the output folder. If a run is interrupted, start it again and it continues where
+it stopped; if it is already complete, nothing is computed. With J the Jacobian of the logits and
+r = p - onehot(label),
 
     H = J^T (diag(p) - p p^T) J + sum_c r_c d^2 logit_c / d params^2.
 
-The first part has rank 9 and no negative eigenvalue. In the second, every hidden unit has two directions
-of its own, one curved up and one curved down. So of the 1210 eigenvalues at most 25 are positive and at
-most 16 negative. Both parts vanish where the network is right and certain. Where it is wrong and certain
-only the first does: what the last layer alone shows as flat is a saddle in all parameters.
+The first part has rank 9 and no negative eigenvalue. In the second part, every hidden unit contributes two
+directions, one that curves up and one that curves down. So at most 25 of the 1210 eigenvalues are positive,
+and at most 16 negative. Both parts vanish where the network is right and confident. Where it is wrong and
+confident, only the first part vanishes: what looks flat in the last layer alone is a saddle in all parameters.
 
 Run it with ``python examples/per_sample_hessians.py``; ``--help`` lists the options.
 """
@@ -65,14 +67,14 @@ PIXELS, HIDDEN, CLASSES = 64, 16, 10
 LAST = (HIDDEN + 1) * CLASSES  # numbers in the last layer
 ALL = (PIXELS + 1) * HIDDEN + LAST
 IMAGES, FEW = 1797, 200
-RANK = CLASSES - 1  # of every last-layer Hessian: softmax does not see a shift of all logits
-UP, DOWN = RANK + HIDDEN, HIDDEN  # of every Hessian in all parameters: positive and negative eigenvalues
+RANK = CLASSES - 1  # of every last-layer Hessian: softmax is invariant to a shift of all logits
+UP, DOWN = RANK + HIDDEN, HIDDEN  # positive and negative eigenvalues in all parameters
 CHECKED, SHOWN = 3, 10
-# Of differences relative to the largest entry compared, or to 0.1 if that is less: near a corner H shrinks with
-# 1 - p, but its rounding does not. Rounding leaves 1e-15 in float64 and 1e-6 in float32.
+# Differences are relative to the largest entry, or to 0.1 if all entries are smaller: near a corner, H shrinks
+# with 1 - p, but its rounding error does not. Rounding errors are 1e-15 in float64 and 1e-6 in float32.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
-# Two layers, {"hidden": {"weight", "bias"}, "last": {"weight", "bias"}}.
+# There are two layers: {"hidden": {"weight", "bias"}, "last": {"weight", "bias"}}.
 Params = dict[str, Any]
 
 
@@ -122,7 +124,7 @@ def in_all_parameters(params: Params, images: Tensor, labels: Tensor, options: a
 
 
 def hessians_on_disk(params: Params, images: Tensor, labels: Tensor, options: argparse.Namespace) -> Tensor:
-    """The Hessians in all parameters, [N, 1210, 1210], in a file that is mapped: read where it is used."""
+    """The Hessians in all parameters, [N, 1210, 1210], in a memory-mapped file."""
     curvature = per_sample(
         hessian(mean_loss),
         in_dims=(None, 0, 0),
@@ -133,14 +135,14 @@ def hessians_on_disk(params: Params, images: Tensor, labels: Tensor, options: ar
     )
     path = options.output / "hessians.npy"
     size = len(images) * ALL**2 * images.element_size()
-    print(f"{len(images)} Hessians of {ALL} x {ALL} numbers, {size / 1e9:.1f} GB, go to {path}.")
-    print("A run that is interrupted goes on where it stopped when it is started again.")
+    print(f"{len(images)} Hessians of {ALL} x {ALL} numbers, {size / 1e9:.1f} GB, are written to {path}.")
+    print("If the run is interrupted, start it again and it continues where it stopped.")
     try:
         hessians = curvature(params, images, labels, out=path)
     except ResumeError as error:
         raise SystemExit(str(error)) from None
     if curvature.report.resumed_at == len(images):
-        print(f"{path} was complete: nothing was computed.")
+        print(f"{path} is already complete: nothing was computed.")
     print(curvature.report)
     return hessians
 
@@ -184,11 +186,11 @@ def train(params: Params, images: Tensor, labels: Tensor, steps: int) -> Params:
     return params
 
 
-# The Hessians, checked.
+# Checks of the Hessians.
 
 
 def check_against_closed_form(hessians: Tensor, params: Params, images: Tensor) -> None:
-    """Compare the last layer's block of every Hessian with J^T (diag(p) - p p^T) J, J the logits' Jacobian."""
+    """Compare the last layer's block of every Hessian with J^T (diag(p) - p p^T) J, J the Jacobian of the logits."""
     exact = optree.tree_map(Tensor.double, params)
     classes = torch.eye(CLASSES, dtype=torch.float64, device=images.device)
     error = largest = 0.0
@@ -211,7 +213,7 @@ def check_against_closed_form(hessians: Tensor, params: Params, images: Tensor) 
 def check_against_torch(
     hessians: Tensor, layers: list[str], params: Params, images: Tensor, labels: Tensor
 ) -> None:
-    """Compare the images of largest loss with torch.autograd.functional, which takes them one by one, in float64."""
+    """Compare the images with the largest loss with torch.autograd.functional, one by one and in float64."""
     exact = optree.tree_map(Tensor.double, params)
     vector, unravel = ravel({layer: exact[layer] for layer in layers})
     logits = linear(hidden_activations(params, images), **params["last"])
@@ -234,18 +236,18 @@ def check_against_torch(
 
 def confirm(what: str, error: float, dtype: torch.dtype) -> None:
     if not error < TOLERANCE[dtype]:
-        raise SystemExit(f"Checked {what}: they differ by {error:.1e}. One of the two is wrong.")
+        raise SystemExit(f"Checked {what}: the difference is {error:.1e}. One of the two is wrong.")
     print(f"Checked {what}: largest relative difference {error:.1e}")
 
 
-# What the Hessians say.
+# The findings.
 
 
 class Findings(NamedTuple):
     """One entry for each image, as NumPy arrays."""
 
     labels: np.ndarray  # [N]
-    probabilities: np.ndarray  # [N, 10], what the network thinks
+    probabilities: np.ndarray  # [N, 10], predicted by the network
     losses: np.ndarray  # [N]
     traces: np.ndarray  # [N]
     spectra: np.ndarray  # [N, 170], largest eigenvalue first
@@ -269,19 +271,19 @@ def examine(hessians: Tensor, params: Params, images: Tensor, labels: Tensor) ->
 def print_table(findings: Findings) -> None:
     guesses = findings.probabilities.argmax(axis=1)
     beyond = np.abs(findings.spectra[:, RANK:]).max()
-    print(f"Images read wrongly: {(guesses != findings.labels).sum()} of {len(guesses)}")
+    print(f"Misclassified images: {(guesses != findings.labels).sum()} of {len(guesses)}")
     print(f"Eigenvalues {RANK + 1} to {LAST}, zero in theory: at most {beyond:.1e}")
     print(f"\nThe {len(findings.most_curved)} most curved images:")
-    print(f"{'image':>6} {'label':>6} {'read as':>8} {'loss':>8} {'trace':>8} {'largest eigenvalue':>19}")
+    print(f"{'image':>6} {'label':>6} {'predicted':>10} {'loss':>8} {'trace':>8} {'largest eigenvalue':>19}")
     for i in findings.most_curved:
         print(
-            f"{i:>6} {findings.labels[i]:>6} {guesses[i]:>8} {findings.losses[i]:>8.3f} "
+            f"{i:>6} {findings.labels[i]:>6} {guesses[i]:>10} {findings.losses[i]:>8.3f} "
             f"{findings.traces[i]:>8.3f} {findings.spectra[i, 0]:>19.3f}"
         )
 
 
 class FindingsOfAll(NamedTuple):
-    """What the Hessians in all parameters say; one entry for each image, but for ``mean`` and ``beyond``."""
+    """Findings for all parameters, with one entry for each image, except in ``mean`` and ``beyond``."""
 
     labels: np.ndarray  # [N]
     guesses: np.ndarray  # [N]
@@ -290,7 +292,7 @@ class FindingsOfAll(NamedTuple):
     down: np.ndarray  # [N, 16], the negative ones, most negative first
     last: np.ndarray  # [N, 9], those of the last layer's block, largest first
     mean: np.ndarray  # [1210, 1210], the mean of |H|
-    beyond: float  # no other eigenvalue is further from zero
+    beyond: float  # a bound on the other eigenvalues
 
 
 def examine_all(hessians: Tensor, params: Params, images: Tensor, labels: Tensor) -> FindingsOfAll:
@@ -320,11 +322,12 @@ def examine_all(hessians: Tensor, params: Params, images: Tensor, labels: Tensor
 
 
 def nonzero_eigenvalues(hessians: Tensor) -> tuple[Tensor, float]:
-    """The eigenvalues that need not be zero, in ascending order, and a bound of all others.
+    """The eigenvalues that need not be zero, in ascending order, and a bound on all others.
 
-    Where Q spans the range of H they are those of Q^T H Q, which is small. A product of H with a few more
-    random vectors than its rank spans the range (Halko, Martinsson and Tropp, SIAM Review 53, 2011); how
-    well, |H - Q Q^T H| tells: no eigenvalue moves by more than twice that. In a tenth of the time of eigvalsh.
+    If Q spans the range of H, these are the eigenvalues of Q^T H Q, which is small. A product of H with slightly
+    more random vectors than its rank spans the range (Halko, Martinsson and Tropp, SIAM Review 53, 2011).
+    |H - Q Q^T H| measures how well: no eigenvalue moves by more than twice that. This takes a tenth of the time
+    of eigvalsh.
     """
     samples = torch.randn(ALL, UP + DOWN + 9, dtype=hessians.dtype, device=hessians.device)
     Q = torch.linalg.qr(hessians @ samples).Q
@@ -334,22 +337,22 @@ def nonzero_eigenvalues(hessians: Tensor) -> tuple[Tensor, float]:
 
 
 def print_table_of_all(findings: FindingsOfAll) -> None:
-    print(f"Images read wrongly: {(findings.guesses != findings.labels).sum()} of {len(findings.labels)}")
+    print(f"Misclassified images: {(findings.guesses != findings.labels).sum()} of {len(findings.labels)}")
     print(f"Eigenvalues {UP + 1} to {ALL - DOWN}, zero in theory: at most {findings.beyond:.1e}")
     lowest = findings.down[:, 0].argsort()[:SHOWN]
     print(f"\nThe {len(lowest)} images whose loss curves down most:")
     columns = f"{'most negative':>14} {'largest eigenvalue':>19} {'largest in last layer':>22}"
-    print(f"{'image':>6} {'label':>6} {'read as':>8} {'loss':>8} {columns}")
+    print(f"{'image':>6} {'label':>6} {'predicted':>10} {'loss':>8} {columns}")
     for i in lowest:
         print(
-            f"{i:>6} {findings.labels[i]:>6} {findings.guesses[i]:>8} {findings.losses[i]:>8.3f} "
+            f"{i:>6} {findings.labels[i]:>6} {findings.guesses[i]:>10} {findings.losses[i]:>8.3f} "
             f"{findings.down[i, 0]:>14.3f} {findings.up[i, 0]:>19.3f} {findings.last[i, 0]:>22.3f}"
         )
 
 
 # The figures.
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, which every eye tells apart
+BLUE, ORANGE = "#0072B2", "#D55E00"  # from Okabe and Ito's colour-blind safe palette
 
 
 def draw(findings: Findings, images: Tensor, path: Path) -> None:
@@ -371,7 +374,7 @@ def draw_spectra(figure: SubFigure, findings: Findings) -> None:
     panels = figure.subplots(2, CLASSES // 2, sharex=True, sharey=True)
     ranks = np.arange(1, RANK + 1)
     for digit, panel in enumerate(panels.flat):
-        # [images of this class, 9]. Rounding may leave one below zero, which has no logarithm.
+        # [images of this class, 9]. Rounding may make one negative, which has no logarithm.
         spectra = findings.spectra[findings.labels == digit, :RANK].clip(min=1e-16)
         panel.set_title(f"digit {digit} (n = {len(spectra)})", fontsize=11)
         panel.set(yscale="log", xticks=ranks)
@@ -383,7 +386,7 @@ def draw_spectra(figure: SubFigure, findings: Findings) -> None:
             panel.plot(ranks, middle, color=ORANGE, linewidth=2, marker="o", markersize=4)
     legend = [
         Line2D([], [], color=ORANGE, linewidth=2, marker="o", markersize=4, label="median"),
-        Patch(color=BLUE, alpha=0.4, linewidth=0, label="middle 80 % of the images"),
+        Patch(color=BLUE, alpha=0.4, linewidth=0, label="middle 80% of the images"),
         Line2D([], [], color=BLUE, alpha=0.5, linewidth=0.6, label="one image"),
     ]
     figure.legend(handles=legend, loc="outside lower right", ncols=3, frameon=False)
@@ -391,7 +394,7 @@ def draw_spectra(figure: SubFigure, findings: Findings) -> None:
 
 def draw_digits(figure: SubFigure, findings: Findings, images: np.ndarray) -> None:
     figure.suptitle(
-        "The most curved images, with their largest eigenvalue λ; below each, the network's two best guesses"
+        "The most curved images, with their largest eigenvalue λ, and the network's two best guesses below"
     )
     panels = figure.subplots(1, SHOWN)
     for panel in panels:
@@ -430,7 +433,7 @@ def draw_mean(figure: SubFigure, findings: FindingsOfAll) -> None:
     figure.suptitle(f"Size of each second derivative: mean of |H| over {len(findings.labels)} images")
     panel = figure.subplots()
     high = findings.mean.max()
-    # Pixels that are blank in every image have rows of zeros, dark as the smallest entries are.
+    # Pixels that are blank in every image have rows of zeros, which are as dark as the smallest entries.
     image = panel.imshow(
         findings.mean.clip(min=high / 1e4), cmap="magma", norm=LogNorm(high / 1e4, high), interpolation="none"
     )
@@ -452,7 +455,7 @@ Group = tuple[np.ndarray, str, str]
 
 
 def draw_ranks(panel: Axes, groups: tuple[Group, ...]) -> None:
-    panel.set_title("Eigenvalues that need not be zero: median, and middle 80 % of the images", fontsize=11)
+    panel.set_title("Eigenvalues that need not be zero: median, and middle 80% of the images", fontsize=11)
     for spectra, color, _ in groups:
         ranks = np.arange(1, spectra.shape[1] + 1)
         low, middle, high = np.quantile(spectra, [0.1, 0.5, 0.9], axis=0)
@@ -463,7 +466,7 @@ def draw_ranks(panel: Axes, groups: tuple[Group, ...]) -> None:
 
 
 def draw_extremes(panel: Axes, groups: tuple[Group, ...], findings: FindingsOfAll) -> None:
-    panel.set_title("The outermost eigenvalues of each image; rings: images read wrongly", fontsize=11)
+    panel.set_title("The outermost eigenvalues of each image; rings: misclassified images", fontsize=11)
     wrong = findings.guesses != findings.labels
     for spectra, color, _ in groups:
         panel.scatter(findings.losses, spectra[:, 0], s=14, color=color, alpha=0.5, linewidth=0)
@@ -503,7 +506,7 @@ def parse_options() -> argparse.Namespace:
         "--chunk-size",
         type=chunk_size,
         default="auto",
-        help="images whose Hessians are computed at once, or auto to learn it (default: %(default)s)",
+        help="number of Hessians to compute at once, or auto to learn it (default: %(default)s)",
     )
     parser.add_argument(
         "--device",
@@ -515,7 +518,7 @@ def parse_options() -> argparse.Namespace:
         "--output",
         type=folder,
         default="output",
-        help="folder for figures and files, made if missing (default: %(default)s)",
+        help="folder for figures and files, created if missing (default: %(default)s)",
     )
     options = parser.parse_args()
     if options.samples is None:
@@ -543,7 +546,7 @@ def image_count(text: str) -> int:
 def usable_device(text: str) -> torch.device:
     try:
         probe = torch.zeros((), device=text)
-        probe.item()  # which a device without values, such as meta, refuses
+        probe.item()  # fails on a device without values, such as meta
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"cannot compute on {text!r}: {reason}") from None

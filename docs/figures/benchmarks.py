@@ -1,4 +1,4 @@
-"""Times of every library by row, as multiples of autodiff's, from the results that the page shows."""
+"""The times of every library, row by row, as multiples of autodiff's, from the results on the page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 _RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu.json"
-# Okabe and Ito's colours, which everybody can tell apart.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 _COLOURS = {
     "torch.func": "#E69F00",
     "autograd.functional": "#CC79A7",
@@ -31,7 +31,7 @@ def draw(folder: Path) -> None:
         names.append(f"{row['row']}")
         for column in others:
             ratio = row["seconds"][column] / row["seconds"]["autodiff"]
-            # Bars start at autodiff: to the right is slower.
+            # Bars start at autodiff's time; bars to the right are slower.
             axes.barh(place, ratio - 1, left=1, height=0.9, color=_COLOURS[column])
             place += 1
         place += 1.4
@@ -42,7 +42,7 @@ def draw(folder: Path) -> None:
     axes.grid(axis="x", which="major", color="#dddddd")
     axes.set_axisbelow(True)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("time, as a multiple of autodiff's: to the left faster, to the right slower")
+    axes.set_xlabel("time as a multiple of autodiff's (left: faster, right: slower)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in _COLOURS.values()]

@@ -1,6 +1,6 @@
-"""The figures of how_to/per_sample.md, computed while the documentation is built, so that they cannot go stale.
+"""The figures of how_to/per_sample.md, computed while the documentation is built, so that they stay current.
 
-Hands on `draw`, which conf.py calls.
+Provides `draw`, which conf.py calls.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, which every eye tells apart
+BLUE, ORANGE = "#0072B2", "#D55E00"  # from Okabe and Ito's colour-blind safe palette
 
 
 def draw(folder: Path) -> None:
-    """Train a network on some of scikit-learn's digits, and draw what the page shows of it."""
+    """Train a network on some of scikit-learn's digits, and draw the figures of the page."""
     torch.manual_seed(0)
     digits = load_digits()
     images, labels = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
@@ -33,7 +33,7 @@ def draw(folder: Path) -> None:
     draw_budgets(model, images, labels, folder / "per_sample_budgets.png")
 
 
-TRAINED = 200  # images, so few that many of the others are read wrongly
+TRAINED = 200  # images, so few that many of the others are misclassified
 
 
 def trained(images: Tensor, labels: Tensor) -> torch.nn.Module:
@@ -69,7 +69,7 @@ def draw_digits(model: torch.nn.Module, images: Tensor, labels: Tensor, path: Pa
         expected,
         color="black",
         linewidth=1,
-        label="wavering between the label and one other class",
+        label="undecided between the label and one other class",
     )
     panel.set(xscale="log", yscale="log", xlabel="loss of the digit (nats)")
     panel.set_ylabel("largest eigenvalue of its Hessian\n(nats per squared unit of weight)")
@@ -80,16 +80,16 @@ def draw_digits(model: torch.nn.Module, images: Tensor, labels: Tensor, path: Pa
 
 
 def draw_budgets(model: torch.nn.Module, images: Tensor, labels: Tensor, path: Path) -> None:
-    """What chunks are learnt under budgets from 1 MiB to 1 GiB, and the peaks that they reach."""
+    """The chunk sizes learnt under budgets from 1 MiB to 1 GiB, and the memory peaks they reach."""
     loss, params = ad.sample_loss(model, cross_entropy), dict(model.named_parameters())
-    budgets = 2.0 ** np.arange(11)  # in MiB, as everything that is drawn
+    budgets = 2.0 ** np.arange(11)  # in MiB, like everything in the figure
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     panel = figure.subplots()
     panel.plot(budgets, 0.8 * budgets, color="0.5", linewidth=1, label="0.8 of the budget")
-    panel.axhline(64, color="0.5", linewidth=1, linestyle="--", label="64 MiB, the aim on a CPU")
+    panel.axhline(64, color="0.5", linewidth=1, linestyle="--", label="64 MiB, the target on a CPU")
     for budget in budgets.tolist():
         curvature = ad.per_sample(ad.hessian(loss), in_dims=(None, 0, 0), memory=f"{budget}MiB")
-        # What is kept is small, so that the chunks have the budget for themselves.
+        # The kept results are small, so nearly the whole budget is left for the chunks.
         curvature.map(lambda blocks: blocks["2.bias"]["2.bias"], params, images[:40], labels[:40])
         report = curvature.report
         peak = report.peak / 2**20
@@ -97,8 +97,8 @@ def draw_budgets(model: torch.nn.Module, images: Tensor, labels: Tensor, path: P
         panel.plot(budget, peak, "o", color=ORANGE if by_rows else BLUE)
         size = report.rows if by_rows else report.largest
         panel.annotate(f"{size}", (budget, peak), (0, -15), textcoords="offset points", ha="center")
-    panel.plot([], [], "o", color=ORANGE, label="so many rows of one sample at a time")
-    panel.plot([], [], "o", color=BLUE, label="so many samples at a time")
+    panel.plot([], [], "o", color=ORANGE, label="number of rows of one sample at a time")
+    panel.plot([], [], "o", color=BLUE, label="number of samples at a time")
     panel.set(
         xlabel="memory, the budget (MiB)",
         ylabel="peak of the largest chunk (MiB)",

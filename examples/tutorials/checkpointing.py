@@ -2,14 +2,14 @@ r"""
 Checkpointing a deep network
 ============================
 
-A gradient needs what the function computed on the way, and reverse mode keeps all of it until it is pulled back: the
-memory grows with the depth. :func:`autodiff.checkpoint` keeps the inputs of a piece of the function instead, and runs
-the piece again when its turn comes. A chain of :math:`n` equal layers in :math:`k` pieces then holds :math:`k` inputs
-of pieces, and the :math:`n / k` results of the one that is being pulled back. The sum is least at :math:`k = \sqrt n`:
-:math:`2 \sqrt n` results instead of :math:`n`, for one more evaluation (T. Chen et al., 2016,
+Reverse mode keeps every intermediate result of a function until it is pulled back, so the memory of a gradient grows
+with the depth. :func:`autodiff.checkpoint` keeps only the inputs of a segment of the function, and runs the segment
+again when the backward pass reaches it. A chain of :math:`n` equal layers in :math:`k` segments then keeps the inputs
+of :math:`k` segments, and the :math:`n / k` results of the segment that is being pulled back. The sum is smallest at
+:math:`k = \sqrt n`: :math:`2 \sqrt n` results instead of :math:`n`, for one more evaluation (T. Chen et al., 2016,
 `arXiv:1604.06174 <https://arxiv.org/abs/1604.06174>`_).
 
-This tutorial counts the bytes, takes the time, and compares the gradients.
+This tutorial counts bytes, measures time, and compares the gradients.
 """
 
 import json
@@ -31,8 +31,8 @@ from autodiff import checkpoint, grad, hvp, vmap
 # A deep network
 # --------------
 #
-# 64 layers of 64 units. The batch is larger than the layers are wide, so that what the layers compute takes far more
-# memory than their weights.
+# 64 layers of 64 units. The batch size is much larger than the width of the layers, so the results of the layers take
+# far more memory than their weights.
 
 DEPTH, WIDTH, BATCH = 64, 64, 2048
 
@@ -52,8 +52,8 @@ def plain_loss(weights: list[Tensor], x: Tensor) -> Tensor:
 
 
 # %%
-# To checkpoint it is to say which pieces there are, and to wrap each. ``checkpoint(layers)`` is a function of the same
-# arguments with the same output; its arguments may be trees, as everywhere.
+# To use checkpointing, divide the function into segments and wrap each of them. ``checkpoint(layers)`` takes the same
+# arguments as ``layers`` and returns the same output; as everywhere, arguments may be trees.
 
 
 def loss_in(segments: int) -> Callable[[list[Tensor], Tensor], Tensor]:
@@ -71,7 +71,7 @@ def loss_in(segments: int) -> Callable[[list[Tensor], Tensor], Tensor]:
 # The same gradient
 # -----------------
 #
-# The pieces are run again by the same operations on the same numbers, so that every bit of the gradients is the same:
+# A segment runs again with the same operations on the same numbers, so the gradients are equal bit by bit:
 
 SEGMENTS = [1, 2, 4, 8, 16, 32, 64]
 
@@ -83,14 +83,14 @@ for segments in SEGMENTS:
 # Counting the memory
 # -------------------
 #
-# torch's profiler notes every allocation and every release. The running sum of them is the memory taken, and its
-# largest value the peak. Nothing is estimated, and nothing depends on how fast the machine is.
+# torch's profiler records every allocation and every release. Their running sum is the memory in use, and its maximum
+# is the peak. Nothing is estimated, and nothing depends on the speed of the machine.
 
 
 def memory_over_time(
     calls: dict[str, Callable[[], object]],
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Of each call: times in ms from its start, and the MiB that it holds."""
+    """For each call: times in ms since its start, and the MiB in use at these times."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for name, call in calls.items():
             with record_function(name):
@@ -124,8 +124,8 @@ timelines = memory_over_time(
 peaks = {name: held.max() for name, (_, held) in timelines.items()}
 
 # %%
-# The unit of the count is what one layer computes, 2048 x 64 numbers of four bytes. To the :math:`k + n / k` come a
-# cotangent and the gradients of the weights that are there already.
+# The unit is the result of one layer, 2048 x 64 numbers of four bytes. In addition to the :math:`k + n / k` results,
+# there are a cotangent and the gradients of the weights that have been computed so far.
 
 unit = x.numel() * x.element_size() / 2**20
 print(
@@ -143,8 +143,8 @@ assert min(SEGMENTS, key=lambda segments: peaks[str(segments)]) == DEPTH**0.5
 # What it costs
 # -------------
 #
-# One more evaluation. How much that is next to a gradient is measured: by the time of the processor, which other
-# programs do not enter, with all calls taking turns, and medians compared.
+# It costs one more evaluation. To measure how much that is compared with a gradient, we take the processor time, which
+# other programs do not affect, run all calls in turn, and compare medians.
 
 calls = {name: lambda f=f: grad(f)(weights, x) for name, f in losses.items()}
 recorded = [weight.clone().requires_grad_() for weight in weights]
@@ -165,8 +165,8 @@ print(", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()))
 # Inside other transforms
 # -----------------------
 #
-# A checkpointed function may stand under every transform. Here is the derivative of each sample's output with respect
-# to that sample, by ``vmap(grad(...))``: the same numbers, and as much less memory.
+# A checkpointed function works under every transform. Here is the derivative of each sample's output with respect to
+# that sample, by ``vmap(grad(...))``: the same numbers, with a similar saving of memory.
 
 
 def output(x: Tensor) -> Tensor:
@@ -184,9 +184,9 @@ torch.testing.assert_close(
 )
 
 # %%
-# A product with the Hessian differentiates twice. Forward mode stores nothing, so forward over reverse keeps what
-# checkpointing gains. Reverse over reverse, the default of ``hvp``, stores what the pullbacks compute as well, the
-# segments that they run again among it, and gains nothing.
+# A product with the Hessian differentiates twice. Forward mode stores nothing, so forward over reverse keeps the
+# savings of checkpointing. Reverse over reverse, the default of ``hvp``, also stores what the pullbacks compute,
+# including the segments that they run again, and so saves nothing.
 
 tangent = torch.randn_like(x)
 
@@ -216,15 +216,15 @@ for transform in ("vmap(grad)", "hvp"):
     assert checkpointed < 0.35 * plain
 
 # %%
-# What happens shows in the memory over time. The plain gradient fills it layer by layer, and gives it back on the way
-# down. In eight segments the way up keeps one result of each, and every tooth of the saw is a segment that is run
-# again and pulled back.
+# The memory over time shows what happens. The plain gradient allocates memory layer by layer, and frees it in the
+# backward pass. With eight segments, the evaluation keeps one result of each segment, and every tooth of the sawtooth
+# curve is one segment that is run again and pulled back.
 
 BLUE, ORANGE, GREEN = (
     "#0072B2",
     "#D55E00",
     "#009E73",
-)  # of Okabe and Ito's palette, which every eye tells apart
+)  # from Okabe and Ito's colour-blind safe palette
 
 figure, panel = plt.subplots(figsize=(8, 4), layout="constrained")
 for name, color, label in (
@@ -235,7 +235,7 @@ for name, color, label in (
     times, held = timelines[name]
     panel.step(times, held, where="post", color=color, label=label)
 panel.set(
-    xlabel="time (ms, with the profiler watching)",
+    xlabel="time (ms, while profiling)",
     ylabel="memory (MiB)",
     title="One gradient of 64 layers",
 )
@@ -244,8 +244,8 @@ panel.legend(frameon=False)
 plt.show()
 
 # %%
-# Peaks and times of all numbers of segments. Fewer than :math:`\sqrt n` segments are too long, more are too many. The
-# time grows by about the one evaluation, and by a little for each segment.
+# Here are the peaks and times for all numbers of segments. With fewer than :math:`\sqrt n` segments, each is too long;
+# with more, there are too many inputs to keep. The time grows by about one evaluation, and slightly with each segment.
 
 figure, (memory, duration) = plt.subplots(
     2, 1, figsize=(8, 6.5), sharex=True, layout="constrained", height_ratios=(3, 2)

@@ -2,11 +2,12 @@ r"""
 A physics-informed network for the heat equation
 ================================================
 
-A network can be trained to solve a differential equation: it is asked that its own derivatives
-satisfy the equation, at points here and there (M. Raissi, P. Perdikaris and G. E. Karniadakis,
-2019). So its loss holds first and second derivatives in its inputs, which are :func:`autodiff.grad`
-and :func:`autodiff.hessian` at one point and ``vmap`` over all points; and training differentiates
-those once more, in its parameters. The solution is known here, so the error can be told.
+A network can be trained to solve a differential equation: its own derivatives are required to
+satisfy the equation at a number of points (M. Raissi, P. Perdikaris and G. E. Karniadakis, 2019).
+The loss therefore contains first and second derivatives with respect to the inputs. They come from
+:func:`autodiff.grad` and :func:`autodiff.hessian` at one point, and ``vmap`` over all points.
+Training differentiates them once more, with respect to the parameters. Here the exact solution is
+known, so that the error can be measured.
 """
 
 # %%
@@ -17,7 +18,7 @@ those once more, in its parameters. The solution is known here, so the error can
 # .. math:: \frac{\partial u}{\partial t} = \kappa\, \frac{\partial^2 u}{\partial x^2},
 #           \qquad u(0, x) = \sin \pi x + \tfrac12 \sin 4 \pi x, \qquad u(t, 0) = u(t, 1) = 0
 #
-# with :math:`\kappa = 0.1`. Each wave of the initial temperature dies out at a rate of its own:
+# with :math:`\kappa = 0.1`. Each wave of the initial temperature decays at its own rate:
 
 import time
 
@@ -40,8 +41,8 @@ def exact(t, x):
 # What the network has to satisfy
 # -------------------------------
 # ``u`` is the network as a function of its parameters and of one point :math:`(t, x)`. Its gradient
-# in the point holds :math:`\partial u / \partial t`, and its Hessian :math:`\partial^2 u / \partial
-# x^2`.
+# with respect to the point contains :math:`\partial u / \partial t`, and its Hessian contains
+# :math:`\partial^2 u / \partial x^2`.
 
 model = torch.nn.Sequential(
     torch.nn.Linear(2, 20),
@@ -70,8 +71,8 @@ def edge_residual(params, point, temperature):
 
 
 # %%
-# These are residuals at one point. ``vmap`` takes them at all points: 500 inside, and 180 at the
-# edges, where they count ten times.
+# These are residuals at one point. ``vmap`` evaluates them at all points: 500 in the interior, and
+# 180 at the edges, which have ten times the weight.
 
 EDGE = 10
 inside = torch.quasirandom.SobolEngine(2).draw(500).double()  # [500, 2], of t and x
@@ -95,7 +96,8 @@ def loss(params):
 # %%
 # The error
 # ---------
-# It is measured where nobody trained: on a grid of 101 x 101 points, against the exact solution.
+# The error is measured at points not used for training: on a grid of 101 x 101 points, against the
+# exact solution.
 
 ticks = torch.linspace(0, 1, 101, dtype=torch.float64)
 grid = torch.cartesian_prod(ticks, ticks)
@@ -107,14 +109,14 @@ def error_on_grid(params):
 
 
 class Record:
-    """The relative error after so many seconds of computing; looking at it does not count."""
+    """The relative error against computing time, without the time for measuring the error."""
 
     def __init__(self):
         self.seconds, self.errors, self.spent = [], [], 0.0
         self.since = time.process_time()
 
     def add(self, params):
-        """Stop the clock, measure, and go on."""
+        """Stop the clock, measure the error, and start the clock again."""
         self.spent += time.process_time() - self.since
         self.seconds.append(self.spent)
         self.errors.append((error_on_grid(params).norm() / truth.norm()).item())
@@ -124,12 +126,12 @@ class Record:
 # %%
 # Training by Adam
 # ----------------
-# The usual way. The gradient in the parameters is a third derivative: ``grad`` goes through
-# ``vmap`` of ``hessian``.
+# This is the usual method. The gradient with respect to the parameters involves third derivatives:
+# ``grad`` differentiates through ``vmap`` of ``hessian``.
 
 params = start.clone()
 optimizer = torch.optim.Adam([params], lr=5e-3)
-optimizer.step()  # has no gradient yet; loads what it needs before the clock runs
+optimizer.step()  # without a gradient: loads the optimizer before the clock starts
 by_adam = Record()
 for step in range(1500):
     params.grad = ad.grad(loss)(params)
@@ -141,12 +143,13 @@ print(f"Adam, {step + 1} steps: relative error {by_adam.errors[-1]:.1e}")
 # %%
 # Training by least squares
 # -------------------------
-# The loss is a sum of squares of few residuals in few parameters, and for that there is the method
-# of Levenberg and Marquardt: it replaces the residuals by their linear approximation, and solves
-# that, damped. It needs their Jacobian, 680 x 501. ``jacrev(residuals)`` would give it, and take
-# 680 backward passes through all points. But each residual depends on one point alone, so the rows
-# are gradients at one point each: ``vmap`` of ``grad`` of a function that holds a ``grad`` and a
-# ``hessian`` itself, in less than a hundredth of the time.
+# The loss is a sum of squares, with few residuals and few parameters. This suits the method of
+# Levenberg and Marquardt, which replaces the residuals by their linear approximation and solves the
+# resulting least-squares problem, with damping. It needs their Jacobian, of size 680 x 501.
+# ``jacrev(residuals)`` would compute it with 680 backward passes through all points. But each
+# residual depends on a single point, so each row is a gradient at one point. ``vmap`` of ``grad`` of
+# a function that itself contains a ``grad`` and a ``hessian`` takes less than a hundredth of the
+# time.
 
 
 def jacobian(params):
@@ -202,7 +205,7 @@ plt.show()
 # %%
 # The solution
 # ------------
-# The short wave dies out sixteen times as fast as the long one, and the network follows both.
+# The short wave decays sixteen times as fast as the long one, and the network reproduces both.
 
 along = torch.linspace(0, 1, 200, dtype=torch.float64)
 moments = (0.0, 0.02, 0.05, 0.2, 1.0)
@@ -213,15 +216,15 @@ for moment, shade in zip(moments, shades, strict=True):
     panel.plot(along, exact(points[:, 0], along), color=shade, label=f"t = {moment:g}")
     found = ad.vmap(u, in_dims=(None, 0))(params, points[5::10])
     panel.plot(along[5::10], found, "o", color=shade, markersize=4)
-panel.set(xlabel="place x (lengths of the rod)", ylabel="temperature u")
+panel.set(xlabel="position x (lengths of the rod)", ylabel="temperature u")
 panel.set_title("The exact solution (lines) and the network (dots)", fontsize=11)
 panel.legend()
 plt.show()
 
 # %%
-# It is least exact at the beginning, where most happens. A classical method would be exact to more
-# digits in less time. What the network has ahead of it is that it needs no mesh, and that another
-# equation changes two lines, those of ``heat_residual``.
+# The error is largest at the beginning, where the solution changes fastest. A classical method would
+# give more correct digits in less time. The advantages of the network are that it needs no mesh, and
+# that for another equation only the two lines of ``heat_residual`` change.
 
 error = error_on_grid(params).reshape(101, 101)
 largest = error.abs().max().item()
@@ -231,7 +234,7 @@ figure, panel = plt.subplots(figsize=(7, 3.6))
 scale = {"cmap": "RdBu_r", "vmin": -1e4 * largest, "vmax": 1e4 * largest}
 place = {"origin": "lower", "extent": (0, 1, 0, 1), "aspect": "auto"}
 image = panel.imshow(1e4 * error.mT, **place, **scale)
-panel.set(xlabel="time t", ylabel="place x (lengths of the rod)")
+panel.set(xlabel="time t", ylabel="position x (lengths of the rod)")
 panel.set_title("The error of the network", fontsize=11)
 panel.grid(visible=False)
 figure.colorbar(image, ax=panel, label=r"error of the temperature ($10^{-4}$)")

@@ -2,17 +2,17 @@ r"""
 The Hessian spectrum of a network by Lanczos
 ============================================
 
-How is the loss of a trained network curved? Its Hessian is a matrix with as many rows as there are
-parameters, too large to be written down for any network of use. But its spectrum can be had from
-products with vectors alone, by the method of Lanczos, and a product costs little more than a
-gradient. :func:`autodiff.linearize` of :func:`autodiff.grad` gives such products. A small network
-comes first, for which the whole Hessian can be formed, as a check; then one whose Hessian would
-take 5.5 GB.
+How is the loss of a trained network curved? Its Hessian has as many rows as there are parameters,
+and is too large to form for any network of practical size. But the method of Lanczos computes its
+spectrum from products with vectors alone, and a product costs little more than a gradient.
+:func:`autodiff.linearize` of :func:`autodiff.grad` provides such products. As a check, we begin with
+a small network, whose whole Hessian can be formed. Then we turn to one whose Hessian would take
+5.5 GB.
 """
 
 # %%
-# Two networks that read digits
-# -----------------------------
+# Two networks that classify digits
+# ---------------------------------
 # Both are trained on scikit-learn's handwritten digits. The small one has 760 parameters, the large
 # one 26,122.
 
@@ -50,12 +50,12 @@ small = train(network(10), steps=60)
 # %%
 # Products with the Hessian
 # -------------------------
-# The loss becomes a function of one vector, which holds all parameters: ``ravel`` makes it, and a
-# function that takes it apart again.
+# The loss becomes a function of one vector that holds all parameters. ``ravel`` makes this vector,
+# and returns the inverse function as well.
 
 
 def loss_of(model):
-    """The mean loss as a function of one vector, and the vector."""
+    """The mean loss as a function of one vector, and the vector of the model."""
     vector, unravel = ad.pytree.ravel(dict(model.named_parameters()))
 
     def loss(vector):
@@ -66,8 +66,8 @@ def loss_of(model):
 
 
 # %%
-# ``linearize`` evaluates the gradient once. What it returns besides is linear: it multiplies a
-# vector by the derivative of the gradient, which is the Hessian, any number of times.
+# ``linearize`` evaluates the gradient once, and also returns a linear function. This function
+# multiplies a vector by the derivative of the gradient, which is the Hessian, any number of times.
 
 loss, vector = loss_of(small)
 gradient, times_hessian = ad.linearize(ad.grad(loss), vector)
@@ -76,20 +76,20 @@ hessian = ad.hessian(loss)(vector)  # [760, 760]: the check
 direction = torch.randn_like(vector)
 product = hessian @ direction
 difference = (times_hessian(direction) - product).norm() / product.norm()
-print(f"A product against the matrix: relative difference {difference:.0e}")
+print(f"A product compared with the matrix: relative difference {difference:.0e}")
 assert difference < 1e-10
 
 # %%
 # Lanczos
 # -------
 # From a random vector :math:`v`, Lanczos builds an orthonormal basis of :math:`v, Hv, H^2v, \ldots`,
-# in which :math:`H` is a small tridiagonal matrix. In theory each new vector is orthogonal to all
-# but the last two by itself. With rounding it is not, so it is made orthogonal to all of them,
-# twice.
+# in which :math:`H` is a small tridiagonal matrix. In exact arithmetic, each new vector is
+# automatically orthogonal to all vectors before the last two. With rounding it is not, so it is
+# orthogonalised against all of them, twice.
 
 
 def lanczos(product, start, steps):
-    """The tridiagonal matrix's eigenvalues, [steps], and weights of the start, [steps]."""
+    """The eigenvalues of the tridiagonal matrix, [steps], and the weights of the start, [steps]."""
     basis = start.new_zeros(steps, len(start))
     diagonal, beside = start.new_zeros(steps), start.new_zeros(steps - 1)
     vector = start / start.norm()
@@ -108,9 +108,9 @@ def lanczos(product, start, steps):
 
 
 # %%
-# The outermost eigenvalues come out first. Here are the five largest after 80 products, beside
-# those of the matrix, and those of :func:`autodiff.hessian_eigenvalues`, which runs a block Lanczos
-# method of its own.
+# The outermost eigenvalues converge first. Here are the five largest after 80 products, next to those
+# of the matrix and those of :func:`autodiff.hessian_eigenvalues`, which uses its own block Lanczos
+# method.
 
 exact = torch.linalg.eigvalsh(hessian)
 found, _ = lanczos(times_hessian, torch.randn_like(vector), steps=80)
@@ -123,11 +123,11 @@ assert torch.allclose(found[-5:], exact[-5:], rtol=1e-8)
 # %%
 # The whole spectrum
 # ------------------
-# The tridiagonal matrix knows of the rest of the spectrum, too: its eigenvalues and weights are a
-# quadrature rule. For a random start, :math:`\sum_i w_i\, g(\theta_i)` estimates the mean of
-# :math:`g` over all eigenvalues, and with a narrow Gaussian for :math:`g` that is the density at
-# one place (G. H. Golub and J. H. Welsch, 1969; S. Ubaru, J. Chen and Y. Saad, 2017). The mean over
-# a few starts is better.
+# The tridiagonal matrix also contains information about the rest of the spectrum: its eigenvalues and
+# weights are a quadrature rule. For a random start, :math:`\sum_i w_i\, g(\theta_i)` estimates the
+# mean of :math:`g` over all eigenvalues. With a narrow Gaussian for :math:`g`, that is the spectral
+# density at one point (G. H. Golub and J. H. Welsch, 1969; S. Ubaru, J. Chen and Y. Saad, 2017). The
+# mean over several starts is more accurate.
 
 WIDTH = 0.02  # of the Gaussian
 
@@ -182,15 +182,14 @@ panel.plot(places, from_products, color=BLUE, label="Lanczos, 3 x 80 products")
 finish(panel, "760 parameters, after 60 steps of training")
 
 # %%
-# The places of the peaks are exact. Their heights are not: how much of an eigenvector a random
-# start holds is chance, and a single eigenvalue has few chances. Much of the mean hangs on the
-# largest few.
+# The positions of the peaks are exact. Their heights are not: the component of a random start along
+# an eigenvector is random, and a single eigenvalue gets few samples. Much of the mean depends on the
+# few largest eigenvalues.
 #
-# A network whose Hessian nobody forms
-# ------------------------------------
-# The large one has 26,122 parameters: its Hessian would take 5.5 GB in double precision. Its
-# spectrum takes 240 products. Here it is as the network is initialised, and after 30 steps of
-# training.
+# A network whose Hessian is never formed
+# ---------------------------------------
+# The large network has 26,122 parameters: its Hessian would take 5.5 GB in double precision. Its
+# spectrum takes 240 products. Here it is at initialisation, and after 30 steps of training.
 
 spectra = {}
 for steps in (0, 30):
@@ -203,13 +202,13 @@ for steps in (0, 30):
     print(f"{steps:2} steps, loss {loss(vector):.3f}: {values}")
 
 # %%
-# At the start the spectrum is nearly symmetric: the bulk reaches as far down as up. Nine
-# eigenvalues stand apart from it, one fewer than there are classes. That is no accident. The
-# Hessian has a part that comes from the curvature of cross-entropy, whose own Hessian in the ten
-# logits has rank nine, and which is large in the directions that tell the means of the classes
-# apart (L. Sagun and others, 2017; V. Papyan, 2019). The rest comes from the curvature of the
-# network times the errors that it makes. With training the errors vanish, and what is below zero
-# with them, while the largest of the nine grow.
+# At initialisation the spectrum is nearly symmetric: the bulk extends as far below zero as above.
+# Nine eigenvalues are separated from it, one fewer than there are classes. This is no accident. One
+# part of the Hessian comes from the curvature of the cross-entropy, whose own Hessian in the ten
+# logits has rank nine. This part is large in the directions that separate the means of the classes
+# (L. Sagun and others, 2017; V. Papyan, 2019). The rest comes from the curvature of the network,
+# multiplied by its errors. During training the errors vanish, and with them the negative eigenvalues,
+# while the largest of the nine grow.
 
 figure, panel = plt.subplots(figsize=(7, 4.4))
 tick = {"marker": "|", "linestyle": "", "markersize": 11, "markeredgewidth": 1.5}

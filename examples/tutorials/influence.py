@@ -2,14 +2,14 @@ r"""
 Influence of training images
 ============================
 
-A classifier reads a digit wrongly. Which of the images that it was trained on are to blame, and which ones spoke for
-the right answer? Asked precisely: how would the loss on this digit change if a training image had not been there? One
-can train again without it, and again without the next one. Influence functions (P. W. Koh and P. Liang, *ICML* 2017,
-`arXiv:1703.04730 <https://arxiv.org/abs/1703.04730>`_) answer for all images at once from derivatives of the model as
-it is: a gradient for each image, and one solve with the Hessian, of which only products with vectors are needed.
+A classifier misclassifies a digit. Which training images are responsible, and which ones favoured the correct answer?
+More precisely: how would the loss on this digit change if a training image had been left out? One could train again
+without it, and then again without the next one. Influence functions (P. W. Koh and P. Liang, *ICML* 2017,
+`arXiv:1703.04730 <https://arxiv.org/abs/1703.04730>`_) answer for all images at once, from derivatives of the trained
+model: a gradient for each image, and one linear solve with the Hessian, which needs only products with vectors.
 
-This tutorial computes them for a logistic regression on scikit-learn's digits, then trains it 400 times, each time
-without one of the images, to see whether they are right.
+This tutorial computes them for a logistic regression on scikit-learn's digits. To check them, it then trains the
+model 400 times, each time without one of the images.
 """
 
 import matplotlib.pyplot as plt
@@ -27,9 +27,9 @@ from autodiff import grad, hessian, linearize, vmap
 # The model
 # ---------
 #
-# The model is scikit-learn's, trained on 400 digits of 8 x 8 pixels. What it minimises is the sum of the images' losses
-# and half the squared norm of the weights, [10 classes, 64 pixels]. Influence functions hold at a minimum, so it is
-# worth a look whether the gradient there is zero.
+# The model is scikit-learn's, trained on 400 digits of 8 x 8 pixels. It minimises the sum of the losses of the images
+# and half the squared norm of the weights, [10 classes, 64 pixels]. Influence functions are valid at a minimum, so we
+# check that the gradient is zero there.
 
 TRAINED = 400
 
@@ -39,7 +39,7 @@ pixels, classes = digits.data[order] / 16, digits.target[order]
 
 
 def train(chosen: np.ndarray) -> Tensor:
-    """The weights, [10, 64], that the chosen images lead to."""
+    """The weights, [10, 64], after training on the chosen images."""
     regression = LogisticRegression(fit_intercept=False, solver="newton-cg", tol=1e-9)
     return torch.from_numpy(regression.fit(pixels[chosen], classes[chosen]).coef_)
 
@@ -65,35 +65,35 @@ print(f"largest entry of the gradient at the minimum: {slope.abs().max():.1e}")
 assert slope.abs().max() < 1e-5
 
 # %%
-# Of the digits that it has not seen, the model is most wrong about this one:
+# Of the digits that the model has not seen, this one has the largest loss:
 
 losses = vmap(loss, in_dims=(None, 0, 0))(weights, X[TRAINED:], labels[TRAINED:])
 wrong = TRAINED + losses.argmax().item()
 x, label = X[wrong], labels[wrong]
 guess = (weights @ x).argmax().item()
 before = loss(weights, x, label)
-print(f"a {label} is read as a {guess}, loss {before:.3f}")
+print(f"a {label} is classified as a {guess}, loss {before:.3f}")
 
 # %%
 # The derivatives
 # ---------------
 #
 # Let :math:`g_i` be the gradient of the loss of training image :math:`i`, and :math:`H` the Hessian of the objective.
-# Without the image the minimum moves by :math:`H^{-1} g_i`, to first order, and the loss on the digit in question, with
-# gradient :math:`g`, changes by
+# Without this image, the minimum moves by :math:`H^{-1} g_i`, to first order. The loss on the misclassified digit,
+# whose gradient is :math:`g`, changes by
 #
 # .. math:: \Delta_i = g^\top H^{-1} g_i.
 #
-# The gradients of all training images come from one call. ``grad(loss)`` is the gradient of one, and ``vmap`` takes it
-# over the images while the weights are shared:
+# The gradients of all training images come from one call. ``grad(loss)`` is the gradient for one image, and ``vmap``
+# maps it over the images while the weights are shared:
 
 per_image = vmap(grad(loss), in_dims=(None, 0, 0))(weights, X_train, labels_train)
 print("gradients:", list(per_image.shape))
 
 # %%
-# The Hessian is symmetric, so that :math:`H^{-1} g` is all that has to be solved for, once, whatever the number of
-# training images. Conjugate gradients ask for nothing but products :math:`H v`. ``linearize`` of the gradient records
-# it once and gives these products; the objective is not evaluated again. (``hvp`` gives a single one.)
+# The Hessian is symmetric, so one solve is enough, for :math:`H^{-1} g`, whatever the number of training images.
+# Conjugate gradients need only products :math:`H v`. ``linearize`` of the gradient records the gradient once and
+# computes these products without evaluating the objective again. (``hvp`` computes a single product.)
 
 _, product = linearize(lambda w: grad(objective)(w, X_train, labels_train), weights)
 
@@ -111,7 +111,7 @@ assert not failed
 print(f"{len(iterations)} products with a Hessian of {size} rows")
 
 # %%
-# Here the Hessian is small enough to be formed, and to solve with it directly:
+# Here the Hessian is small enough to form it and solve the system directly:
 
 H = hessian(objective)(weights, X_train, labels_train).reshape(size, size)
 torch.testing.assert_close(
@@ -119,7 +119,7 @@ torch.testing.assert_close(
 )
 
 # %%
-# What each training image does to the digit is then an inner product:
+# The effect of each training image on the digit is then an inner product:
 
 predicted = per_image.flatten(1) @ torch.from_numpy(solution)
 
@@ -127,7 +127,7 @@ predicted = per_image.flatten(1) @ torch.from_numpy(solution)
 # Leaving each one out
 # --------------------
 #
-# Scikit-learn trains the model again without each of the images. No derivative of this page takes part in that.
+# Scikit-learn trains the model again without each of the images. No derivative from this page is used for that.
 
 retrained = torch.stack([train(np.delete(everything, i)) for i in everything])
 actual = vmap(loss, in_dims=(0, None, None))(retrained, x, label) - before
@@ -140,11 +140,11 @@ assert correlation > 0.99
 # A step further
 # --------------
 #
-# The order is right, but the strongest images do more than predicted. That has a reason: an image helps to hold the
-# weights where they are, and :math:`H` still counts it among those that do. Without its own Hessian :math:`h_i` the
-# weights move by :math:`(H - h_i)^{-1} g_i`, a step of Newton's method on what the model is trained on without the
-# image. It takes a Hessian and a solve for each image; ``vmap`` of a function of one image does both, here for the
-# forty strongest, ten at a time so that no more than ten Hessians are held.
+# The ranking is right, but the strongest images have a larger effect than predicted. There is a reason: an image helps
+# to keep the weights where they are, and :math:`H` still includes its contribution. If the Hessian :math:`h_i` of the
+# image is removed, the weights move by :math:`(H - h_i)^{-1} g_i`, which is a step of Newton's method on the objective
+# without the image. It takes a Hessian and a solve for each image. ``vmap`` of a function of one image does both, here
+# for the forty strongest images, ten at a time, so that there are never more than ten Hessians in memory.
 
 
 def newton_step(x_out: Tensor, label_out: Tensor) -> Tensor:
@@ -168,13 +168,13 @@ assert (
 ).float().mean() > 0.9
 
 # %%
-# Every point is a training image; above zero are those that speak for the right answer, so that the loss grows without
+# Every point is a training image. Points above zero are images that favour the correct answer: the loss grows without
 # them.
 
 BLUE, ORANGE = (
     "#0072B2",
     "#D55E00",
-)  # of Okabe and Ito's palette, which every eye tells apart
+)  # from Okabe and Ito's colour-blind safe palette
 
 figure, panel = plt.subplots(figsize=(7.5, 6), layout="constrained")
 near_zero = panel.inset_axes((0.56, 0.1, 0.42, 0.42))
@@ -212,13 +212,13 @@ panel.legend(frameon=False, loc="upper left")
 plt.show()
 
 # %%
-# The digit itself, and the images that matter most to it, with the change of its loss when they are left out:
+# The digit itself, and the images that influence it most, with the change of its loss when they are left out:
 
 figure = plt.figure(figsize=(8.5, 3.4), layout="constrained")
 left, right = figure.subfigures(1, 2, width_ratios=(1, 3))
 panel = left.subplots()
 panel.imshow(pixels[wrong].reshape(8, 8), cmap="gray_r")
-panel.set_title(f"a {label}, read as a {guess}")
+panel.set_title(f"a {label}, classified as a {guess}")
 panel.set_axis_off()
 panels = right.subplots(2, 5)
 ranked = predicted.argsort(descending=True).tolist()

@@ -4,12 +4,12 @@ Lyapunov exponents of the Lorenz system
 
 Two states of a chaotic system that start close together drift apart, on average at an exponential rate. That rate is
 the system's largest Lyapunov exponent. A system of three variables has three exponents: the rates at which a small
-ball of states is drawn out along its three axes.
+ball of states is stretched along its three axes.
 
-What a small ball of states does is a derivative. The map from a state to the state a moment later has a Jacobian, and
-its products with tangent vectors are what :func:`autodiff.jvp` and :func:`autodiff.linearize` compute. This tutorial
-integrates the Lorenz equations, carries three tangents along, and finds the spectrum of exponents, known to be about
-:math:`(0.906, 0, -14.572)`.
+The deformation of a small ball of states is a derivative. The map from a state to the state a moment later has a
+Jacobian, and :func:`autodiff.jvp` and :func:`autodiff.linearize` compute its products with tangent vectors. This
+tutorial integrates the Lorenz equations together with three tangents, and computes the spectrum of exponents, which is
+known to be about :math:`(0.906, 0, -14.572)`.
 """
 
 import matplotlib.pyplot as plt
@@ -23,13 +23,13 @@ from autodiff import jvp, linearize, vmap
 # The system and its flow
 # -----------------------
 #
-# E. Lorenz's equations of 1963, with the parameters that he chose:
+# These are E. Lorenz's equations of 1963, with the parameters that he chose:
 #
 # .. math::
 #    \dot x = \sigma (y - x), \qquad \dot y = x (\rho - z) - y, \qquad \dot z = x y - \beta z.
 #
-# A step of the classical Runge-Kutta method follows them for a time of 0.01. The functions are written for one state
-# of three numbers; everything else is a transform of them.
+# The classical Runge-Kutta method integrates them with a time step of 0.01. The functions are written for one state of
+# three numbers; everything else is a transform of them.
 
 SIGMA, RHO, BETA = 10.0, 28.0, 8.0 / 3.0
 STEP = 0.01
@@ -49,26 +49,28 @@ def runge_kutta(state: Tensor) -> Tensor:
 
 
 # %%
-# Tangents go with the state
-# --------------------------
+# Tangents along a trajectory
+# ---------------------------
 #
-# Let :math:`F` be one step and :math:`u` a tangent. ``jvp(runge_kutta, (state,), (u,))`` gives :math:`F(s)` and
-# :math:`J_F(s)\, u` from one evaluation, and no Jacobian is formed. One tangent has an answer of its own: a flow
-# carries its velocity :math:`v` along, so that :math:`J_F(s)\, v(s) = v(F(s))`, but for the error of the integrator.
+# Let :math:`F` be one step and :math:`u` a tangent. ``jvp(runge_kutta, (state,), (u,))`` computes :math:`F(s)` and
+# :math:`J_F(s)\, u` in one evaluation, without forming a Jacobian. For one tangent the result is known: a flow maps its
+# velocity :math:`v` to the velocity at the new state, so :math:`J_F(s)\, v(s) = v(F(s))`, up to the error of the
+# integrator.
 
 state = torch.tensor([-5.0, -7.0, 20.0], dtype=torch.float64)
 after, carried = jvp(runge_kutta, (state,), (velocity(state),))
-print("velocity carried along:", carried.tolist())
-print("velocity at the end:   ", velocity(after).tolist())
+print("velocity pushed forward:", carried.tolist())
+print("velocity at the end:    ", velocity(after).tolist())
 torch.testing.assert_close(carried, velocity(after), rtol=1e-6, atol=0)
 
 # %%
-# Three tangents at the same state are a batch. ``linearize`` evaluates the step once, and returns with its value the
-# linear map from tangents to tangents. ``vmap`` of that map takes all three; the step itself is not repeated for them.
+# Three tangents at the same state are a batch.
+# ``linearize`` evaluates the step once, and returns its value and the linear map from tangents to tangents. ``vmap``
+# applies that map to all three tangents; the step itself is not repeated.
 
 
 def push(state: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of the state, [3], and of tangents there, [3, number of tangents]."""
+    """One step for the state, [3], and for tangents at that state, [3, number of tangents]."""
     following, pushforward = linearize(runge_kutta, state)
     return following, vmap(pushforward, in_dims=1, out_dims=1)(tangents)
 
@@ -79,13 +81,14 @@ torch.testing.assert_close(push(state, velocity(state)[:, None])[1][:, 0], carri
 # The exponents
 # -------------
 #
-# Tangents that are carried along for long all turn into the direction that grows fastest. So they are made orthonormal
-# again now and then, by a QR decomposition (G. Benettin et al., *Meccanica* 15 (1980), pages 9 and 21). The diagonal of
-# R says by how much each has grown; the means of the logarithms per unit of time are the exponents.
+# In the long run, all tangents turn towards the direction that grows fastest. They are therefore orthonormalised again
+# at regular intervals, by a QR decomposition (G. Benettin et al., *Meccanica* 15 (1980), pages 9 and 21). The diagonal
+# of R says by how much each tangent has grown. The exponents are the means of its logarithms per unit of time.
 #
-# A time average over one long run converges slowly, and its steps come one after the other. An average over many runs
-# at once converges as well, and ``vmap`` takes all of them in the same operations: ``vmap(push)`` is a batch of
-# trajectories, each with a batch of tangents.
+# A time average over one long run converges slowly, and its steps have to be computed one after the other. An average
+# over many simultaneous runs converges as well, and
+# ``vmap`` computes all of them in the same operations: ``vmap(push)`` is a step for a batch of trajectories, each with
+# a batch of tangents.
 
 TRAJECTORIES, STEPS, EVERY = 500, 4000, 5
 
@@ -107,7 +110,7 @@ for step in range(1, STEPS + 1):
         growth.append(R.diagonal(dim1=1, dim2=2).abs().log())
 
 # %%
-# The first five units of time are left out: the tangents start in random directions.
+# The first five units of time are left out, because the tangents start in random directions.
 
 skipped = round(5 / (STEP * EVERY))
 rates = torch.stack(growth[skipped:]) / (STEP * EVERY)  # [periods, TRAJECTORIES, 3]
@@ -119,10 +122,10 @@ errors = by_trajectory.std(dim=0) / TRAJECTORIES**0.5
 # Three answers to compare with
 # -----------------------------
 #
-# The literature has the spectrum: (0.9056, 0, -14.5723) in J. C. Sprott, *Chaos and Time-Series Analysis* (Oxford
-# University Press, 2003). The middle exponent is zero because a flow neither stretches nor shrinks along its own
-# velocity, on average. And the sum is known exactly: volumes change at the rate of the velocity's divergence, the trace
-# of its Jacobian, which is :math:`-(\sigma + 1 + \beta)` in every state.
+# The spectrum is published: (0.9056, 0, -14.5723) in J. C. Sprott, *Chaos and Time-Series Analysis* (Oxford University
+# Press, 2003). The middle exponent is zero because, on average, a flow neither stretches nor shrinks along its own
+# velocity. And the sum is known exactly: volumes change at the rate of the divergence of the velocity, the trace of its
+# Jacobian, which is :math:`-(\sigma + 1 + \beta)` in every state.
 
 published = torch.tensor([0.9056, 0.0, -14.5723], dtype=torch.float64)
 divergence = -(SIGMA + 1 + BETA)
@@ -135,21 +138,21 @@ assert ((exponents - published).abs() < 4 * errors + 1e-3).all()
 assert abs(exponents.sum() - divergence) < 1e-3
 
 # %%
-# From the exponents follows how much of space the attractor fills. By the formula of J. Kaplan and J. Yorke its
-# dimension is :math:`2 + (\lambda_1 + \lambda_2) / |\lambda_3|`: a little more than a surface.
+# The exponents determine the dimension of the attractor. By the formula of J. Kaplan and J. Yorke it is
+# :math:`2 + (\lambda_1 + \lambda_2) / |\lambda_3|`: a little more than that of a surface.
 
 dimension = 2 + (exponents[0] + exponents[1]) / exponents[2].abs()
 print(f"dimension {dimension:.3f}, published 2.062")
 
 # %%
-# Four of the trajectories, coloured by how fast the first tangent grows there. The states part in the lower half, and
-# close in on their way over the top; the first exponent is the mean of the two.
+# Here are four of the trajectories, coloured by how fast the first tangent grows. Nearby states move apart in the lower
+# half, and closer together on their way over the top. The first exponent is the average growth rate.
 
 BLUE, ORANGE, GREEN = (
     "#0072B2",
     "#D55E00",
     "#009E73",
-)  # of Okabe and Ito's palette, which every eye tells apart
+)  # from Okabe and Ito's colour-blind safe palette
 
 figure, panel = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
 stretches = torch.stack(path[EVERY * (skipped - 1) :]).unfold(
@@ -166,7 +169,7 @@ lines.set_clim(-12, 12)
 panel.add_collection(lines)
 panel.autoscale()
 panel.set(
-    xlabel="x", ylabel="z", title="Where nearby states part and where they close in"
+    xlabel="x", ylabel="z", title="Where nearby states diverge and where they converge"
 )
 figure.colorbar(
     lines,
@@ -176,7 +179,7 @@ figure.colorbar(
 )
 
 # %%
-# And the means, as they converge to what is published:
+# And the means, as they converge to the published values:
 
 times = STEP * EVERY * torch.arange(1, len(rates) + 1)
 means = rates.mean(dim=1).cumsum(dim=0) / torch.arange(1, len(rates) + 1)[:, None]
@@ -194,7 +197,7 @@ for index, color in enumerate((BLUE, GREEN, ORANGE)):
     panel.axhline(published[index], color="0.3", linewidth=1, linestyle="--")
 upper.plot([], [], color="0.3", linewidth=1, linestyle="--", label="published")
 upper.set(title=f"Means over {TRAJECTORIES} trajectories", ylim=(-0.25, 1.25))
-lower.set(xlabel="time averaged over", ylim=(-15.1, -14.1))
+lower.set(xlabel="averaging time", ylim=(-15.1, -14.1))
 for panel in (upper, lower):
     panel.set_ylabel("exponent\n(per unit of time)")
     panel.grid(visible=True, color="0.9")

@@ -2,13 +2,14 @@ r"""
 Meta-learning through the gradient of a gradient
 ================================================
 
-A network that has seen many tasks can learn the next one from a few points, if it was trained for that. Model-agnostic
-meta-learning (C. Finn, P. Abbeel and S. Levine, *ICML* 2017, `arXiv:1703.03400 <https://arxiv.org/abs/1703.03400>`_)
-looks for parameters from which one step of gradient descent on a new task's points goes a long way. The step is itself
-a gradient, so that training differentiates a gradient, for every task of a batch.
+A network that was trained on many tasks can learn a new one from a few points, if it was trained to do so.
+Model-agnostic meta-learning (C. Finn, P. Abbeel and S. Levine, *ICML* 2017,
+`arXiv:1703.03400 <https://arxiv.org/abs/1703.03400>`_) looks for parameters from which a single step of gradient
+descent on the points of a new task makes much progress. The step is itself a gradient, so training differentiates a
+gradient, for every task of a batch.
 
-Written with transforms this is close to the formula: ``grad`` is called inside the function of which ``grad`` is taken,
-and ``vmap`` goes over the tasks.
+Written with transforms, the code is close to the formula: ``grad`` is called inside the function that another ``grad``
+differentiates, and ``vmap`` maps over the tasks.
 """
 
 from typing import NamedTuple
@@ -25,8 +26,8 @@ from autodiff.pytree import ravel
 # The tasks
 # ---------
 #
-# As in the paper, a task is a sine wave whose amplitude is drawn from [0.1, 5] and whose phase from [0, pi]. Of every
-# task the network gets ten points to adapt to, and is judged by others.
+# As in the paper, a task is a sine wave with an amplitude drawn from [0.1, 5] and a phase drawn from [0, pi]. For every
+# task, the network gets ten points to adapt to, and is evaluated on other points.
 
 SHOTS = 10
 Params = dict[str, Tensor]
@@ -38,7 +39,7 @@ class Tasks(NamedTuple):
     amplitude: Tensor  # [tasks, 1]
     phase: Tensor  # [tasks, 1]
     x: Tensor  # [tasks, SHOTS], to adapt to
-    x_test: Tensor  # [tasks, SHOTS], to be judged by
+    x_test: Tensor  # [tasks, SHOTS], to evaluate on
 
     def y(self, x: Tensor) -> Tensor:
         """The waves at ``x``."""
@@ -61,13 +62,13 @@ def draw_tasks(count: int, generator: torch.Generator) -> Tasks:
 # A step inside a loss
 # --------------------
 #
-# The network is an ordinary module. ``functional_call`` runs it with parameters that are handed to it, so that the loss
-# is a function of them. ``adapt`` is gradient descent on a task's points, from ``params``:
+# The network is an ordinary module. ``functional_call`` runs it with the parameters that it is given, so the loss is a
+# function of them. ``adapt`` is gradient descent on the points of a task, starting from ``params``:
 #
 # .. math:: A(\theta) = \theta - \alpha \nabla L_\text{train}(\theta)
 #
-# and ``meta_loss`` is the loss after that step on the task's other points, :math:`L_\text{test}(A(\theta))`. Both are
-# written for a single task.
+# and ``meta_loss`` is the loss on the other points of the task after that step, :math:`L_\text{test}(A(\theta))`. Both
+# are written for a single task.
 
 RATE = 0.01  # alpha, as in the paper
 
@@ -99,9 +100,9 @@ def meta_loss(
 
 
 # %%
-# ``vmap`` makes it a loss of a batch of tasks: parameters are shared, points are mapped. ``grad(mean_meta_loss)`` then
-# differentiates through the inner ``grad``; its chain rule holds the Hessian of the inner loss, of which only a product
-# with a vector is computed:
+# ``vmap`` turns it into a loss for a batch of tasks: parameters are shared, points are mapped. ``grad(mean_meta_loss)``
+# then differentiates through the inner ``grad``. Its chain rule contains the Hessian of the inner loss, but only its
+# product with a vector is computed:
 #
 # .. math:: \nabla_\theta L_\text{test}(A(\theta)) = (1 - \alpha \nabla^2 L_\text{train}(\theta))\,
 #           \nabla L_\text{test}(A(\theta)).
@@ -113,7 +114,7 @@ def mean_meta_loss(params: Params, tasks: Tasks) -> Tensor:
 
 
 # %%
-# The same network can be trained without the inner step, to be right on all tasks at once. It is what there is to beat.
+# For comparison, the same network can be trained without the inner step, to fit all tasks at once.
 
 
 def mean_plain_loss(params: Params, tasks: Tasks) -> Tensor:
@@ -127,9 +128,9 @@ def mean_plain_loss(params: Params, tasks: Tasks) -> Tensor:
 # Is the gradient right?
 # ----------------------
 #
-# A step that is taken for a constant gives a gradient too, the "first-order" one, and nothing fails. So the gradient is
-# compared with two others, in float64: with central differences along a random direction, and with one that plain
-# ``torch.autograd`` computes for one task after the other.
+# If the inner step were treated as a constant, the result would be a different gradient, the "first-order" one, without
+# any error. We therefore compare the gradient with two others, in float64: with central differences along a random
+# direction, and with the gradient that plain ``torch.autograd`` computes task by task.
 
 some = Tasks(
     *(column.double() for column in draw_tasks(3, torch.Generator().manual_seed(1)))
@@ -173,7 +174,7 @@ torch.testing.assert_close(meta_gradient, by_autograd(some), rtol=1e-10, atol=1e
 # Training
 # --------
 #
-# Any optimizer of torch takes gradients that a transform has computed: they go where ``backward()`` would put them.
+# Any torch optimizer can use gradients computed by a transform: store them where ``backward()`` would store them.
 
 
 def train(objective, steps: int, tasks_per_step: int = 25) -> Params:
@@ -197,12 +198,12 @@ trained = {
 # Learning from ten points
 # ------------------------
 #
-# Both networks adapt to 1000 new tasks, by up to ten steps of the same gradient descent. ``adapt`` under ``vmap`` gives
-# every task parameters of its own.
+# Both networks adapt to 1000 new tasks, with up to ten steps of the same gradient descent. ``vmap`` of ``adapt`` gives
+# every task its own parameters.
 
 new = draw_tasks(1000, torch.Generator().manual_seed(3))
 STEPS = range(11)
-errors = {}  # of each network: [steps, tasks]
+errors = {}  # for each network: [steps, tasks]
 for name, params in trained.items():
     own, after_steps = (
         {key: value.expand(len(new.x), *value.shape) for key, value in params.items()},
@@ -222,14 +223,14 @@ assert meta[1].mean() < plain[10].mean()  # one step does more than ten
 assert meta[10].mean() < 0.5 * plain[10].mean()
 
 # %%
-# The meta-learned network is no better before it adapts, since no network can know which wave comes. It is better by
-# the first step, and keeps gaining after it, although only one step was trained. Above is a task
-# whose points lie in the left half of the range alone: what was learnt from other tasks is the shape of the wave.
+# The meta-learned network is no better before it adapts, since no network can know which wave comes next. It is better
+# after the first step, and keeps improving after that, although it was trained for one step only. The upper panels show
+# a task whose points all lie in the left half of the range: the shape of the wave was learnt from other tasks.
 
 BLUE, ORANGE = (
     "#0072B2",
     "#D55E00",
-)  # of Okabe and Ito's palette, which every eye tells apart
+)  # from Okabe and Ito's colour-blind safe palette
 
 figure, panels = plt.subplot_mosaic(
     [["meta", "plain"], ["errors", "errors"]], figsize=(8, 7), layout="constrained"

@@ -2,20 +2,20 @@ r"""
 Newton's method over a batch of problems
 ========================================
 
-How strongly should a logistic regression be regularised? Cross-validation answers by fitting it
-again and again: here for 10 folds and 20 strengths, 200 fits. Each is a small convex problem. Three
-methods are written for one problem, and :func:`autodiff.vmap` makes each one of all 200 at once:
-gradient descent, Newton's method with the :func:`autodiff.hessian`, and Newton-CG, which only
+How strongly should a logistic regression be regularised? Cross-validation answers by fitting it many
+times: here for 10 folds and 20 strengths, which makes 200 fits. Each fit is a small convex problem.
+We write three methods for a single problem, and :func:`autodiff.vmap` applies each to all 200 at
+once: gradient descent, Newton's method with the :func:`autodiff.hessian`, and Newton-CG, which only
 multiplies by the Hessian.
 """
 
 # %%
 # The problems
 # ------------
-# Scikit-learn's breast cancer data: 569 samples with 30 features, standardised, and a label of -1
-# or 1. Here is the loss of one problem. Its unknowns are one vector ``w``: 30 coefficients, and an
-# intercept that is not regularised. Its data are a strength, and a mask of the samples that are
-# kept.
+# The data are scikit-learn's breast cancer data: 569 samples with 30 standardised features, and a
+# label of -1 or 1. Here is the loss of one problem. The unknowns are one vector ``w``: 30
+# coefficients, and an intercept that is not regularised. A problem is given by a strength, and by a
+# mask of the samples to keep.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,7 +39,7 @@ def loss(w, strength, kept):
 
 
 # %%
-# There are 200 of them: every strength with every fold left out.
+# There are 200 problems: every strength, with each fold left out in turn.
 
 FOLDS, STRENGTHS = 10, 20
 strengths = torch.logspace(-5, 0, STRENGTHS, dtype=X.dtype)
@@ -51,9 +51,9 @@ problems = strengths.repeat_interleave(FOLDS), masks.repeat(STRENGTHS, 1)
 # %%
 # Three ways to take a step
 # -------------------------
-# **Gradient descent** steps by the inverse of the largest curvature that the loss can have
-# anywhere. For this loss it is known, because the second derivative of softplus is at most 1/4;
-# longer steps may overshoot.
+# **Gradient descent** uses the inverse of the largest possible curvature of the loss as its step
+# size. For this loss it is known, because the second derivative of softplus is at most 1/4; longer
+# steps may overshoot.
 
 
 def safe_length(strength, kept):
@@ -66,10 +66,10 @@ def gradient_step(w, strength, kept, length):
 
 
 # %%
-# **Newton's method** solves a linear system with the Hessian. Its direction may be too long when it
-# starts far away, so a few lengths are tried, and the best is taken. A function that is to be
-# batched cannot branch on its data: instead of trying the lengths one after the other, it tries all
-# in a ``vmap`` of its own.
+# **Newton's method** solves a linear system with the Hessian. Far from the solution, the full step
+# may be too long, so several lengths are tried and the best is used. A function that is to be batched
+# cannot branch on its data, so instead of trying one length after the other, it tries all of them
+# with an inner ``vmap``.
 
 
 def best_along(direction, w, strength, kept):
@@ -88,11 +88,11 @@ def newton_step(w, strength, kept):
 
 
 # %%
-# **Newton-CG** solves the system with conjugate gradients, which only ask for products with the
-# Hessian. :func:`autodiff.linearize` runs the gradient once, and gives a function that multiplies
-# by its derivative; each product then costs about as much as a gradient. Ten products, whatever the
-# number of unknowns, leave the system unsolved to a small part. The same limit of ten serves all
-# problems, because none may stop before the others.
+# **Newton-CG** solves the system with conjugate gradients, which need only products with the Hessian.
+# :func:`autodiff.linearize` evaluates the gradient once, and returns a function that multiplies by
+# its derivative; each product then costs about as much as a gradient. Ten products solve the system
+# only approximately, but their number does not grow with the number of unknowns. All problems use
+# the same limit of ten, because in a batch none can stop before the others.
 
 PRODUCTS = 10
 
@@ -105,7 +105,7 @@ def newton_cg_step(w, strength, kept):
     for _ in range(PRODUCTS):
         product = times_hessian(search)
         squared = residual @ residual
-        # The bound keeps 0 / 0 away from problems that are solved.
+        # The bound avoids 0 / 0 for problems that are already solved.
         length = squared / (search @ product).clamp_min(1e-300)
         direction = direction + length * search
         residual = residual - length * product
@@ -116,12 +116,12 @@ def newton_cg_step(w, strength, kept):
 # %%
 # All problems at once
 # --------------------
-# Here is where the batch comes in: ``vmap`` of a step, with all its arguments mapped. The unknowns
-# of the problems are the rows of one matrix.
+# Now ``vmap`` comes in: it maps a step over all of its arguments. The unknowns of the problems are the
+# rows of one matrix.
 
 
 def minimise(step, steps, *arguments):
-    """The last unknowns, [200, 31], and all losses on the way there, [steps + 1, 200]."""
+    """The final unknowns, [200, 31], and the losses after every step, [steps + 1, 200]."""
     w = torch.zeros(STRENGTHS * FOLDS, X.shape[1], dtype=X.dtype)
     step_all, loss_all = ad.vmap(step), ad.vmap(loss)
     losses = [loss_all(w, *problems)]
@@ -138,8 +138,8 @@ _, descent = minimise(gradient_step, 2000, *problems, ad.vmap(safe_length)(*prob
 # %%
 # An independent answer
 # ---------------------
-# Scikit-learn fits the 200 problems one by one. Instead of regularising the mean of the losses it
-# weighs their sum by ``C``, so ``C`` is the inverse of the strength times the number of samples.
+# Scikit-learn fits the 200 problems one by one. Instead of regularising the mean of the losses, it
+# weights their sum by ``C``. So ``C`` is the inverse of the strength times the number of samples.
 
 fitted = []
 for strength, kept in zip(*problems, strict=True):
@@ -151,16 +151,16 @@ for strength, kept in zip(*problems, strict=True):
 fitted = torch.tensor(np.stack(fitted))
 
 difference = ((w - fitted).norm(dim=1) / fitted.norm(dim=1)).max().item()
-print(f"Newton's method against scikit-learn: relative difference {difference:.0e}")
+print(f"Newton's method and scikit-learn: relative difference {difference:.0e}")
 assert difference < 1e-6
 
 # %%
-# What is left of the loss
-# ------------------------
-# How far is each method from the least loss? The table counts a problem as solved when ten digits of
-# its loss are right. In the figure steps are counted in gradients, because they cost differently: a
-# Hessian is 31 of them, one for each row, a product with it one more, and the trial of six lengths
-# about three.
+# Convergence
+# -----------
+# How far is each method from the smallest loss? The table counts a problem as solved when ten digits
+# of its loss are correct. Steps of different methods have different costs, so the figure measures
+# them in gradients: a Hessian costs 31 gradients, one for each row, a product with it costs one, and
+# trying six lengths costs about three.
 
 least = torch.minimum(newton.min(dim=0).values, newton_cg.min(dim=0).values)
 methods = {
@@ -199,23 +199,23 @@ for (name, (losses, work)), style in zip(methods.items(), styles, strict=True):
     panel.plot(cost, middle, markersize=4, label=name, **style)
 panel.set(xscale="log", yscale="log", ylim=(3e-17, 30))
 panel.set_xlabel("work (gradients of one problem)")
-panel.set_ylabel("relative distance to the least loss")
-panel.set_title("200 problems: the median, and the middle 80 %", fontsize=11)
+panel.set_ylabel("relative distance to the smallest loss")
+panel.set_title("200 problems: the median, and the middle 80%", fontsize=11)
 panel.legend(loc="lower left")
 plt.show()
 
 # %%
-# Newton's method doubles its digits in every step once it is close, on every problem. Newton-CG
-# needs as many steps for half of the problems, with less than half of the work, and would save more
-# if there were more unknowns; where the regularisation is weak, the eigenvalues of the Hessian are
-# too far apart for ten products, and it slows down. Gradient descent suffers from the same, and
-# much more.
+# Once it is close, Newton's method doubles the number of correct digits in every step, on every
+# problem. For half of the problems, Newton-CG needs as many steps with less than half of the work, and
+# it would save more if there were more unknowns. Where the regularisation is weak, the eigenvalues of
+# the Hessian are too widely spread for ten products, and it slows down. Gradient descent suffers from
+# the same problem, and much more.
 #
 # The answer
 # ----------
-# And the question that was asked? The losses of the 200 solutions on the samples that were left out
-# answer it: with much less regularisation than the best strength some folds are read badly, and
-# with much more all of them.
+# How strong should the regularisation be? The losses of the 200 solutions on the left-out samples give
+# the answer. With much less regularisation than the best strength, some folds are predicted badly;
+# with much more, all of them are.
 
 nothing = torch.zeros_like(problems[0])
 held_out = ad.vmap(loss)(w, nothing, 1 - problems[1]).reshape(STRENGTHS, FOLDS)
@@ -235,6 +235,6 @@ panel.plot(
 )
 panel.set(xscale="log", ylim=(0, 0.4), xlabel="strength of the regularisation")
 panel.set_ylabel("loss of the samples left out (nats)")
-panel.set_title("What the solutions are worth", fontsize=11)
+panel.set_title("Loss of the solutions on new samples", fontsize=11)
 panel.legend(loc="upper center")
 plt.show()
