@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 import autodiff as ad
@@ -182,6 +183,58 @@ def test_nested_checkpoints_that_capture_the_same_tensor(every: Every) -> None:
         return ad.checkpoint(lambda y: ad.checkpoint(lambda y: x**2 * y)(y) * x)(W).sum()
 
     assert_close(every.apply(captures, X), every.expected(X, W))
+
+
+# w x^3 in ways that go differently inside other transforms and outside, and save tensors of one shape in both.
+INSIDE: dict[str, Any] = {
+    "checkpoint": ad.checkpoint(lambda x: W * x**3),
+    "checkpoint in a checkpoint": ad.checkpoint(lambda x: ad.checkpoint(lambda x: W * x**2)(x) * x),
+    "grad": ad.grad(lambda x: (W * x**4).sum() / 4),
+    "jvp": lambda x: ad.jvp(lambda s: s**2 * W * x**3, (X**0,), (X**0 / 2,))[1],
+    # By a formula on a level, by torch's own operation outside.
+    "jvp of batch_norm": lambda x: ad.jvp(
+        lambda s: functional.batch_norm((s * W * x**3)[None], 0 * X, X**0 - 1e-5)[0], (X**0,), (X**0,)
+    )[1],
+    # In forward mode alone by its pullback.
+    "scatter_reduce": lambda x: torch.zeros_like(x).scatter_reduce(
+        0, torch.arange(6) // 2, torch.stack([W * x, x**2], 1).flatten(), "prod", include_self=False
+    ),
+    "vmap": lambda x: ad.vmap(lambda x, w: w * ad.checkpoint(torch.square)(x) * x)(x, W),
+}
+
+
+def _autograds_pull(func: Any) -> Any:
+    x = X.clone().requires_grad_()
+    return partial(torch.autograd.grad, func(x), x)
+
+
+def _by_torchs_level(pull: Any) -> Tensor:
+    with forward_ad.dual_level():
+        (pulled,) = pull(forward_ad.make_dual(X, T))
+        return forward_ad.unpack_dual(pulled).tangent
+
+
+# The slope of f is a diagonal matrix, and so linear in what is pulled.
+PULLS: dict[str, Any] = {
+    "jacrev": lambda f: ad.jacrev(f)(X) @ T,
+    "hessian": lambda f: ad.hessian(lambda x: (f(x) * x).sum() / 8)(X) @ T,
+    "vmap": lambda f: ad.vmap(ad.vjp(f, X)[1])(torch.stack([X, T]))[0][1],
+    "torch.func.vmap": lambda f: torch.func.vmap(ad.vjp(f, X)[1])(torch.stack([X, T]))[0][1],
+    "jvp": lambda f: ad.jvp(ad.vjp(f, X)[1], (X,), (T,))[1][0],
+    "jacfwd": lambda f: ad.jacfwd(ad.vjp(f, X)[1])(X)[0] @ T,
+    "torch.func.jvp": lambda f: torch.func.jvp(ad.vjp(f, X)[1], (X,), (T,))[1][0],
+    "forward_ad": lambda f: _by_torchs_level(ad.vjp(f, X)[1]),
+    "forward_ad around autograd": lambda f: _by_torchs_level(_autograds_pull(f)),
+    "is_grads_batched": lambda f: _autograds_pull(f)(torch.diag(T), is_grads_batched=True)[0].sum(0),
+}
+
+
+@pytest.mark.parametrize("pulled", PULLS.values(), ids=PULLS)
+@pytest.mark.parametrize("inside", INSIDE.values(), ids=INSIDE)
+def test_second_run_inside_a_transform_goes_the_way_of_the_first(inside: Any, pulled: Any) -> None:
+    """torch finds saved tensors by their place in the second run: another way gives wrong numbers without a word."""
+    func = ad.checkpoint(lambda x: inside(x) ** 2 * x)  # w^2 x^7
+    assert_close(pulled(func), 7 * W**2 * X**6 * T)
 
 
 @pytest.mark.parametrize("captured", [False, True])

@@ -41,6 +41,7 @@ CONTRACTS = {
     "_functorch.TransformType": "test_stack_tells_the_kinds_of_its_levels",
     "_functorch.unwrap_if_dead": "test_wrapper_of_a_level_that_was_left_can_be_taken_off",
     "pyfunctorch.temporarily_pop_interpreter_stack": "test_upper_levels_can_be_stepped_out_of",
+    "pyfunctorch.temporarily_clear_interpreter_stack": "test_all_levels_can_be_stepped_out_of",
     "autograd_function.custom_function_call": "test_function_mode_sees_autograd_functions_inside_levels",
     "overrides._get_current_function_mode": "test_function_modes_can_be_left_out",
     "overrides._get_current_function_mode_stack": "test_function_modes_stand_on_a_stack",
@@ -358,6 +359,23 @@ def test_upper_levels_can_be_stepped_out_of() -> None:
 
     torch.func.vmap(torch.func.grad(look))(X[:, None])
     assert seen == [1]
+
+
+def test_all_levels_can_be_stepped_out_of() -> None:
+    """temporarily_clear_interpreter_stack() leads out of all levels, where plain autograd records; and back."""
+    seen: list[Any] = []
+
+    def look(x: Tensor) -> Tensor:
+        with pyfunctorch.temporarily_clear_interpreter_stack():
+            seen.append(_functorch.peek_interpreter_stack())
+            seen.append(torch.func.vmap(torch.func.grad(lambda y: y**3))(X))
+        seen.append(len(pyfunctorch.retrieve_all_functorch_interpreters()))
+        return (x**2).sum()
+
+    assert torch.equal(torch.func.vmap(torch.func.grad(look))(X[:, None]), 2 * X[:, None])
+    assert seen[0] is None
+    assert torch.equal(seen[1], 3 * X**2)
+    assert seen[2] == 2
 
 
 class Double(torch.autograd.Function):

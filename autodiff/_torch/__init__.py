@@ -34,6 +34,7 @@ from autodiff._torch.levels import is_batched_at as is_batched_at
 from autodiff._torch.levels import is_wrapped as is_wrapped
 from autodiff._torch.levels import level_of as level_of
 from autodiff._torch.levels import no_transform_active as no_transform_active
+from autodiff._torch.levels import outside_transforms as outside_transforms
 from autodiff._torch.levels import remove_batch as remove_batch
 from autodiff._torch.levels import requires_grad_at_any_depth as requires_grad_at_any_depth
 from autodiff._torch.levels import unwrap as unwrap

@@ -46,6 +46,7 @@ class _ThreadState(threading.local):
     """What this thread has entered; a level of its own for every thread."""
 
     pushes = 0
+    hidden = False  # forward mode is on, but not for what runs here
 
 
 thread = _ThreadState()
@@ -228,15 +229,16 @@ class plain_forward_level(AbstractContextManager[None]):  # noqa: N801  used lik
 
 
 class ForwardModeHidden(AbstractContextManager[None]):
-    """This thread is not in forward mode on the ground: for what no tangent enters."""
+    """This thread is not in plain forward mode, neither ours nor the caller's: for what no tangent enters."""
 
-    __slots__ = ("_pushes",)
+    __slots__ = ("_before",)
 
     def __enter__(self) -> None:
-        self._pushes, thread.pushes = thread.pushes, 0
+        self._before = thread.pushes, thread.hidden
+        thread.pushes, thread.hidden = 0, True
 
     def __exit__(self, *exc: object) -> None:
-        thread.pushes = self._pushes
+        thread.pushes, thread.hidden = self._before
 
 
 @contextmanager

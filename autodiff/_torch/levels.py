@@ -5,7 +5,7 @@ Hands on where this thread stands, and levels to enter by `with`. Imports `modes
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -32,7 +32,7 @@ def no_transform_active() -> bool:
     return (
         _functorch.peek_interpreter_stack() is None
         and not forward.thread.pushes
-        and (forward_ad._current_level < 0 or forward.dual_level.owned)
+        and not _foreign_forward_level()
     )
 
 
@@ -42,10 +42,22 @@ def grad_level_active() -> bool:
 
 
 def forward_level_active() -> bool:
-    """Whether this thread pushes tangents, or forward mode is on for somebody unknown."""
+    """Whether this thread pushes tangents, or a forward-AD level is open that is not ours."""
     if forward.thread.pushes or on_stack(_functorch.TransformType.Jvp):
         return True
-    return forward_ad._current_level >= 0 and not forward.dual_level.owned
+    return _foreign_forward_level()
+
+
+def _foreign_forward_level() -> bool:
+    return forward_ad._current_level >= 0 and not forward.dual_level.owned and not forward.thread.hidden
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Outside of all transforms that are active, for what has run there before and runs again."""
+    apart = forward.ForwardModeHidden() if forward_level_active() else nullcontext()
+    with pyfunctorch.temporarily_clear_interpreter_stack(), apart:
+        yield
 
 
 def requires_grad_at_any_depth(tensor: Tensor) -> bool:

@@ -50,7 +50,8 @@ class ForwardMode(TorchFunctionMode):
     ) -> Any:
         try:
             override = hooks.forward_overrides.get(func) or hooks.forward_overrides_by_type.get(type(func))
-            if override is not None:
+            # A pull may run a checkpoint again, which is not part of the forward mode around it.
+            if override is not None and _torch.forward_level_active():
                 return override(func, args, kwargs or {})
             return func(*args, **kwargs) if kwargs else func(*args)
         except NotImplementedError as error:

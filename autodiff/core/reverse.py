@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -19,7 +20,7 @@ from autodiff.core import graph, hooks
 from autodiff.errors import BatchedPullError, InPlaceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from autodiff.core.call import Lift
 
@@ -39,6 +40,16 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+
+@contextmanager
+def as_if_recorded() -> Iterator[None]:
+    """As inside one tape, whatever records: what depends on that is the same wherever a function runs again."""
+    before, _thread.recording = _thread.recording, 1
+    try:
+        yield
+    finally:
+        _thread.recording = before
 
 
 class Tape(ABC):

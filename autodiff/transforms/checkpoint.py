@@ -13,6 +13,7 @@ from autodiff import _torch
 from autodiff.core import randomness, trees
 from autodiff.core.call import is_differentiable, refilled, spread, wraps
 from autodiff.core.forward import push
+from autodiff.core.reverse import as_if_recorded
 from autodiff.core.rules import Rules, attach, is_tracked, record_again, write_counts
 from autodiff.errors import CaptureError, InPlaceError
 
@@ -71,7 +72,13 @@ def checkpoint(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)
+    """Run outside of all transforms, also for the second time, which comes inside whatever pulls.
+
+    torch finds what the first run saved by its place in the second one. So the transforms and checkpoints in ``func``
+    have to go the same way in both, or another tensor would be taken for it silently.
+    """
+    with _torch.outside_transforms(), as_if_recorded():
+        return func(*args, **kwargs)
 
 
 def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
