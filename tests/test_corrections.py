@@ -14,6 +14,7 @@ import autodiff as ad
 from autodiff.errors import ForwardRuleError
 from every_transform import T, W, X
 from scenarios import assert_close
+from table.row import has_torch
 
 
 def mode_stack() -> list[Any]:
@@ -149,12 +150,22 @@ def test_writes_in_place_carry_the_tangent(nested: bool) -> None:
         assert_close(result, slope)
 
 
+@pytest.mark.filterwarnings(r"ignore:index_reduce\(\) is in beta")
 def test_an_operation_without_a_rule_goes_by_its_pullback() -> None:
     matrix = torch.tensor([[4.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
     moved = torch.tensor([[0.3, -0.2], [-0.2, 0.5]], dtype=torch.float64)
     _, tangent = ad.jvp(torch.linalg.cholesky, (matrix,), (moved,))
     factor = torch.linalg.cholesky(matrix)
     assert_close(tangent @ factor.T + factor @ tangent.T, moved)
+    places = torch.tensor([0, 1, 0])
+    mean = lambda x: torch.zeros(2, dtype=x.dtype).index_reduce(0, places, x, "mean", include_self=False)
+    assert_close(ad.jvp(mean, (X,), (T,))[1], torch.stack([(T[0] + T[2]) / 2, T[1]]))
+
+
+@pytest.mark.skipif(
+    not has_torch("2.13"), reason="torch 2.11 has no derivative of grid_sample's pullback either"
+)
+def test_grid_sample_goes_by_its_pullback() -> None:
     image = torch.randn(1, 1, 4, 4, dtype=torch.float64)
     grid = torch.rand(1, 3, 3, 2, dtype=torch.float64) - 0.5
     sample = lambda image: torch.nn.functional.grid_sample(image, grid, align_corners=False)
