@@ -32,12 +32,8 @@ if TYPE_CHECKING:
 
     Function = Callable[[Tensor], Tensor]
 
-# vmap loops over the fused kernels, which have no batching rule; slow is not wrong. torch's own forward mode
-# loads its rules through TorchScript, which torch 2.15 deprecates by a FutureWarning.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:There is a performance drop"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning"),
-]
+# vmap loops over the fused kernels, which have no batching rule; slow is not wrong.
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 HEADS, TOKENS, KEYS, WIDTH = 2, 3, 5, 4
 _generator = torch.Generator().manual_seed(7)
 
