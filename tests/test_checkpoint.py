@@ -176,11 +176,16 @@ def test_nested_checkpoints() -> None:
 
 
 @pytest.mark.parametrize("every", EVERY, ids=lambda every: every.name)
-def test_nested_checkpoints_that_capture_the_same_tensor(every: Every) -> None:
+@pytest.mark.parametrize("depth", [2, 3])
+def test_nested_checkpoints_that_capture_the_same_tensor(every: Every, depth: int) -> None:
     """A replaced tensor is replaced for the functions inside too, whose own second run comes after."""
 
     def captures(x: Tensor) -> Tensor:
-        return ad.checkpoint(lambda y: ad.checkpoint(lambda y: x**2 * y)(y) * x)(W).sum()
+        func = lambda y: x ** (4 - depth) * y
+        for _ in range(depth - 1):
+            inner = ad.checkpoint(func)
+            func = lambda y, inner=inner: inner(y) * x
+        return ad.checkpoint(func)(W).sum()
 
     assert_close(every.apply(captures, X), every.expected(X, W))
 

@@ -228,8 +228,11 @@ class _Captured(_Replaced):
         self.versions += write_counts([shown])
         if is_tracked(shown):
             self.watched.add(id(tensor))
-        self._others[id(tensor)] = constant = shown.detach()
-        self._seen(constant)
+        with _torch.WithoutModes():  # else those around would take what they show for captured
+            constant = shown.detach()
+        self._others[id(tensor)] = constant
+        for mode in (self, *self._around):
+            mode._seen(constant)  # noqa: SLF001  its own kind
         return constant
 
     def _is_live(self, tensor: Tensor) -> bool:
