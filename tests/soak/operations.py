@@ -248,6 +248,26 @@ def _module(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
     return operation
 
 
+def _checkpointed(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+    c = draw.normal(shape)
+    captured = draw.chance(0.5)
+
+    def operation(world: World, x: Tensor) -> Tensor:
+        again = ad.checkpoint if world.library else _as_it_is
+
+        def outer(y: Tensor) -> Tensor:
+            inner = again(lambda z: (c + z).sin() * (x if captured else z))
+            return inner(y).cos() * y
+
+        return again(outer)(x)
+
+    return operation
+
+
+def _as_it_is(func: Operation) -> Operation:
+    return func
+
+
 UNARY: dict[str, tuple[str, Callable[[Shape], bool], Callable[..., Operation]]] = {
     "sin": ("", _any, _plain(torch.sin)),
     "tanh": ("", _any, _plain(torch.tanh)),
@@ -286,6 +306,7 @@ UNARY: dict[str, tuple[str, Callable[[Shape], bool], Callable[..., Operation]]] 
     "random": ("random", _any, _noisy),
     "attention": ("attention", _matrix, _attended),
     "module": ("", _rows, _module),
+    "checkpoint": ("", _any, _checkpointed),
 }
 
 
