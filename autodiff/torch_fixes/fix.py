@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Fix(NamedTuple):
     """One row.
 
-    ``torch`` says where torch errs, ``remedy`` what is done instead. ``tests`` are names of rows of tests/table, which
+    ``torch`` says where torch errs, ``remedy`` what is done instead. ``tests`` name rows of tests/support/table, which
     fail without the fix. torch versions from ``since`` on need it, those from ``mended`` on no longer do. ``hooks``
     are pairs of a registry of `autodiff.core.hooks` and its new entries.
     """

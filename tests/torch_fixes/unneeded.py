@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+_TESTS = Path(__file__).parents[1]
+sys.path[:0] = map(str, (_TESTS.parent, _TESTS, _TESTS / "support"))
 
 from autodiff.torch_fixes import FIXES, Fix  # noqa: E402  found by the path above
 from table import TRIALS  # noqa: E402

@@ -11,7 +11,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from scenarios import assert_close, difference
 from table.row import Section
-from test_attention import T, X, attending, attention_module, by_hand, cubed, expected_of, layer, multihead
+from torch_fixes.test_attention import (
+    T,
+    X,
+    attending,
+    attention_module,
+    by_hand,
+    cubed,
+    expected_of,
+    layer,
+    multihead,
+)
 
 ATTENTION = Section("Attention")
 REFUSED = "(NotImplementedError: .*forward AD|RuntimeError: .*_backward is not implemented)"

@@ -101,8 +101,8 @@ def failure_of(compute: Callable[[], object]) -> str | None:
 
 
 def _failure_of_process(trial: Trial, library: str, without: str) -> str | None:
-    tests = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(tests.parent), str(tests)])
+    support = Path(__file__).parents[1]
+    paths = os.pathsep.join(map(str, (support.parents[1], support.parent, support)))
     options = trial.row.alone or ("-W", "ignore")
     command = [sys.executable, *options, "-m", "table", str(trial), library, without]
     done = subprocess.run(

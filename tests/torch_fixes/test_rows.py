@@ -49,7 +49,7 @@ def test_torch(trial: Trial) -> None:
 
 def test_page_holds_the_rows() -> None:
     written = page.PAGE.read_text().split(page.MARKER)[1]
-    assert written == page.tables() + page.fixes(), "`python -m table.page` in tests writes the page"
+    assert written == page.tables() + page.fixes(), "`python -m table.page` in tests/support writes the page"
 
 
 def test_rows_have_names_of_their_own() -> None:

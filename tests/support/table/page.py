@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from autodiff.torch_fixes import Fix
     from table.row import Row
 
-PAGE = Path(__file__).parents[2] / "docs" / "where_torch_is_wrong.md"
-MARKER = "<!-- From here on the rows of tests/table: `python -m table.page` in tests writes them. -->\n"
+PAGE = Path(__file__).parents[3] / "docs" / "where_torch_is_wrong.md"
+MARKER = "<!-- From here on the rows of tests/support/table: `python -m table.page` in tests/support writes them. -->\n"
 THREADS = {
     "pytorch#": "https://github.com/pytorch/pytorch/issues/",
     "pytorch PR#": "https://github.com/pytorch/pytorch/pull/",
