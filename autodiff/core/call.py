@@ -147,6 +147,11 @@ class Call:
                 kwargs[pick] = value
         return self.func(*args, **kwargs)
 
+    @property
+    def output_count(self) -> int:
+        """How many leaves the output has, those that are None left aside."""
+        return len(self._given)
+
     def like_arguments(self, values: Sequence[Any]) -> Any:
         """A tree like the selected arguments with one value for each primal, None elsewhere."""
         return trees.unflatten(self.spec, spread(values, self._where, len(self._leaves)))

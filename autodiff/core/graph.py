@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -35,15 +36,22 @@ def walk(outputs: Iterable[Any]) -> tuple[list[Any], set[Any]]:
     return first, seen
 
 
-def names_of(nodes: Iterable[Any]) -> set[str]:
-    """The names of the nodes' classes."""
-    return {cls.__name__ for cls in set(map(type, nodes))}
+def policies_of(nodes: Iterable[Any]) -> dict[PullPolicy, set[str]]:
+    """How a graph with these nodes is to be pulled back, with the operations that ask for it."""
+    found: dict[PullPolicy, set[str]] = {}
+    for cls in set(map(type, nodes)):
+        for policy, operation in _policies_of(cls.__name__):
+            found.setdefault(policy, set()).add(operation)
+    return found
 
 
-def operations_under(policy: PullPolicy, names: Iterable[str]) -> list[str]:
-    """The operations for which a graph with nodes of these names is to be pulled back by the policy."""
-    found = hooks.pull_policies[policy].items()
-    return [operation for begin, operation in found if any(name.startswith(begin) for name in names)]
+@functools.cache  # bounded by the number of torch's operations and of the user's Functions
+def _policies_of(name: str) -> list[tuple[PullPolicy, str]]:
+    registry = hooks.pull_policies.items()
+    return [(policy, entry[b]) for policy, entry in registry for b in entry if name.startswith(b)]
+
+
+hooks.when_changed.append(_policies_of.cache_clear)
 
 
 def has_custom_gradient(outputs: Sequence[Any]) -> bool:

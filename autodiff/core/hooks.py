@@ -47,7 +47,16 @@ pull_policies: dict[PullPolicy, dict[str, str]] = {
 higher_order: dict[Literal["eager", "traced"], Callable[[], AbstractContextManager[Any]]] = {}
 
 
-def enter_higher_order(way: Literal["eager", "traced"]) -> AbstractContextManager[Any]:
-    """A context for operations that are differentiated forward, or more than once."""
-    context = higher_order.get(way)
-    return nullcontext() if context is None else context()
+_NOTHING = nullcontext()
+
+
+def higher_order_context(
+    backend: Literal["eager", "traced"], needed: bool = True
+) -> AbstractContextManager[Any]:
+    """That context, where it is needed."""
+    make = higher_order.get(backend) if needed else None
+    return _NOTHING if make is None else make()
+
+
+# Called when a registry has changed.
+when_changed: list[Callable[[], None]] = []

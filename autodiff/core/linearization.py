@@ -5,13 +5,14 @@ Works on flat lists of tensors; None stands for a zero vector. Never sees a tree
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from autodiff import _torch, checks
 from autodiff.core import graph
-from autodiff.core.reverse import ALL, pulling, record, record_pull
+from autodiff.core.chunks import Sizes
+from autodiff.core.reverse import ALL, ONE_BY_ONE, differentiated, record, record_derivative
 from autodiff.core.transpose import transpose
 
 if TYPE_CHECKING:
@@ -19,20 +20,25 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from autodiff.core.call import Call, Lift
+    from autodiff.core.call import Call
     from autodiff.core.reverse import FlatFunction, Tape
 
-    Vectors = Sequence[Tensor | None]
+    Vectors: TypeAlias = Sequence[Tensor | None]
+    # From the linearization of a call to the leaves of its derivative.
+    Differentiate: TypeAlias = Callable[["Linearization"], list[Tensor]]
 
 
 class Linearization:
-    """What one evaluation left: outputs, aux, and the derivative as a linear function, forwards and backwards."""
+    """The result of one evaluation: outputs, aux, and the derivative as a linear function, forwards and backwards.
 
-    __slots__ = ("_tape", "aux", "outputs")
+    Of a derivative, ``values`` are the outputs of the function that was differentiated.
+    """
 
-    def __init__(self, tape: Tape) -> None:
-        self._tape = tape
-        self.outputs, self.aux = tape.outputs, tape.aux
+    __slots__ = ("_tape", "aux", "outputs", "values")
+
+    def __init__(self, tape: Tape, value_count: int = 0) -> None:
+        self._tape, self.outputs = tape, tape.outputs
+        self.values, self.aux = tape.aux[:value_count], tape.aux[value_count:]
 
     def vjp(
         self,
@@ -45,22 +51,25 @@ class Linearization:
         """A cotangent for each of the primals, or the ``wanted`` ones; after the ``last`` time the graph is freed."""
         return self._tape.pull(cotangents, wanted=wanted, retain_graph=not last, create_graph=create_graph)
 
-    def jvp(self, tangents: Vectors) -> list[Tensor | None]:
-        """A tangent for each output."""
-        return self.pushforward()(tangents)
+    # Of a gradient: the product of the Hessian, which is symmetric for real functions.
+    hvp = vjp
 
-    def pushforward(
+    def jvp(
         self,
         inspect: Callable[[list[Tensor | None]], None] = lambda _: None,
         *,
         at: Callable[[Tensor], Tensor] | None = None,
     ) -> Callable[[Vectors], list[Tensor | None]]:
-        """`jvp` for any number of tangents: the pullback of the pullback; see `transpose` for the arguments."""
+        """A function from tangents to a tangent for each output, by the pullback of the pullback.
+
+        It is made once for all tangents; see `transpose` for the arguments.
+        """
         return transpose(self._tape, inspect, at=at)
 
-    def pulled_one_at_a_time(self) -> bool:
-        """Whether cotangents must not be pulled back in a batch."""
-        return not _torch.compiling() and bool(self._tape.pulled_one_at_a_time())
+    def batchable(self, sizes: Sizes) -> Sizes:
+        """The sizes of batches of cotangents: one, where torch pulls a batch back wrongly."""
+        alone = not _torch.compiling() and ONE_BY_ONE in self._tape.policies()
+        return Sizes(1) if alone else sizes
 
     def bytes_of_a_pull(self) -> tuple[int, int]:
         """The bytes of all the cotangents that a pull makes, and of the largest of them."""
@@ -80,52 +89,25 @@ def linearize(func: FlatFunction, primals: Sequence[Tensor], *, higher_order: bo
     return Linearization(record(func, primals, higher_order=higher_order))
 
 
-class Derivative:
-    """What ``take`` makes of the linearization of a call, such as its gradient, as a flat function again.
-
-    The outputs and aux of the call go along as its aux.
-    """
-
-    __slots__ = ("_count", "_take", "call")
-
-    def __init__(self, call: Call, take: Callable[[Linearization], list[Tensor]]) -> None:
-        self.call, self._take = call, take
-
-    def __call__(self, leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
-        """The derivative at other primals than the call's."""
-        return pulling(self.call.evaluate, self._of_tape)(leaves, lift)
-
-    def linearize(self) -> DerivativeLinearization:
-        """The derivative at the call's primals, and any number of products with its own derivative there."""
-        tape = record_pull(self.call.evaluate, self.call.primals, self._of_tape)
-        return DerivativeLinearization(tape, *self.values_and_aux(tape.aux))
-
-    def values_and_aux(self, aux: list[Any]) -> tuple[list[Tensor], list[Any]]:
-        """The outputs of the call and the leaves of its aux, from the leaves of this function's aux."""
-        return aux[: self._count], aux[self._count :]
-
-    def _of_tape(self, tape: Tape) -> tuple[list[Any], list[Any]]:
-        self._count = len(tape.outputs)
-        return self._take(Linearization(tape)), [*tape.outputs, *tape.aux]
+def linearize_derivative(call: Call, differentiate: Differentiate) -> Linearization:
+    """What ``differentiate`` makes of the linearization of a call, such as its gradient, evaluated once itself."""
+    tape = record_derivative(call.evaluate, call.primals, _of_tape(differentiate))
+    return Linearization(tape, call.output_count)
 
 
-class DerivativeLinearization(Linearization):
-    """A derivative at a point; ``values`` are the outputs of the function that was differentiated."""
+def derivative(call: Call, differentiate: Differentiate) -> FlatFunction:
+    """The same as a flat function of the primals; the call's outputs come first in its aux."""
+    return differentiated(call.evaluate, _of_tape(differentiate))
 
-    __slots__ = ("values",)
 
-    def __init__(self, tape: Tape, values: list[Tensor], aux: list[Any]) -> None:
-        super().__init__(tape)
-        self.values, self.aux = values, aux
-
-    # The product of a Hessian with vectors: it is symmetric.
-    hvp = Linearization.vjp
+def _of_tape(differentiate: Differentiate) -> Callable[[Tape], tuple[list[Any], list[Any]]]:
+    return lambda tape: (differentiate(Linearization(tape)), [*tape.outputs, *tape.aux])
 
 
 def gradient(
     call: Call, *, strict: bool = False, inspect: Callable[[Linearization], None] | None = None
-) -> Derivative:
-    """The gradient of a call of a scalar function; ``inspect`` is shown the function's linearization."""
+) -> Differentiate:
+    """How a call of a scalar function is differentiated; ``inspect`` is shown the function's linearization."""
 
     def pulled(function: Linearization) -> list[Tensor]:
         checks.scalar_output(call.name, call.out_spec, function.outputs)
@@ -133,4 +115,4 @@ def gradient(
             inspect(function)
         return call.dense_cotangents(function.vjp([torch.ones_like(function.outputs[0])], last=True), strict)
 
-    return Derivative(call, pulled)
+    return pulled

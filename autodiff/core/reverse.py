@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from autodiff.core.call import Lift
+    from autodiff.core.hooks import PullPolicy
 
     # From the inputs, and what to do with every other tensor among the arguments, to the outputs and
     # the leaves of aux.
     FlatFunction: TypeAlias = Callable[[Sequence[Tensor], Lift | None], tuple[list[Any], list[Any]]]
-    # From a tape to what its pulls give, and the leaves of aux.
-    Pull: TypeAlias = Callable[["Tape"], tuple[list[Any], list[Any]]]
+    # From a tape to what pulls through it give, and the leaves of aux.
+    TapeFunction: TypeAlias = Callable[["Tape"], tuple[list[Any], list[Any]]]
 
 ALL = slice(None)
+ONE_BY_ONE: PullPolicy = "one cotangent at a time"
 
 
 class _Thread(threading.local):
@@ -62,8 +64,8 @@ class Tape(ABC):
     __slots__ = (
         "__weakref__",
         "_higher_order",
-        "_names",
         "_nodes",
+        "_policies",
         "aux",
         "graph_outputs",
         "inputs",
@@ -77,26 +79,22 @@ class Tape(ABC):
 
     def __init__(self) -> None:
         self._nodes: set[Any] | None = None
-        self._names: set[str] | None = None
+        self._policies: dict[PullPolicy, set[str]] | None = None
 
-    def node_names(self) -> set[str]:
-        """The names of the graph's nodes."""
-        if self._names is None:
-            self._names = graph.names_of(
-                graph.walk(self.graph_outputs)[1] if self._nodes is None else self._nodes
-            )
-            self._nodes = None
-        return self._names
+    def policies(self) -> dict[PullPolicy, set[str]]:
+        """How the graph is to be pulled back, with the operations that ask for it."""
+        if self._policies is None:
+            nodes = graph.walk(self.graph_outputs)[1] if self._nodes is None else self._nodes
+            self._policies, self._nodes = graph.policies_of(nodes), None
+        return self._policies
 
-    def pulled_one_at_a_time(self) -> list[str]:
-        """The operations whose cotangents must not be pulled back in a batch."""
-        return graph.operations_under("one cotangent at a time", self.node_names())
-
-    def _run(self, func: FlatFunction, lift: Lift, higher_order: bool, pull: Pull | None = None) -> list[Any]:
+    def _run(
+        self, func: FlatFunction, lift: Lift, higher_order: bool, differentiate: TapeFunction | None = None
+    ) -> list[Any]:
         """Run the function on the inputs, keep its outputs; the leaves of aux.
 
-        ``higher_order`` says that what a pull gives may be differentiated in turn. ``pull`` is shown the tape as it is
-        after that, and gives the outputs and the leaves of aux that it is to have instead.
+        ``higher_order`` says that what a pull gives may be differentiated in turn. ``differentiate`` maps the finished
+        tape to the outputs and the leaves of aux that replace its own.
         """
         # The thread's own dict: attributes of a threading.local take three times as long.
         thread = _thread.__dict__
@@ -104,14 +102,11 @@ class Tape(ABC):
         self._higher_order = False
         thread["recording"] = outside + 1
         try:
-            if higher_order:
-                with hooks.enter_higher_order("eager"):
-                    self.graph_outputs, aux = func(self.inputs, lift)
-                    if pull is not None:
-                        self.outputs, self.aux = self.graph_outputs, aux
-                        self.graph_outputs, aux = pull(self)
-            else:
+            with hooks.higher_order_context("eager", higher_order):
                 self.graph_outputs, aux = func(self.inputs, lift)
+                if differentiate is not None:
+                    self.outputs, self.aux = self.graph_outputs, aux
+                    self.graph_outputs, aux = differentiate(self)
         finally:
             thread["recording"] = outside
         # A pull runs again what stands in torch.utils.checkpoint, and has to do so under the same hook. What a nested
@@ -134,10 +129,14 @@ class Tape(ABC):
         that makes a graph keeps the one that it reads, since the two share saved tensors.
         """
         inputs = self.inputs if wanted is ALL else self.inputs[wanted]
-        if _torch.inside_level() and (names := self.pulled_one_at_a_time()) and self._is_batch(cotangents):
+        if (
+            _torch.inside_level()
+            and (wrong := self.policies().get(ONE_BY_ONE))
+            and self._is_batch(cotangents)
+        ):
             raise BatchedPullError(
-                f"torch pulls a batch of cotangents of {' or '.join(names)} back wrongly. Expected one cotangent at a "
-                f"time: pull them back in a loop, or use jacrev, which does so."
+                f"torch pulls a batch of cotangents of {' or '.join(sorted(wrong))} back wrongly. Expected one "
+                f"cotangent at a time: pull them back in a loop."
             )
         ends, seeds = [], []
         for end, cotangent in zip(self.graph_outputs, cotangents, strict=True):
@@ -159,10 +158,7 @@ class Tape(ABC):
             with _torch.OutsideInferenceMode():
                 seeds = [_torch.outside_inference_mode(seed) for seed in seeds]
         arguments = ends, seeds, inputs, retain_graph or create_graph, create_graph
-        if self._higher_order:
-            with hooks.enter_higher_order("eager"):
-                pulled = _torch.backward(*arguments)
-        else:
+        with hooks.higher_order_context("eager", self._higher_order):
             pulled = _torch.backward(*arguments)
         return [_torch.detached(one) for one in pulled] if forced else pulled
 
@@ -204,23 +200,23 @@ def record(
 
 
 @_torch.never_traced_alone
-def record_pull(func: FlatFunction, primals: Sequence[Tensor], pull: Pull) -> Tape:
-    """The tape of ``pull``, which pulls cotangents through the tape of ``func``.
+def record_derivative(func: FlatFunction, primals: Sequence[Tensor], differentiate: TapeFunction) -> Tape:
+    """The tape of what ``differentiate`` makes of the tape of ``func``, such as its gradient.
 
     Eagerly both are one tape, which takes 0.85 x as long as a tape inside a tape.
     """
     if _torch.compiling() or not _torch.no_transform_active():
-        return record(pulling(func, pull), primals)
-    return _EagerTape(func, primals, pull=pull)
+        return record(differentiated(func, differentiate), primals)
+    return _EagerTape(func, primals, differentiate=differentiate)
 
 
-def pulling(func: FlatFunction, pull: Pull) -> FlatFunction:
-    """What ``pull`` makes of the tape of ``func``, as a function of the primals."""
+def differentiated(func: FlatFunction, differentiate: TapeFunction) -> FlatFunction:
+    """What ``differentiate`` makes of the tape of ``func``, as a function of the primals."""
 
-    def pulled(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
-        return pull(record(lifted_by(lift, func), leaves, inside_tape=True))
+    def derivative(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+        return differentiate(record(lifted_by(lift, func), leaves, inside_tape=True))
 
-    return pulled
+    return derivative
 
 
 def lifted_by(outer: Lift | None, func: FlatFunction) -> FlatFunction:
@@ -257,7 +253,7 @@ class _EagerTape(Tape):
         own_leaves: Sequence[Tensor] = (),
         higher_order: bool = False,
         inside_tape: bool = False,
-        pull: Pull | None = None,
+        differentiate: TapeFunction | None = None,
     ) -> None:
         super().__init__()
         recording = torch.is_grad_enabled()
@@ -281,12 +277,14 @@ class _EagerTape(Tape):
                     views.append(entered)
             self._own_leaves = own_leaves
             versions = _torch.versions(views) if views else []
-            # While ``pull`` runs, the graph that it makes is tracked: by this tape.
+            # While ``differentiate`` runs, the graph that it makes is tracked: by this tape.
             self._tracked: bool | None = True
             higher_order = (
-                higher_order or pull is not None or (recording and (requires_grad or _thread.recording > 0))
+                higher_order
+                or differentiate is not None
+                or (recording and (requires_grad or _thread.recording > 0))
             )
-            aux = self._run(func, _torch.outside_inference_mode, higher_order, pull)
+            aux = self._run(func, _torch.outside_inference_mode, higher_order, differentiate)
             self._tracked = requires_grad or None
             if views:
                 _refuse_written(views, versions)
@@ -295,23 +293,25 @@ class _EagerTape(Tape):
         else:
             self.outputs = [_torch.detached(output) for output in self.graph_outputs]
             self.aux = [
-                leaf if recording and self._has_foreign_leaf([leaf]) else _torch.detached(leaf)
+                leaf if recording and self._depends_on_outer_leaf([leaf])[0] else _torch.detached(leaf)
                 for leaf in aux
             ]
 
     def _is_tracked(self) -> bool:
         if self._tracked is None:
-            self._tracked = self._has_foreign_leaf(self.graph_outputs)
+            self._tracked, self._nodes = self._depends_on_outer_leaf(self.graph_outputs)
         return self._tracked
 
-    def _has_foreign_leaf(self, outputs: Sequence[Any]) -> bool:
-        """Whether the outputs depend on a leaf that requires grad and is not this tape's own.
+    def _depends_on_outer_leaf(self, outputs: Sequence[Any]) -> tuple[bool, set[Any]]:
+        """Whether the outputs depend on a leaf that requires grad and is not this tape's own; the nodes behind them.
 
         The walk costs 1 to 5 % of a gradient (chains of 1 to 1000 operations, a transformer layer).
         """
-        first, self._nodes = graph.walk(outputs)
+        leaf_nodes, nodes = graph.walk(outputs)
         # Only the node that accumulates into a leaf has a variable.
-        leaves = [leaf for leaf in (getattr(node, "variable", None) for node in first) if leaf is not None]
+        leaves = [
+            leaf for leaf in (getattr(node, "variable", None) for node in leaf_nodes) if leaf is not None
+        ]
         leaves += [one for one in outputs if isinstance(one, Tensor) and one.is_leaf and one.requires_grad]
         own = {id(leaf) for leaf in (*self.inputs, *self._own_leaves)}
         for leaf in leaves:
@@ -319,8 +319,8 @@ class _EagerTape(Tape):
                 # The leaf of a tape that is gone, as of a transform inside this one, is not tracked either.
                 tape = getattr(leaf, "autodiff_tape", None)
                 if tape is None or tape() is not None:
-                    return True
-        return False
+                    return True, nodes
+        return False, nodes
 
 
 class _LevelTape(Tape):
@@ -347,16 +347,16 @@ class _LevelTape(Tape):
             self.aux = [_torch.unwrap(leaf, level) for leaf in aux]
 
     def pull(self, cotangents: Sequence[Tensor | None], **options: Any) -> list[Tensor | None]:
-        if graph.operations_under("cotangents batched like outputs", self.node_names()):
+        if "cotangents batched like outputs" in self.policies():
             pairs = zip(cotangents, self.outputs, strict=True)
             cotangents = [None if c is None else c + torch.zeros_like(output) for c, output in pairs]
         return super().pull(cotangents, **options)
 
     def _needs_graph(self) -> bool:
-        names = self.node_names()
-        if _torch.forward_level_active() and graph.operations_under("with a graph in forward mode", names):
-            return True
-        return bool(graph.operations_under("with a graph", names))
+        policies = self.policies()
+        return "with a graph" in policies or (
+            "with a graph in forward mode" in policies and _torch.forward_level_active()
+        )
 
     def _is_tracked(self) -> bool:
         return _torch.grad_level_active() or any(
@@ -378,11 +378,8 @@ class _TracedTape(Tape):
             # It takes only tensors for aux.
             return tuple(outputs), tuple(leaf for leaf in inside if isinstance(leaf, Tensor))
 
-        if higher_order:
-            with hooks.enter_higher_order("traced"):
-                recorded: Any = torch.func.vjp(of_inputs, *primals, has_aux=True)
-        else:
-            recorded = torch.func.vjp(of_inputs, *primals, has_aux=True)
+        with hooks.higher_order_context("traced", higher_order):
+            recorded: Any = torch.func.vjp(of_inputs, *primals, has_aux=True)
         outputs, self._pullback, tensors = recorded
         coming = iter(tensors)
         self.outputs, self.graph_outputs, self.inputs = list(outputs), list(outputs), list(primals)

@@ -1,6 +1,6 @@
 """Seeds: the vectors that a derivative is multiplied by. Never sees a tree; imports nothing from the package.
 
-A product takes seeds of any kind, so that random probes and the columns of a colouring are further classes here.
+A product takes any class with the methods of `Seeds`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,19 @@ class StandardBasis:
             parts.append(part.view((count, *leaf.shape)))
             offset -= size
         return parts
+
+
+class Given:
+    """Vectors that are there already: ``[count, *leaf.shape]`` for each leaf."""
+
+    __slots__ = ("_vectors", "count")
+
+    def __init__(self, vectors: Sequence[Tensor], count: int) -> None:
+        self._vectors, self.count = vectors, count
+
+    def vectors(self, start: int, stop: int) -> list[Tensor]:
+        """Vectors ``start`` to ``stop``."""
+        return [vector[start:stop] for vector in self._vectors]
 
 
 def size_of(leaves: Sequence[Tensor]) -> int:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from autodiff.core.call import Call
     from autodiff.core.linearization import Linearization
-    from autodiff.core.products import Blocks, Product
+    from autodiff.core.products import Blocks
 
 # So many bytes more or less do not matter, and rows of tiny functions all go into one batch.
 _NEGLIGIBLE = 2**16
@@ -47,11 +47,11 @@ class BoundedJacobian(Jacobian):
         if self.may_batch is None or compiling():
             return super().by_rows(call, function)
         blocks: Blocks = []
-        pull = self._keeping_graph(function)
+        pull = self.puller(function)
         count = len(function.outputs)
         chunk_sizes = _chunk_sizes(function, call.primals) if self.may_batch() else [1] * count
         for position, (output, chunk_size) in enumerate(zip(function.outputs, chunk_sizes, strict=True)):
-            pull_one = of_outputs(pull, slice(position, position + 1), count)
+            pull_one = of_outputs(pull, slice(position, position + 1), count, is_last=False)
             try:
                 with quiet_fallbacks:
                     rows = products(pull_one, StandardBasis([output]), Sizes(chunk_size))
@@ -64,15 +64,6 @@ class BoundedJacobian(Jacobian):
             (row,) = from_rows(rows, [output], call.primals)
             blocks.append([block.to(output.dtype) for block in row] if self.in_output_dtype else row)
         return blocks
-
-    def _keeping_graph(self, function: Linearization) -> Product:
-        pull = self.puller(function)
-
-        def keeping(cotangents: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
-            del last
-            return pull(cotangents, last=False)
-
-        return keeping
 
 
 @dataclass(kw_only=True, eq=False)
@@ -96,7 +87,7 @@ def _chunk_sizes(function: Linearization, primals: Sequence[Tensor]) -> list[int
     Single rows need the graph, and the result twice: as rows and stacked. A batched pull has about
     three of its largest cotangents alive at a time (a heuristic).
     """
-    if function.pulled_one_at_a_time():
+    if function.batchable(Sizes(None)).size == 1:
         return [1] * len(function.outputs)
     total, largest = function.bytes_of_a_pull()
     row = sum(primal.numel() * primal.element_size() for primal in primals)

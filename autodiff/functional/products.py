@@ -12,7 +12,7 @@ from autodiff import checks
 from autodiff._torch import compiling
 from autodiff.core.call import is_differentiable
 from autodiff.core.forward import push
-from autodiff.core.linearization import gradient, linearize
+from autodiff.core.linearization import gradient, linearize, linearize_derivative
 from autodiff.core.randomness import remember_randomness
 from autodiff.errors import OutputError
 from autodiff.functional.backward_only import BackwardOnlyError, HookDetector, as_forward_sees
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from autodiff.core.call import Call
-    from autodiff.core.linearization import DerivativeLinearization, Linearization
+    from autodiff.core.linearization import Linearization
 
 _OUTPUT_INDEPENDENT = (
     "The output of the user-provided function is independent of input {input}. This is not allowed in "
@@ -256,11 +256,11 @@ def _gradient(
     contract: Contract,
     func: Callable[..., Any],
     inspect: Callable[[Linearization], None] | None = None,
-) -> tuple[Call, DerivativeLinearization, Tensor]:
+) -> tuple[Call, Linearization, Tensor]:
     """The gradient of a function of one number at a point, and the number as the function shaped it."""
     call = contract.call_of_scalar(func)
     with contract.words(_OUTPUT_INDEPENDENT):
-        slope = gradient(call, strict=contract.strict, inspect=inspect).linearize()
+        slope = linearize_derivative(call, gradient(call, strict=contract.strict, inspect=inspect))
     constant = slope.first_constant() if contract.strict and not compiling() else None
     if constant is not None:
         contract.refuse(GRADIENT_CONSTANT, input=constant)
@@ -280,7 +280,7 @@ def _by_double_backward(
             if not cotangent.requires_grad:
                 contract.refuse(_GRADIENT_INDEPENDENT, input=index)
 
-    return function.pushforward(inspect, at=torch.zeros_like)(tangents)
+    return function.jvp(inspect, at=torch.zeros_like)(tangents)
 
 
 def _check_outputs_of_jvp(call: Call, outputs: list[Any]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch.torch_version import TorchVersion
 
 from autodiff import _torch
+from autodiff.core import hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -42,6 +43,7 @@ class Fix(NamedTuple):
         """Register in the hooks."""
         for registry, entries in self.hooks:
             registry.update(entries)
+        _tell()
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
@@ -50,9 +52,16 @@ class Fix(NamedTuple):
         for registry, entries in self.hooks:
             for key in entries:
                 del registry[key]
+        _tell()
         try:
             yield
         finally:
             for (registry, _), entries in zip(self.hooks, before, strict=True):
                 registry.clear()
                 registry.update(entries)
+            _tell()
+
+
+def _tell() -> None:
+    for forget in hooks.when_changed:
+        forget()

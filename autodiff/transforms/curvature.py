@@ -9,7 +9,7 @@ import torch
 from autodiff import checks
 from autodiff.core.call import Call, wraps
 from autodiff.core.chunks import sizes_for
-from autodiff.core.linearization import gradient
+from autodiff.core.linearization import gradient, linearize_derivative
 from autodiff.core.products import of_outputs, products, row_blocks
 from autodiff.core.seeds import StandardBasis, zeros
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from autodiff.core.call import Argnums, Wrt
     from autodiff.core.chunks import ChunkSize
-    from autodiff.core.linearization import DerivativeLinearization
+    from autodiff.core.linearization import Linearization
 
 # Rows of a Hessian that are pulled at a time where nobody says.
 _ROWS = 64
@@ -69,7 +69,7 @@ def hessian_diagonal(
     """
     checks.chunk_size("hessian_diagonal", chunk_size)
 
-    def diagonal(call: Call, slope: DerivativeLinearization) -> Any:
+    def diagonal(call: Call, slope: Linearization) -> Any:
         return call.like_arguments(_diagonals(call, slope, chunk_size))
 
     return of_gradient("hessian_diagonal", func, argnums, has_aux, wrt, diagonal)
@@ -115,7 +115,7 @@ def hessian_block_diagonal(
     """
     checks.chunk_size("hessian_block_diagonal", chunk_size)
 
-    def blocks(call: Call, slope: DerivativeLinearization) -> Any:
+    def blocks(call: Call, slope: Linearization) -> Any:
         rows = _own_rows(call, slope, chunk_size, lambda rows, _: rows)
         # H: [tree(in), *in_shape, *in_shape]
         pairs = zip(rows, call.primals, strict=True)
@@ -161,7 +161,7 @@ def hessian_trace(
     """
     checks.chunk_size("hessian_trace", chunk_size)
 
-    def trace(call: Call, slope: DerivativeLinearization) -> Tensor:
+    def trace(call: Call, slope: Linearization) -> Tensor:
         return torch.stack([of_leaf.sum() for of_leaf in _diagonals(call, slope, chunk_size)]).sum()
 
     return of_gradient("hessian_trace", func, argnums, has_aux, wrt, trace)
@@ -173,7 +173,7 @@ def of_gradient(
     argnums: Argnums,
     has_aux: bool,
     wrt: Wrt,
-    compute: Callable[[Call, DerivativeLinearization], Any],
+    compute: Callable[[Call, Linearization], Any],
 ) -> Callable[..., Any]:
     """What ``compute`` makes of the gradient at a point, under the public name that the user called."""
 
@@ -181,7 +181,7 @@ def of_gradient(
     def derived(*args: Any, **kwargs: Any) -> Any:
         call = Call(name, func, args, kwargs, argnums, has_aux, wrt)
         checks.real_tensors(name, call.primals, call.path_of_primal)
-        slope = gradient(call).linearize()
+        slope = linearize_derivative(call, gradient(call))
         result = compute(call, slope)
         return (result, call.aux(slope.aux)) if has_aux else result
 
@@ -189,7 +189,7 @@ def of_gradient(
 
 
 def _own_rows(
-    call: Call, slope: DerivativeLinearization, chunk_size: ChunkSize, keep: Callable[[Tensor, int], Tensor]
+    call: Call, slope: Linearization, chunk_size: ChunkSize, keep: Callable[[Tensor, int], Tensor]
 ) -> list[Tensor | None]:
     """What is kept of the rows that lead from each leaf to itself; see `products` for ``keep``.
 
@@ -203,11 +203,13 @@ def _own_rows(
             return slope.vjp(cotangents, wanted=own, last=last)
 
         pull_own = of_outputs(pull, own, count, is_last=own.stop == count)
-        kept += products(pull_own, StandardBasis([leaf]), sizes_for(chunk_size, [leaf]), keep=keep)
+        kept += products(
+            pull_own, StandardBasis([leaf]), slope.batchable(sizes_for(chunk_size, [leaf])), keep=keep
+        )
     return kept
 
 
-def _diagonals(call: Call, slope: DerivativeLinearization, chunk_size: ChunkSize) -> list[Tensor]:
+def _diagonals(call: Call, slope: Linearization, chunk_size: ChunkSize) -> list[Tensor]:
     """The Hessian's diagonal, in the shapes of the leaves."""
 
     def on_diagonal(rows: Tensor, start: int) -> Tensor:

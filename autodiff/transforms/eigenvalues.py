@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
 
 import torch
 
 from autodiff import checks
-from autodiff.core.batch import run_rows
 from autodiff.core.chunks import Sizes
 from autodiff.core.products import products
-from autodiff.core.seeds import StandardBasis, size_of, zeros
+from autodiff.core.seeds import Given, StandardBasis, size_of, zeros
 from autodiff.transforms.curvature import of_gradient
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from autodiff.core.call import Argnums, Call, Wrt
-    from autodiff.core.linearization import DerivativeLinearization
+    from autodiff.core.linearization import Linearization
 
 Which: TypeAlias = Literal["LA", "SA", "LM"]
 
@@ -98,7 +97,7 @@ def hessian_eigenvalues(
     if iterations is not None:
         checks.positive_int(name, "iterations", iterations, f"None takes {_BLOCKS}.")
 
-    def eigenvalues(call: Call, slope: DerivativeLinearization) -> Tensor:
+    def eigenvalues(call: Call, slope: Linearization) -> Tensor:
         size = size_of(call.primals)
         checks.eigenvalue_count(name, k, size)
         dtype = reduce(torch.promote_types, (leaf.dtype for leaf in call.primals))
@@ -116,7 +115,7 @@ def hessian_eigenvalues(
 class _Matrix:
     """The Hessian as one matrix over the numbers of all leaves, P of them."""
 
-    slope: DerivativeLinearization
+    slope: Linearization
     leaves: list[Tensor]
     size: int
     dtype: torch.dtype
@@ -124,9 +123,15 @@ class _Matrix:
     def _pull(self, vectors: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
         return self.slope.hvp(vectors, last=last)
 
+    def _keep(self, vectors: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
+        del last
+        return self.slope.hvp(vectors)
+
     def formed(self) -> Tensor:
         """All rows, [P, P]."""
-        return self._joined(products(self._pull, StandardBasis(self.leaves), Sizes(_ROWS)), self.size)
+        return self._joined(
+            products(self._pull, StandardBasis(self.leaves), self.slope.batchable(Sizes(_ROWS))), self.size
+        )
 
     def times(self, columns: Tensor) -> Tensor:
         """The product with some columns: the gradient is pulled by all of them in one batch.
@@ -139,7 +144,7 @@ class _Matrix:
             part.reshape((width, *leaf.shape)).to(leaf.dtype)
             for part, leaf in zip(parts, self.leaves, strict=True)
         ]
-        pulled = run_rows(partial(self._pull, last=False), vectors, width, "same")
+        pulled = products(self._keep, Given(vectors, width), self.slope.batchable(Sizes(None)))
         return self._joined(pulled, width).mT
 
     def _joined(self, rows: Sequence[Tensor | None], count: int) -> Tensor:

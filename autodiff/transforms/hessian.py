@@ -13,7 +13,7 @@ from autodiff._torch import compiling
 from autodiff.core.call import Call
 from autodiff.core.chunks import Sizes
 from autodiff.core.forward import push
-from autodiff.core.linearization import Derivative, gradient, linearize
+from autodiff.core.linearization import derivative, gradient, linearize, linearize_derivative
 from autodiff.core.reverse import lifted_by
 from autodiff.transforms.jacobian import Jacobian
 from autodiff.transforms.mode_combinations import in_first_with_rules
@@ -152,18 +152,20 @@ class Hessian(Jacobian):
         """The Jacobian's blocks, between leaves."""
         if self._pushes:
             return partial(self._pushed, call)
-        derivative = self._derivative(call)
+        flat = derivative(call, partial(self.first_derivative, call))
 
         def blocks_and_aux(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
-            blocks, aux = derivative(leaves, lift)
-            return blocks, derivative.values_and_aux(aux)[1]
+            blocks, aux = flat(leaves, lift)
+            return blocks, aux[call.output_count :]
 
         return blocks_and_aux
 
     def linearization(self, call: Call) -> Linearization:
         """The Jacobian, evaluated once."""
-        pushes, derivative = self._pushes, self._derivative(call)
-        function = linearize(self.function(call), call.primals) if pushes else derivative.linearize()
+        if self._pushes:
+            function = linearize(self.function(call), call.primals)
+        else:
+            function = linearize_derivative(call, partial(self.first_derivative, call))
         self.check_dependence(call, function, partial(self.path_of_output, call))
         return function
 
@@ -186,9 +188,6 @@ class Hessian(Jacobian):
     def _pushes(self) -> bool:
         """Whether the Jacobian is found by pushes: not while torch.compile traces; see `push`."""
         return self.inner == "forward" and not compiling()
-
-    def _derivative(self, call: Call) -> Derivative:
-        return Derivative(call, partial(self.first_derivative, call))
 
     def _pushed(self, call: Call, leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
         """The Jacobian by pushes."""
@@ -258,18 +257,19 @@ def _product(
     """The value, the Hessian's product for each primal (None for zero), and the leaves of aux."""
     if inner == "forward":
         # The gradient of the directional derivative.
-        def slope(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+        def directional_derivative(
+            leaves: Sequence[Tensor], lift: Lift | None
+        ) -> tuple[list[Any], list[Any]]:
             pushed = push(lifted_by(lift, call.evaluate), leaves, directions)
             checks.scalar_output("hvp", call.out_spec, pushed.outputs)
             return call.dense_tangents(pushed.outputs, pushed.tangents), [*pushed.outputs, *pushed.aux]
 
-        of_slope = linearize(slope, call.primals)
-        value, *aux = of_slope.aux
-        return value, of_slope.vjp([torch.ones_like(of_slope.outputs[0])], last=True), aux
-    derivative = gradient(call)
+        linearized = linearize(directional_derivative, call.primals)
+        value, *aux = linearized.aux
+        return value, linearized.vjp([torch.ones_like(linearized.outputs[0])], last=True), aux
     if outer == "forward":
-        pushed = push(derivative, call.primals, directions)
-        (value,), aux = derivative.values_and_aux(pushed.aux)
+        pushed = push(derivative(call, gradient(call)), call.primals, directions)
+        value, *aux = pushed.aux
         return value, pushed.tangents, aux
-    function = derivative.linearize()
-    return function.values[0], function.hvp(directions, last=True), function.aux
+    slope = linearize_derivative(call, gradient(call))
+    return slope.values[0], slope.hvp(directions, last=True), slope.aux

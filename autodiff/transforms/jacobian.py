@@ -109,8 +109,7 @@ class Jacobian:
                 pull_one = of_outputs(
                     pull, slice(position, position + 1), len(function.outputs), is_last=False
                 )
-                alone = function.pulled_one_at_a_time()
-                sizes = Sizes(1) if alone else sizes_for(self.chunk_size, call.primals)
+                sizes = function.batchable(sizes_for(self.chunk_size, call.primals))
                 rows = products(pull_one, StandardBasis([output], first, last), sizes)
                 pairs = zip(rows, call.primals, strict=True)
                 blocks = [
@@ -153,15 +152,15 @@ class Jacobian:
     ) -> Blocks:
         """As `by_rows`: "auto" takes whichever needs fewer products. Traced, forward mode is here too; see `push`."""
         if mode == "forward" or (mode == "auto" and size_of(primals) < size_of(function.outputs)):
-            pushforward = function.pushforward()
+            pushforward = function.jvp()
 
             def pushed(tangents: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
                 del last
                 return pushforward(tangents)
 
             return from_columns(products(pushed, StandardBasis(primals), sizes), function.outputs, primals)
-        if size_of(function.outputs) > 1 and function.pulled_one_at_a_time():
-            sizes = Sizes(1)
+        if size_of(function.outputs) > 1:
+            sizes = function.batchable(sizes)
         return blocks_by_rows(self.puller(function), function, primals, sizes)
 
     def by_columns(

@@ -44,7 +44,7 @@ def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..
     function = linearize_flat(call.evaluate, call.primals, higher_order=True)
     checks.tensor_outputs("linearize", function.outputs, call.path_of_output)
 
-    push = function.pushforward()
+    push = function.jvp()
 
     def pushforward(*tangents: Any) -> Any:
         pushed = push(call.tangents("tangents", tangents))

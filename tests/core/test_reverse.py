@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import autodiff as ad
 from autodiff import _torch
 from autodiff.core.reverse import record
-from autodiff.errors import InPlaceError
+from autodiff.errors import BatchedPullError, InPlaceError
 from every_transform import EVERY, Every, T, W, X, cubic, each_derivative, gradient
 from scenarios import assert_close
 
@@ -284,3 +284,36 @@ def test_linalg_on_a_level_leaves_no_graph_where_none_is_recorded(mode: Any, nam
         result = ad.vmap(getattr(ad, name)(func))(x)
     assert not result.requires_grad
     assert_close(result.clone(), 2 / x if name != "hessian" else torch.diag_embed(-2 / x**2))
+
+
+AUX = {"a tensor": lambda x: x.sum(), "a constant": lambda x: 3, "nothing": lambda x: None}
+
+
+@pytest.mark.parametrize("aux", AUX.values(), ids=AUX)
+def test_aux_does_not_hide_what_the_graph_asks_for(aux: Any) -> None:
+    """The policy of a pull is that of the outputs' graph, whatever the graph of aux holds."""
+    x, y = torch.randn(4, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    apart = x[:, None] - y
+    units = apart / apart.norm(dim=-1, keepdim=True)
+    expected = torch.einsum("ijk,il->ijlk", units, torch.eye(4, dtype=x.dtype))
+    assert_close(ad.jacrev(lambda x: (torch.cdist(x, y), aux(x)), has_aux=True)(x)[0], expected)
+    _, pullback, _ = ad.vjp(lambda x: (torch.cdist(x, y), aux(x)), x, has_aux=True)
+    with pytest.raises(BatchedPullError, match="cdist"):
+        ad.vmap(pullback)(torch.ones(2, 4, 3, dtype=x.dtype))
+    t = torch.tensor([0.2, -1.0, 0.7], dtype=torch.float64)
+    jacobian, _ = ad.jacobian(lambda s: ((t * s).logcumsumexp(0), aux(s)), has_aux=True)(
+        torch.ones((), dtype=t.dtype)
+    )
+    torch.testing.assert_close(jacobian, (t * t.exp()).cumsum(0) / t.exp().cumsum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_parts_of_a_hessian_pull_one_row_at_a_time_where_torch_cannot_batch() -> None:
+    mask = torch.tensor([True, False, True, True])
+    x = torch.tensor([0.5, 2.0, -1.5, 1.0], dtype=torch.float64)
+    cubes = lambda x: (x.masked_select(mask) ** 3).sum()
+    diagonal = 6 * x * mask
+    assert_close(ad.hessian_diagonal(cubes)(x), diagonal)
+    assert_close(ad.hessian_block_diagonal(cubes)(x), diagonal.diag())
+    assert_close(ad.hessian_trace(cubes)(x), diagonal.sum())
+    assert_close(ad.hessian_eigenvalues(cubes, 2)(x), diagonal.sort(descending=True).values[:2])
+    assert_close(ad.hessian_eigenvalues(cubes, 1, iterations=1)(x.repeat(30)[:4]), diagonal.max()[None])
