@@ -32,7 +32,7 @@ def no_transform_active() -> bool:
     return (
         _functorch.peek_interpreter_stack() is None
         and not forward.thread.pushes
-        and not _foreign_forward_level()
+        and (forward_ad._current_level < 0 or not _foreign_forward_level())
     )
 
 

@@ -6,6 +6,7 @@ Imports nothing from the package.
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import warnings
 from contextlib import AbstractContextManager, ExitStack
@@ -90,14 +91,16 @@ class SharedSwitch(AbstractContextManager[None]):
 
 def _silence_fallbacks() -> Callable[[], None]:
     # torch's own switch cannot be asked how it stands. This filter comes and goes without touching any other.
-    warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
-    ours = warnings.filters[0]
+    warnings.filters.insert(0, _FALLBACKS)  # type: ignore[attr-defined]
+    return _show_fallbacks
 
-    def turn_back() -> None:
-        with contextlib.suppress(ValueError):  # a catch_warnings of somebody else's has taken it away
-            warnings.filters.remove(ours)  # type: ignore[attr-defined]
 
-    return turn_back
+def _show_fallbacks() -> None:
+    with contextlib.suppress(ValueError):  # a catch_warnings that was left meanwhile has taken it away
+        warnings.filters.remove(_FALLBACKS)  # type: ignore[attr-defined]
+
+
+_FALLBACKS = "ignore", re.compile("There is a performance drop"), UserWarning, None, 0
 
 
 # No warning where vmap loops over an operation without a batching rule.

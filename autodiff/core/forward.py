@@ -85,7 +85,7 @@ def push(
         with mode():
             return func(leaves, lift)
 
-    with hooks.higher_order_context("eager"):
+    with hooks.higher_order.get("eager", hooks.NOTHING):
         pushed = on(in_mode, primals, tangents)
     if torch.is_grad_enabled() or _torch.forward_level_active():
         return pushed

@@ -27,9 +27,8 @@ PullPolicy: TypeAlias = Literal[
     "one cotangent at a time",
     # Cotangents carry every batch that their outputs carry.
     "cotangents batched like outputs",
-    # A pull makes a graph though nothing tracks its result: always, or where forward mode is active.
+    # A pull makes a graph though nothing tracks its result.
     "with a graph",
-    "with a graph in forward mode",
     # The pullback is transposed at a cotangent of ones, not of zeros.
     "transposed at ones",
 ]
@@ -39,24 +38,18 @@ pull_policies: dict[PullPolicy, dict[str, str]] = {
     "one cotangent at a time": {},
     "cotangents batched like outputs": {},
     "with a graph": {},
-    "with a graph in forward mode": {},
     "transposed at ones": {},
 }
 
-# What is entered around operations that are differentiated forward, or more than once: eagerly, and while traced.
-higher_order: dict[Literal["eager", "traced"], Callable[[], AbstractContextManager[Any]]] = {}
+# Operations whose pullback carries tangents only where it makes a graph: if there are any, every pull in forward mode
+# makes one.
+needs_graph_in_forward_mode: dict[str, None] = {}
 
-
-_NOTHING = nullcontext()
-
-
-def higher_order_context(
-    backend: Literal["eager", "traced"], needed: bool = True
-) -> AbstractContextManager[Any]:
-    """That context, where it is needed."""
-    make = higher_order.get(backend) if needed else None
-    return _NOTHING if make is None else make()
-
+# What is entered around operations that are differentiated forward, or more than once. While torch.compile traces, it
+# is made anew each time.
+NOTHING = nullcontext()
+higher_order: dict[Literal["eager"], AbstractContextManager[Any]] = {}
+higher_order_traced: dict[Literal["make"], Callable[[], AbstractContextManager[Any]]] = {}
 
 # Called when a registry has changed.
 when_changed: list[Callable[[], None]] = []

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from autodiff.core.reverse import FlatFunction, Tape
 
     Vectors: TypeAlias = Sequence[Tensor | None]
-    # From the linearization of a call to the leaves of its derivative.
-    Differentiate: TypeAlias = Callable[["Linearization"], list[Tensor]]
+    # From the tape of a call to the leaves of its derivative.
+    Differentiate: TypeAlias = Callable[[Tape], list[Tensor]]
 
 
 class Linearization:
@@ -36,9 +36,10 @@ class Linearization:
 
     __slots__ = ("_tape", "aux", "outputs", "values")
 
-    def __init__(self, tape: Tape, value_count: int = 0) -> None:
-        self._tape, self.outputs = tape, tape.outputs
-        self.values, self.aux = tape.aux[:value_count], tape.aux[value_count:]
+    values: list[Tensor]
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape, self.outputs, self.aux = tape, tape.outputs, tape.aux
 
     def vjp(
         self,
@@ -90,9 +91,11 @@ def linearize(func: FlatFunction, primals: Sequence[Tensor], *, higher_order: bo
 
 
 def linearize_derivative(call: Call, differentiate: Differentiate) -> Linearization:
-    """What ``differentiate`` makes of the linearization of a call, such as its gradient, evaluated once itself."""
+    """What ``differentiate`` makes of the tape of a call, such as its gradient, evaluated once itself."""
     tape = record_derivative(call.evaluate, call.primals, _of_tape(differentiate))
-    return Linearization(tape, call.output_count)
+    result, count = Linearization(tape), call.output_count
+    result.values, result.aux = tape.aux[:count], tape.aux[count:]
+    return result
 
 
 def derivative(call: Call, differentiate: Differentiate) -> FlatFunction:
@@ -101,7 +104,7 @@ def derivative(call: Call, differentiate: Differentiate) -> FlatFunction:
 
 
 def _of_tape(differentiate: Differentiate) -> Callable[[Tape], tuple[list[Any], list[Any]]]:
-    return lambda tape: (differentiate(Linearization(tape)), [*tape.outputs, *tape.aux])
+    return lambda tape: (differentiate(tape), [*tape.outputs, *tape.aux])
 
 
 def gradient(
@@ -109,10 +112,10 @@ def gradient(
 ) -> Differentiate:
     """How a call of a scalar function is differentiated; ``inspect`` is shown the function's linearization."""
 
-    def pulled(function: Linearization) -> list[Tensor]:
-        checks.scalar_output(call.name, call.out_spec, function.outputs)
+    def pulled(tape: Tape) -> list[Tensor]:
+        checks.scalar_output(call.name, call.out_spec, tape.outputs)
         if inspect is not None:
-            inspect(function)
-        return call.dense_cotangents(function.vjp([torch.ones_like(function.outputs[0])], last=True), strict)
+            inspect(Linearization(tape))
+        return call.dense_cotangents(tape.pull([torch.ones_like(tape.outputs[0])]), strict)
 
     return pulled

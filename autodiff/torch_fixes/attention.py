@@ -30,7 +30,7 @@ if cuda.is_built():
 
 def _take_formula() -> Callable[[], None]:
     flash, formula, layers = _flash_is_on(), _formula_is_on(), _layers_are_on()
-    of_cuda = [switch for is_on, switch in _OF_CUDA if is_on()]
+    of_cuda = [switch for is_on, switch in _OF_CUDA if is_on()] if _OF_CUDA else ()
     if flash:
         _switch_flash(False)
     if not formula:

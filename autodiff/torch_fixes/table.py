@@ -267,10 +267,8 @@ FIXES = (
             "hessians_of_attention_modules",
         ),
         (
-            (
-                hooks.higher_order,
-                {"eager": lambda: unfused, "traced": partial(sdpa_kernel, SDPBackend.MATH)},
-            ),
+            (hooks.higher_order, {"eager": unfused}),
+            (hooks.higher_order_traced, {"make": partial(sdpa_kernel, SDPBackend.MATH)}),
         ),
         thread="pytorch#128971",
     ),
@@ -332,7 +330,7 @@ FIXES = (
         "without grad mode a fused pullback runs, which carries no tangent",
         "the pull makes a graph where forward mode is active, whatever the operation",
         ("jvp_of_gradients_without_grad_mode",),
-        ((hooks.pull_policies["with a graph in forward mode"], {"": "any operation"}),),
+        ((hooks.needs_graph_in_forward_mode, dict.fromkeys(("silu", "mish", "group_norm"))),),
     ),
     Fix(
         "logcumsumexp",

@@ -13,7 +13,7 @@ from autodiff._torch import compiling
 from autodiff.core.call import Call
 from autodiff.core.chunks import Sizes
 from autodiff.core.forward import push
-from autodiff.core.linearization import derivative, gradient, linearize, linearize_derivative
+from autodiff.core.linearization import Linearization, derivative, gradient, linearize, linearize_derivative
 from autodiff.core.reverse import lifted_by
 from autodiff.transforms.jacobian import Jacobian
 from autodiff.transforms.mode_combinations import in_first_with_rules
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
     from autodiff.core.call import Argnums, Lift, Wrt
     from autodiff.core.chunks import ChunkSize
-    from autodiff.core.linearization import Linearization
     from autodiff.core.products import Blocks
-    from autodiff.core.reverse import FlatFunction
+    from autodiff.core.reverse import FlatFunction, Tape
     from autodiff.transforms.mode_combinations import Mode
 
 HvpMode: TypeAlias = Literal["auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward"]
@@ -104,7 +103,7 @@ def hessian(
         wrt=wrt,
         inner=inner,
         other_modes=mode == "auto",
-    )
+    ).public()
 
 
 def _combination(mode: HessianMode) -> tuple[Mode, Mode]:
@@ -174,8 +173,9 @@ class Hessian(Jacobian):
         output, primal = divmod(position, len(call.primals))
         return call.path_of_primal(primal, call.path_of_output(output))
 
-    def first_derivative(self, call: Call, function: Linearization) -> list[Tensor]:
+    def first_derivative(self, call: Call, tape: Tape) -> list[Tensor]:
         """The blocks of the Jacobian from one evaluation; for a scalar function, one pull."""
+        function = Linearization(tape)
         self.check_outputs(call, function.outputs)
         self.check_dependence(call, function, call.path_of_output)
         if self.inner == "reverse" and len(function.outputs) == 1 and function.outputs[0].dim() == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
 
 import torch
 
@@ -61,10 +61,11 @@ class Jacobian:
     randomness: Randomness = "same"
     wrt: Wrt = None
 
-    def __post_init__(self) -> None:
+    def public(self) -> Self:
+        """Itself, with its options checked and its function's name and signature."""
         checks.chunk_size(self.name, self.chunk_size)
         checks.randomness(self.name, self.randomness)
-        wraps(self.func)(self)
+        return wraps(self.func)(self)  # type: ignore[return-value]
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """As a method: the instance is the first argument."""
@@ -271,7 +272,7 @@ def jacrev(
         holomorphic=holomorphic,
         strict=strict,
         wrt=wrt,
-    )
+    ).public()
 
 
 def jacfwd(
@@ -327,7 +328,7 @@ def jacfwd(
         strict=strict,
         randomness=randomness,
         wrt=wrt,
-    )
+    ).public()
 
 
 def jacobian(
@@ -384,4 +385,4 @@ def jacobian(
         holomorphic=holomorphic,
         strict=strict,
         wrt=wrt,
-    )
+    ).public()
