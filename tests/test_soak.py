@@ -82,7 +82,7 @@ def _leaking(enter: Callable[[], Any]) -> Callable[..., Any]:
         (_slightly_off, "off by"),
         (_rewording, "came out instead of"),
         (_leaking(lambda: torch.set_grad_enabled(False)), "grad mode"),
-        (_leaking(attention.unfused.__enter__), "users of attention"),
+        (_leaking(attention.plain_attention.__enter__), "users of attention"),
     ],
     ids=["number", "exception", "grad mode", "switch"],
 )
@@ -93,5 +93,5 @@ def test_it_finds(plant: Callable[..., Any], found: str, monkeypatch: pytest.Mon
             run(seed=6, count=200)
     finally:
         torch.set_grad_enabled(True)
-        while attention.unfused._users:
-            attention.unfused.__exit__()
+        while attention.plain_attention._users:
+            attention.plain_attention.__exit__()

@@ -1,4 +1,4 @@
-"""SEAM: the engine, what tensors and nodes tell, and what torch registers.
+"""The engine, what tensors and nodes tell, and what torch registers.
 
 Imports `modes`.
 """

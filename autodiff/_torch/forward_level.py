@@ -1,6 +1,6 @@
-"""SEAM: forward mode. torch's one forward-AD level per process, shared by all threads.
+"""Forward mode. torch's one forward-AD level per process, shared by all threads.
 
-Hands on levels to enter by `with`, and dual tensors. Imports `modes`, and `errors`.
+Provides levels to enter by `with`, and dual tensors. Imports `modes`, and `errors`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 # How long another thread's torch.func.jvp is waited for, and how long between two looks, in seconds.
-_PATIENCE, _PAUSE = 0.25, 0.0005
+_MAX_WAIT, _PAUSE = 0.25, 0.0005
 # torch._VF looks a name up by a function of its own, at every use.
 _make_dual, _unpack_dual = torch._VF._make_dual, torch._VF._unpack_dual
 _ADVICE = (
@@ -59,7 +59,7 @@ class _DualLevel:
     leaves it while another computes, memory is corrupted. Here the first user enters it and the last one leaves it,
     under a lock that is never held while user code runs. A level of another thread's torch.func.jvp is waited for. One
     that stays, or a level by torch.autograd.forward_ad, which may be the caller's own, is shared: it may be left
-    under our feet, and a witness, a dual tensor of our own, tells.
+    under our feet, and a probe, a dual tensor of our own, tells.
     """
 
     def __init__(self) -> None:
@@ -68,43 +68,43 @@ class _DualLevel:
         self._rules_loaded = False
         self.owned = False
 
-    def arrive(self) -> None:
+    def enter(self) -> None:
         until = None
-        while not self._arrived(patient=until is None or time.monotonic() < until):
-            until = until or time.monotonic() + _PATIENCE
+        while not self._try_enter(may_wait=until is None or time.monotonic() < until):
+            until = until or time.monotonic() + _MAX_WAIT
             time.sleep(_PAUSE)
 
-    def _arrived(self, *, patient: bool) -> bool:
+    def _try_enter(self, *, may_wait: bool) -> bool:
         """Enter the level, or join those who are in it; False where there is something to wait for."""
         with self._lock:
             if not self._rules_loaded:
                 self._load_rules()
             open_, nested = forward_ad._current_level >= 0, eager_transforms.JVP_NESTING > 0
-            if not self.owned and nested and patient and not on_stack(_functorch.TransformType.Jvp):
+            if not self.owned and nested and may_wait and not on_stack(_functorch.TransformType.Jvp):
                 return False
-            if not open_ and not self._entered(patient=patient):
+            if not open_ and not self._try_open(may_wait=may_wait):
                 return False
             self._users += 1
             return True
 
-    def _entered(self, *, patient: bool) -> bool:
+    def _try_open(self, *, may_wait: bool) -> bool:
         # First this: torch.func.jvp inside our level must find it and not enter one of its own.
         eager_transforms.JVP_NESTING += 1
         try:
-            self._enter(deserted=not patient and eager_transforms.JVP_NESTING == 1)
+            self._open(stale=not may_wait and eager_transforms.JVP_NESTING == 1)
         except RuntimeError as error:
             eager_transforms.JVP_NESTING -= 1
-            if patient:
+            if may_wait:
                 return False
             raise ForwardLevelError(_BETWEEN) from error
         self.owned = True
         return True
 
-    def _enter(self, *, deserted: bool) -> None:
+    def _open(self, *, stale: bool) -> None:
         try:
             forward_ad.enter_dual_level()
         except RuntimeError:
-            if not deserted:
+            if not stale:
                 raise
             # Nobody takes so long on the way in or out: a torch.compile that failed has left the level.
             torch._C._exit_dual_level(level=0)
@@ -153,14 +153,14 @@ dual_level = _DualLevel()
 class _InDualLevel(AbstractContextManager[None]):
     """The level is there, and an error is raised on leaving if it was not there all the time."""
 
-    __slots__ = ("_witness",)
+    __slots__ = ("_probe",)
 
     def __enter__(self) -> None:
-        dual_level.arrive()
-        self._witness: Tensor | None = None
+        dual_level.enter()
+        self._probe: Tensor | None = None
         if not dual_level.owned and not on_stack(_functorch.TransformType.Jvp):
             try:
-                self._witness = _a_dual()
+                self._probe = _a_dual()
             except RuntimeError as error:
                 dual_level.leave()
                 raise ForwardLevelError(_BETWEEN) from error
@@ -174,7 +174,7 @@ class _InDualLevel(AbstractContextManager[None]):
         try:
             # Without the level torch may also raise something that does not say so.
             telling = kind is None or issubclass(kind, RuntimeError)
-            lost = telling and self._witness is not None and _is_gone(self._witness)
+            lost = telling and self._probe is not None and _is_gone(self._probe)
         finally:
             dual_level.leave()
         if lost:
@@ -185,8 +185,8 @@ def _a_dual() -> Tensor:
     return make_dual(torch.zeros(()), torch.ones(()))
 
 
-def _is_gone(witness: Tensor) -> bool:
-    """Whether the level that the witness was made in is no more.
+def _is_gone(probe: Tensor) -> bool:
+    """Whether the level that the probe was made in is no more.
 
     Tangents go a moment after their level, when the last thread that is using it lets go.
     """
@@ -194,25 +194,25 @@ def _is_gone(witness: Tensor) -> bool:
         _a_dual()
     except RuntimeError:
         return True
-    return unpack_dual(witness)[1] is None
+    return unpack_dual(probe)[1] is None
 
 
-class plain_forward_level(AbstractContextManager[None]):  # noqa: N801  used like the function below
-    """Plain forward AD in this thread, with no functorch level: half the time of `stacked_forward_level`."""
+class eager_forward_level(AbstractContextManager[None]):  # noqa: N801  used like the function below
+    """Plain forward AD in this thread, with no functorch level: half the time of `functorch_forward_level`."""
 
-    __slots__ = ("_forward", "_level", "_normal")
+    __slots__ = ("_forward", "_inference_off", "_level")
 
     def __enter__(self) -> None:
-        self._normal, self._level, self._forward = (
+        self._inference_off, self._level, self._forward = (
             OutsideInferenceMode(),
             _InDualLevel(),
             ForwardModeAllowed(),
         )
-        self._normal.__enter__()
+        self._inference_off.__enter__()
         try:
             self._level.__enter__()
         except BaseException:
-            self._normal.__exit__()
+            self._inference_off.__exit__()
             raise
         thread.pushes += 1
         self._forward.__enter__()
@@ -225,10 +225,10 @@ class plain_forward_level(AbstractContextManager[None]):  # noqa: N801  used lik
         try:
             self._level.__exit__(kind, error, traceback)
         finally:
-            self._normal.__exit__()
+            self._inference_off.__exit__()
 
 
-class ForwardModeHidden(AbstractContextManager[None]):
+class ForwardModeIgnored(AbstractContextManager[None]):
     """This thread is not in plain forward mode, neither ours nor the caller's: for what no tangent enters."""
 
     __slots__ = ("_before",)
@@ -242,7 +242,7 @@ class ForwardModeHidden(AbstractContextManager[None]):
 
 
 @contextmanager
-def stacked_forward_level() -> Iterator[int]:
+def functorch_forward_level() -> Iterator[int]:
     """A functorch forward-mode level, which nests; gives the level's number."""
     with OutsideInferenceMode(), _InDualLevel():
         level = _functorch._jvp_increment_nesting()

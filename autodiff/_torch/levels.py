@@ -1,6 +1,6 @@
-"""SEAM: torch's levels and the wrappers around tensors at each of them, reverse mode and batching.
+"""Torch's levels and the wrappers around tensors at each of them, reverse mode and batching.
 
-Hands on where this thread stands, and levels to enter by `with`. Imports `modes` and `forward`.
+Provides where this thread stands, and levels to enter by `with`. Imports `modes` and `forward`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SAVED_TENSOR_HOOKS = (
 )
 
 
-def no_transform_active() -> bool:
+def is_eager() -> bool:
     """Whether no transform and no forward-mode level is active in this thread."""
     return (
         _functorch.peek_interpreter_stack() is None
@@ -55,7 +55,7 @@ def _foreign_forward_level() -> bool:
 @contextmanager
 def outside_transforms() -> Iterator[None]:
     """Outside of all transforms that are active, for what has run there before and runs again."""
-    apart = forward.ForwardModeHidden() if forward_level_active() else nullcontext()
+    apart = forward.ForwardModeIgnored() if forward_level_active() else nullcontext()
     with pyfunctorch.temporarily_clear_interpreter_stack(), apart:
         yield
 
@@ -85,7 +85,7 @@ def has_tangent_at_any_depth(tensor: Tensor) -> bool:
         return has_tangent_at_any_depth(_functorch.get_unwrapped(tensor) if below else tensor)
 
 
-def inside_level() -> bool:
+def functorch_active() -> bool:
     """Whether a level of torch's stack is active."""
     return _functorch.peek_interpreter_stack() is not None
 
@@ -111,19 +111,19 @@ def batch_levels(tensors: Iterable[Tensor]) -> set[int]:
     return levels
 
 
-def innermost(tensor: Tensor) -> Tensor:
+def fully_unwrapped(tensor: Tensor) -> Tensor:
     """The tensor inside all wrappers, with every batch dimension in sight."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
 
 
-def without_dead_level(tensor: Tensor) -> Tensor:
+def unwrapped_if_dead(tensor: Tensor) -> Tensor:
     """The tensor without the wrapper of a level that has been left."""
     return _functorch.unwrap_if_dead(tensor)
 
 
-def is_wrapped(tensor: Tensor) -> bool:
+def is_wrapper(tensor: Tensor) -> bool:
     """Whether the tensor is a transform's wrapper around another."""
     return _functorch.is_functorch_wrapped_tensor(tensor)
 

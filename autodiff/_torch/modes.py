@@ -1,4 +1,4 @@
-"""SEAM: what is switched on in this thread, and switches that come back.
+"""What is switched on in this thread, and switches that come back.
 
 Imports nothing from the package.
 """
@@ -40,7 +40,7 @@ flash_attention = torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash
 math_attention = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math
 
 
-def never_traced_alone(func: F) -> F:
+def traced_inline_only(func: F) -> F:
     """``func``, traced by torch.compile as a part of its caller alone.
 
     Where something in it cannot be traced, and the caller runs uncompiled, so does all of it. torch would compile it
@@ -68,14 +68,14 @@ class SharedSwitch(AbstractContextManager[None]):
 
     def __init__(self, turn: Callable[[], Callable[[], None]]) -> None:
         self._turn, self._lock, self._users = turn, threading.Lock(), 0
-        self._turn_back: Callable[[], None] = lambda: None
+        self._restore: Callable[[], None] = lambda: None
 
     def __enter__(self) -> None:
         self._lock.acquire()
         try:
             self._users += 1
             if self._users == 1:
-                self._turn_back = self._turn()
+                self._restore = self._turn()
         finally:
             self._lock.release()
 
@@ -84,7 +84,7 @@ class SharedSwitch(AbstractContextManager[None]):
         try:
             self._users -= 1
             if self._users == 0:
-                self._turn_back()
+                self._restore()
         finally:
             self._lock.release()
 
@@ -104,7 +104,7 @@ _FALLBACKS = "ignore", re.compile("There is a performance drop"), UserWarning, N
 
 
 # No warning where vmap loops over an operation without a batching rule.
-quiet_fallbacks = SharedSwitch(_silence_fallbacks)
+silenced_fallback_warning = SharedSwitch(_silence_fallbacks)
 
 
 def on_stack(kind: _functorch.TransformType) -> bool:

@@ -1,6 +1,6 @@
 """Whether samples that are computed one after the other give outputs that fit together.
 
-Hands on `OutputConsistency`: one structure, one shape of each tensor, and one value of anything else. Imports `trees`
+Provides `OutputConsistency`: one structure, one shape of each tensor, and one value of anything else. Imports `trees`
 and `batching`.
 """
 

@@ -1,1 +1,1 @@
-"""Floor 1: how one function is lifted; the only place that knows torch's and optree's insides."""
+"""The idea: a function between flat lists of tensors, four ways to run it, and what is made of them."""

@@ -1,6 +1,6 @@
 """The batching level.
 
-Hands on `run`, a vmap level over flat leaves. Never sees a tree.
+Provides `run`, a vmap level over flat leaves. Never sees a tree.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Randomness: TypeAlias = Literal["error", "different", "same"]
 
 
-@_torch.never_traced_alone
+@_torch.traced_inline_only
 def run(
     func: Callable[[list[Any]], list[Any]],
     leaves: Sequence[Any],
@@ -29,7 +29,7 @@ def run(
 ) -> list[Any]:
     """Run ``func`` once on leaves that hide their dimension ``dims[i]`` as a batch of ``size``.
 
-    ``out_dims`` is told the outputs, and which of them are batched, and says where each batch goes;
+    ``out_dims`` gets the outputs, and which of them are batched, and says where each batch goes;
     None leaves an output as it is.
     """
     if _torch.compiling():
@@ -92,7 +92,7 @@ def run_rows(
     return run(func, rows, [0] * len(rows), size, randomness, leading)
 
 
-def shared_by_rows(leaves: Sequence[Any], rows: Sequence[Tensor]) -> list[Any]:
+def without_row_batch(leaves: Sequence[Any], rows: Sequence[Tensor]) -> list[Any]:
     """Leaves whose values do not depend on the row, as seen from outside the batch that ``rows`` are of.
 
     Such a leaf may be batched nonetheless: a buffer that was copied for every sample.
@@ -121,11 +121,11 @@ def copy_for_every_sample() -> Callable[[Tensor], Tensor]:
             return tensor.clone()
         if tensor.device not in masks:
             sizes = [size for _, size in levels]
-            mask = _torch.innermost(torch.zeros(sizes, dtype=torch.bool, device=tensor.device))
+            mask = _torch.fully_unwrapped(torch.zeros(sizes, dtype=torch.bool, device=tensor.device))
             for level, _ in levels:
                 mask = _torch.add_batch(mask, 0, level)
             masks[tensor.device] = mask
-        # A choice between equals keeps every bit, and takes the batches of all three.
+        # where(mask, t, t) is t to the bit, batched at every level.
         return torch.where(masks[tensor.device], tensor, tensor)
 
     return copied

@@ -1,6 +1,6 @@
-"""One call of a transformed function: argnums, trees and aux lifted away.
+"""One call of a transformed function: argnums, trees and aux are handled here and nowhere else.
 
-Hands on `Call`, which turns ``func(*args, **kwargs)`` into a function from the differentiable
+Provides `Call`, which turns ``func(*args, **kwargs)`` into a function from the differentiable
 leaves of the selected arguments to the output's leaves. Imports `trees`, `checks` and `errors`.
 """
 
@@ -38,10 +38,10 @@ class Call:
     """
 
     __slots__ = (
-        "_given",
         "_leaves",
-        "_picks",
-        "_where",
+        "_output_positions",
+        "_primal_positions",
+        "_selected",
         "args",
         "aux_spec",
         "func",
@@ -67,42 +67,44 @@ class Call:
         wrt: Wrt = None,
     ) -> None:
         self.name, self.func, self.args, self.kwargs, self.has_aux = name, func, args, kwargs, has_aux
-        self._picks: list[int | str] | int | str | None
+        self._selected: list[int | str] | int | str | None
         if argnums is None:
-            self._picks, tree = None, args
+            self._selected, tree = None, args
         elif type(argnums) is int and 0 <= argnums < len(args):
-            self._picks, tree = argnums, args[argnums]
+            self._selected, tree = argnums, args[argnums]
         else:
-            self._picks = _locate(name, func, args, kwargs, argnums)
+            self._selected = _resolve_argnums(name, func, args, kwargs, argnums)
             tree = self._select()
         self._leaves, self.spec = trees.flatten(tree)
-        self._where = [
+        self._primal_positions = [
             i
             for i, leaf in enumerate(self._leaves)
             # `is_differentiable`, written out: every leaf comes by.
             if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
         ]
-        if not self._where:
+        if not self._primal_positions:
             checks.raise_no_differentiable_leaf(name, self.spec, self._leaves, self.root)
         if wrt is not None:
-            several = isinstance(self._picks, list)
-            self._where = _matching(name, wrt, trees.places(self.spec, skip=several), self._where)
-        self.primals: list[Tensor] = [self._leaves[i] for i in self._where]
+            several = isinstance(self._selected, list)
+            self._primal_positions = _matching(
+                name, wrt, trees.places(self.spec, skip=several), self._primal_positions
+            )
+        self.primals: list[Tensor] = [self._leaves[i] for i in self._primal_positions]
 
     @property
     def root(self) -> str:
         """What the selected arguments are called, written as code. Made for errors: no tracer writes a number."""
-        if self._picks is None:
+        if self._selected is None:
             return "primals"
-        if isinstance(self._picks, list):
+        if isinstance(self._selected, list):
             return "args"
-        return f"args[{self._picks}]" if isinstance(self._picks, int) else self._picks
+        return f"args[{self._selected}]" if isinstance(self._selected, int) else self._selected
 
     def _select(self) -> Any:
-        if isinstance(self._picks, list):
-            return tuple(self._argument(pick) for pick in self._picks)
-        assert self._picks is not None
-        return self._argument(self._picks)
+        if isinstance(self._selected, list):
+            return tuple(self._argument(pick) for pick in self._selected)
+        assert self._selected is not None
+        return self._argument(self._selected)
 
     def _argument(self, pick: int | str) -> Any:
         return self.args[pick] if isinstance(pick, int) else self.kwargs[pick]
@@ -113,7 +115,7 @@ class Call:
         ``lift`` is applied to every other tensor among the arguments.
         """
         all_given = len(leaves) == len(self._leaves)
-        filled = list(leaves) if all_given else refilled(self._leaves, self._where, leaves, lift)
+        filled = list(leaves) if all_given else refilled(self._leaves, self._primal_positions, leaves, lift)
         try:
             output = self._run(trees.unflatten(self.spec, filled), lift)
         except RuntimeError as error:
@@ -127,16 +129,18 @@ class Call:
             aux_leaves = []
         out_leaves, self.out_spec = trees.flatten(output)
         # A gradient holds None where its primal was no tensor to differentiate, and stays composable.
-        self._given = [i for i, leaf in enumerate(out_leaves) if leaf is not None]
-        return [out_leaves[i] for i in self._given], aux_leaves
+        self._output_positions = [i for i, leaf in enumerate(out_leaves) if leaf is not None]
+        return [out_leaves[i] for i in self._output_positions], aux_leaves
 
     def _run(self, tree: Any, lift: Lift | None) -> Any:
         kwargs = _lifted_tree(self.kwargs, lift)
-        if self._picks is None:
+        if self._selected is None:
             return self.func(*tree, **kwargs)
-        if len(self.args) == 1 and self._picks == 0:
+        if len(self.args) == 1 and self._selected == 0:
             return self.func(tree, **kwargs)
-        picks, values = (self._picks, tree) if isinstance(self._picks, list) else ([self._picks], [tree])
+        picks, values = (
+            (self._selected, tree) if isinstance(self._selected, list) else ([self._selected], [tree])
+        )
         # The selected arguments leave a gap, since their leaves are in ``tree``.
         args = _lifted_tree([None if i in picks else arg for i, arg in enumerate(self.args)], lift)
         kwargs = dict(kwargs)
@@ -150,15 +154,17 @@ class Call:
     @property
     def output_count(self) -> int:
         """How many leaves the output has, those that are None left aside."""
-        return len(self._given)
+        return len(self._output_positions)
 
     def like_arguments(self, values: Sequence[Any]) -> Any:
         """A tree like the selected arguments with one value for each primal, None elsewhere."""
-        return trees.unflatten(self.spec, spread(values, self._where, len(self._leaves)))
+        return trees.unflatten(self.spec, spread(values, self._primal_positions, len(self._leaves)))
 
     def like_output(self, values: Sequence[Any]) -> Any:
         """A tree like the function's output, None where that held None."""
-        return trees.unflatten(self.out_spec, spread(values, self._given, self.out_spec.num_leaves))
+        return trees.unflatten(
+            self.out_spec, spread(values, self._output_positions, self.out_spec.num_leaves)
+        )
 
     def aux(self, leaves: Sequence[Any]) -> Any:
         """The auxiliary output, put together again."""
@@ -167,8 +173,8 @@ class Call:
     def tangents(self, kind: str, tree: Any) -> list[Tensor]:
         """The leaves of a tree of tangents, checked against the primals; passive places are ignored."""
         leaves = checks.matching_structure(self.name, kind, self.spec, tree, self.root)
-        picked = [leaves[i] for i in self._where]
-        for primal, tangent, position in zip(self.primals, picked, self._where, strict=True):
+        picked = [leaves[i] for i in self._primal_positions]
+        for primal, tangent, position in zip(self.primals, picked, self._primal_positions, strict=True):
             if type(tangent) is not Tensor or tangent.shape != primal.shape or tangent.dtype != primal.dtype:
                 path = trees.paths(self.spec, kind)[position]
                 home = trees.paths(self.spec, self.root)[position]
@@ -178,8 +184,8 @@ class Call:
     def cotangents(self, outputs: Sequence[Tensor], tree: Any) -> list[Tensor]:
         """The leaves of a tree of cotangents, checked against the outputs."""
         leaves = checks.matching_structure(self.name, "cotangents", self.out_spec, tree, "primal output")
-        picked = [leaves[i] for i in self._given]
-        for output, cotangent, position in zip(outputs, picked, self._given, strict=True):
+        picked = [leaves[i] for i in self._output_positions]
+        for output, cotangent, position in zip(outputs, picked, self._output_positions, strict=True):
             if (
                 type(cotangent) is not Tensor
                 or cotangent.shape != output.shape
@@ -216,11 +222,11 @@ class Call:
 
     def path_of_primal(self, index: int, root: str | None = None) -> str:
         """The place of a primal, written as code; ``root`` is a tree like the selected arguments."""
-        return trees.paths(self.spec, self.root if root is None else root)[self._where[index]]
+        return trees.paths(self.spec, self.root if root is None else root)[self._primal_positions[index]]
 
     def path_of_output(self, index: int) -> str:
         """The place of an output, written as code."""
-        return trees.paths(self.out_spec, "output")[self._given[index]]
+        return trees.paths(self.out_spec, "output")[self._output_positions[index]]
 
 
 def is_differentiable(leaf: object) -> bool:
@@ -231,10 +237,10 @@ def is_differentiable(leaf: object) -> bool:
 def wraps(func: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """functools.wraps without the copy of ``__dict__``, which for a module holds its parameters."""
 
-    def dress(wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(wrapper: Callable[..., Any]) -> Callable[..., Any]:
         return functools.update_wrapper(wrapper, func, updated=())
 
-    return dress
+    return decorate
 
 
 def parameter_names(func: Callable[..., Any]) -> list[str]:
@@ -244,34 +250,34 @@ def parameter_names(func: Callable[..., Any]) -> list[str]:
     ['input']
     """
     try:
-        parameters = inspect.signature(_signed(func)).parameters.values()
+        parameters = inspect.signature(_with_signature(func)).parameters.values()
     except (TypeError, ValueError):
         return []
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
-def _signed(func: Callable[..., Any]) -> Callable[..., Any]:
+def _with_signature(func: Callable[..., Any]) -> Callable[..., Any]:
     """What has the signature: a module's is its ``forward``'s, also inside transforms and partials."""
     func = inspect.unwrap(func, stop=lambda f: hasattr(f, "__signature__"))
     if isinstance(func, functools.partial):
-        return functools.partial(_signed(func.func), *func.args, **func.keywords)
+        return functools.partial(_with_signature(func.func), *func.args, **func.keywords)
     return func.forward if isinstance(func, torch.nn.Module) else func
 
 
-def _locate(
+def _resolve_argnums(
     name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Argnums
 ) -> list[int | str] | int | str:
     """Where the selected arguments stand in this call: a position, or a keyword."""
     checks.argnums(name, argnums)
     if not isinstance(argnums, tuple):
-        return _place(name, func, args, kwargs, argnums)
-    places = [_place(name, func, args, kwargs, pick) for pick in argnums]
+        return _resolve_argnum(name, func, args, kwargs, argnums)
+    places = [_resolve_argnum(name, func, args, kwargs, pick) for pick in argnums]
     if len(set(places)) != len(places):
         checks.raise_repeated_argnums(name, argnums)
     return places
 
 
-def _place(
+def _resolve_argnum(
     name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], pick: int | str
 ) -> int | str:
     if isinstance(pick, str):

@@ -1,6 +1,6 @@
-"""Floor 1: work done in chunks, of sizes that are given or learnt, and what the chunks give put together.
+"""Work done in chunks, of sizes that are given or learnt, and what the chunks give put together.
 
-Hands on `Sizes` (how large the next chunk is) and `Chunks` (a batch in pieces, and their results in one
+Provides `Sizes` (how large the next chunk is) and `Chunks` (a batch in pieces, and their results in one
 tensor). Never sees a tree; imports `_torch` and `memory`.
 """
 
@@ -24,13 +24,13 @@ ChunkSize: TypeAlias = int | Literal["auto"] | None
 
 _CPU = torch.device("cpu")
 # How much of a budget a chunk is meant to take: the meter does not see what operations need in between.
-_FILL = 0.8
+_BUDGET_FRACTION = 0.8
 # On a CPU a chunk is large enough when its operations make so many bytes each, on the average: then what an
 # operation costs in itself no longer counts. And it is too large, whatever the budget, when it takes more
 # than this: allocations beyond 32 MiB come from the system page by page, each time anew. Larger chunks were
 # up to 2 x slower in parameter Hessians of MLPs with 170, 433 and 1210 parameters and in a Hessian's rows.
-_ENOUGH_AN_OPERATION = 384 * 2**10
-_ENOUGH_AT_ONCE = 64 * 2**20
+_ENOUGH_PER_OPERATION = 384 * 2**10
+_MAX_CPU_CHUNK = 64 * 2**20
 # A chunk is at most this much larger than the one before.
 _GROWTH = 32
 
@@ -39,7 +39,7 @@ class Sizes:
     """The size of the next chunk: one number, or learnt from what the chunks before took.
 
     Learning begins with a chunk of ``first``. What a chunk takes is thought to be linear in its size: one
-    chunk of n items that took p bytes says that n b / p fit in b, or more, and two of them tell it.
+    chunk of n items that took p bytes says that n b / p fit in b, or more, and two chunks determine the slope.
     Nothing but sizes decides, no clock, so that the same work is always done in the same chunks.
 
     >>> sizes = Sizes("auto", budget=1000)
@@ -63,8 +63,8 @@ class Sizes:
     @property
     def aim(self) -> float:
         """The peak that a chunk should have at most."""
-        aim = _FILL * self.budget
-        return aim if self.device.type != "cpu" else min(aim, _ENOUGH_AT_ONCE)
+        aim = _BUDGET_FRACTION * self.budget
+        return aim if self.device.type != "cpu" else min(aim, _MAX_CPU_CHUNK)
 
     def reserve(self, size: int) -> None:
         """Take so many bytes out of the budget."""
@@ -77,7 +77,7 @@ class Sizes:
         seen = [count, peak, produced]
         room = [self._room(seen, 1, self.aim)]
         if operations:
-            room.append(self._room(seen, 2, _ENOUGH_AN_OPERATION * operations))
+            room.append(self._room(seen, 2, _ENOUGH_PER_OPERATION * operations))
         self._seen = seen
         size = max(1, int(min(*room, _GROWTH * count)))
         # What has been settled only shrinks.
@@ -128,7 +128,7 @@ def sizes_for(chunk_size: ChunkSize, leaves: Iterable[Any]) -> Sizes:
     if _torch.compiling():
         return Sizes(None)  # a tracer allocates nothing, and knows no clock and no memory
     device = memory.device_of(leaves)
-    return Sizes("auto", int(memory.SHARE * memory.free(device)), device=device)
+    return Sizes("auto", int(memory.SHARE * memory.free_bytes(device)), device=device)
 
 
 class Chunks:
@@ -145,10 +145,10 @@ class Chunks:
         self.total, self._sizes = total, sizes
         # A number stands for that many zeros.
         self._pieces: dict[int, list[Tensor | int]] = {}
-        self._wholes: dict[int, Tensor] = {}
+        self._buffers: dict[int, Tensor] = {}
 
     @property
-    def in_one(self) -> bool:
+    def in_one_chunk(self) -> bool:
         """Whether the next chunk is everything."""
         return self._sizes.size >= self.total
 
@@ -187,34 +187,34 @@ class Chunks:
         """
         kept = self._pieces.setdefault(key, [])
         if piece is None:
-            self._give_up_whole(key, start, dim)
+            self._spill_buffer(key, start, dim)
             kept.append(stop - start)
             return
         if kept or stop - start == self.total or not _is_plain(piece):
-            self._give_up_whole(key, start, dim)
+            self._spill_buffer(key, start, dim)
             kept.append(piece)
             return
-        whole = self._wholes.get(key)
+        whole = self._buffers.get(key)
         if whole is None:
             shape = list(piece.shape)
             shape[dim] = self.total
-            whole = self._wholes[key] = piece.new_empty(shape)
+            whole = self._buffers[key] = piece.new_empty(shape)
         if whole.dtype != piece.dtype or _without(whole, dim) != _without(piece, dim):
-            self._give_up_whole(key, start, dim)
+            self._spill_buffer(key, start, dim)
             kept.append(piece)
         else:
             whole.narrow(dim, start, stop - start).copy_(piece)
 
-    def _give_up_whole(self, key: int, filled: int, dim: int) -> None:
+    def _spill_buffer(self, key: int, filled: int, dim: int) -> None:
         """Go on with pieces: the part that is filled is the first of them."""
-        whole = self._wholes.pop(key, None)
+        whole = self._buffers.pop(key, None)
         if whole is not None and filled:
             self._pieces[key].append(whole.narrow(dim, 0, filled))
 
     def assembled(self, key: int, dim: int = 0) -> Tensor | None:
         """Result ``key`` put together, None where every piece of it was."""
-        if key in self._wholes:
-            return self._wholes[key]
+        if key in self._buffers:
+            return self._buffers[key]
         pieces = self._pieces.get(key, [])
         model = next((piece for piece in pieces if isinstance(piece, Tensor)), None)
         if model is None or len(pieces) == 1:
@@ -239,5 +239,5 @@ def _is_plain(tensor: Tensor) -> bool:
         and type(tensor) is Tensor
         and tensor.layout is torch.strided
         and not tensor.requires_grad
-        and not _torch.is_wrapped(tensor)
+        and not _torch.is_wrapper(tensor)
     )

@@ -1,6 +1,6 @@
 """Forward mode: push tangents forward through one run of a function.
 
-Works on flat lists of tensors and hands on `push`, which gives None for an output that carries no
+Works on flat lists of tensors and provides `push`, which gives None for an output that carries no
 tangent. Never sees a tree.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Pushed(NamedTuple):
-    """What one run left: outputs, their tangents (None where there is none), and aux."""
+    """The result of one run: outputs, their tangents (None where there is none), and aux."""
 
     outputs: list[Any]
     tangents: list[Tensor | None]
@@ -65,7 +65,7 @@ class ForwardMode(TorchFunctionMode):
             raise
 
 
-@_torch.never_traced_alone
+@_torch.traced_inline_only
 def push(
     func: FlatFunction,
     primals: Sequence[Tensor],
@@ -77,11 +77,11 @@ def push(
     if _torch.compiling():
         return _push_traced(func, primals, tangents)
     # Plain forward AD may write over what the pullback of a tangent needs.
-    eager = _torch.no_transform_active() and not recorded_outside((*primals, *tangents))
+    eager = _torch.is_eager() and not recorded_outside((*primals, *tangents))
     on = _push_eagerly if eager else _push_on_level
 
     def in_mode(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
-        # Around the function alone: what is done here with its dual tensors costs twice as much inside.
+        # Around the function alone: the mode would also intercept how dual tensors are made and opened.
         with mode():
             return func(leaves, lift)
 
@@ -94,7 +94,7 @@ def push(
 
 
 def _push_eagerly(func: FlatFunction, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Pushed:
-    with _torch.plain_forward_level():
+    with _torch.eager_forward_level():
         outputs, aux = func(_duals(primals, tangents), _torch.outside_inference_mode)
         pairs = [_split(output) for output in outputs]
         aux = [_split(leaf)[0] for leaf in aux]
@@ -102,7 +102,7 @@ def _push_eagerly(func: FlatFunction, primals: Sequence[Tensor], tangents: Seque
 
 
 def _push_on_level(func: FlatFunction, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Pushed:
-    with _torch.stacked_forward_level() as level:
+    with _torch.functorch_forward_level() as level:
         outputs, aux = func(_duals(primals, tangents), lambda tensor: _torch.wrap(tensor, level))
         pairs = [_split(output) for output in outputs]
         return Pushed(
@@ -113,7 +113,7 @@ def _push_on_level(func: FlatFunction, primals: Sequence[Tensor], tangents: Sequ
 
 
 def _push_traced(func: FlatFunction, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Pushed:
-    """The pullback of the pullback: what of it no result needs, the compiler leaves out.
+    """The pullback of the pullback: the compiler removes what no result needs.
 
     The compiled code is as fast as that of torch.func.jvp, and needs no overrides, which no tracer can follow.
     """

@@ -1,4 +1,4 @@
-"""What the graph that a function recorded says about it. Imports `_torch` and `hooks`."""
+"""Questions to the graph that a function recorded."""
 
 from __future__ import annotations
 

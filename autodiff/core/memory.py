@@ -1,6 +1,6 @@
 """How much memory there is, and how much a piece of work takes.
 
-Hands on budgets in bytes, `free`, and `Meter`, which measures the peak of what runs inside it. Never
+Provides budgets in bytes, `free`, and `Meter`, which measures the peak of what runs inside it. Never
 sees a tree of the user's; imports `_torch` and `errors`.
 """
 
@@ -30,11 +30,11 @@ _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 
 
-def parse(name: str, memory: object) -> int:
+def parse_bytes(name: str, memory: object) -> int:
     """A quantity of memory in bytes.
 
-    >>> parse("per_sample", "1.5GiB") == 3 * 2**29, parse("per_sample", "2 kB"), parse("per_sample", 10)
-    (True, 2000, 10)
+    >>> [parse_bytes("per_sample", text) for text in ("1.5GiB", "2 kB", 10)]
+    [1610612736, 2000, 10]
     """
     quantity = None
     if isinstance(memory, int) and not isinstance(memory, bool):
@@ -50,10 +50,10 @@ def parse(name: str, memory: object) -> int:
     return quantity
 
 
-def show(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes as a person reads them.
 
-    >>> show(2**29), show(1210)
+    >>> format_bytes(2**29), format_bytes(1210)
     ('512.0 MiB', '1.2 KiB')
     """
     for unit in ("B", "KiB", "MiB"):
@@ -63,7 +63,7 @@ def show(size: float) -> str:
     return f"{size:.1f} GiB"
 
 
-def free(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """The bytes that may still be allocated on the device, as far as the system tells."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -27,7 +27,7 @@ Blocks: TypeAlias = "list[list[Tensor]]"
 
 # So many numbers in a strip of rows, over all samples of a batch, that a pull of its own pays off: a heuristic.
 # The Hessian of one sample of an MLP with 433 parameters is 1.1 x slower in strips, that of 64 takes 0.35 x.
-_WORTH_A_PULL = 2**18
+_MIN_GROUP_SIZE = 2**18
 
 
 # A linear function of vectors, with ``last=`` for whether it is called for the last time; None stands for zero.
@@ -55,7 +55,7 @@ def products(
         if stop - start > 1:
             results = run_rows(partial(product, last=last), vectors, stop - start, randomness)
         else:
-            # One vector, or none: then one product still says what the results would look like.
+            # One vector; or none, and then one product gives the shapes.
             results = product([vector.squeeze(0) for vector in vectors], last=last)
             results = [None if result is None else result.unsqueeze(0) for result in results]
             if stop == start:
@@ -79,22 +79,22 @@ def products(
 
 def blocks_by_rows(
     pull: Product,
-    function: Linearization,
+    linearized: Linearization,
     primals: Sequence[Tensor],
     sizes: Sizes,
 ) -> Blocks:
     """The blocks of a linearized function's Jacobian, by a pull for every number of its outputs."""
-    outputs = function.outputs
+    outputs = linearized.outputs
     blocks: Blocks = []
-    groups = _groups(function, primals)
+    groups = _output_groups(linearized, primals)
     for group in groups:
-        pull_group = of_outputs(pull, group, len(outputs), is_last=group is groups[-1])
+        pull_group = restricted_to_outputs(pull, group, len(outputs), is_last=group is groups[-1])
         rows = products(pull_group, StandardBasis(outputs[group]), sizes)
-        blocks += from_rows(rows, outputs[group], primals)
+        blocks += blocks_from_rows(rows, outputs[group], primals)
     return blocks
 
 
-def of_outputs(pull: Product, group: slice, count: int, *, is_last: bool = True) -> Product:
+def restricted_to_outputs(pull: Product, group: slice, count: int, *, is_last: bool = True) -> Product:
     """``pull`` of the cotangents of a group of the ``count`` outputs alone."""
     before, after = [None] * group.start, [None] * (count - group.stop)
 
@@ -104,28 +104,28 @@ def of_outputs(pull: Product, group: slice, count: int, *, is_last: bool = True)
     return pull_group
 
 
-def _groups(function: Linearization, primals: Sequence[Tensor]) -> list[slice]:
+def _output_groups(linearized: Linearization, primals: Sequence[Tensor]) -> list[slice]:
     """Which outputs are pulled together: a large one alone, small neighbours in one batch.
 
     Rows of one output leave out the operations that lead to the others, which a batch over all of them
     would feed with zeros. But every pull costs some 0.2 ms, whatever its size.
     """
-    outputs = function.outputs
+    outputs = linearized.outputs
     if len(outputs) == 1 or _torch.compiling():
         return [slice(0, len(outputs))]
-    # What a row's pull computes, which the graph does not tell inside a batch, is no less than the row.
-    width = max(size_of(primals), function.bytes_of_a_pull()[0] // 4)
+    # A row's pull computes at least the row; inside a batch the graph's sizes say less.
+    width = max(size_of(primals), linearized.bytes_of_a_pull()[0] // 4)
     groups, start, waiting = [], 0, 0
     for position, output in enumerate(outputs):
-        strip = _torch.innermost(output).numel() * width
-        if strip >= _WORTH_A_PULL:
+        strip = _torch.fully_unwrapped(output).numel() * width
+        if strip >= _MIN_GROUP_SIZE:
             if waiting:
                 groups.append(slice(start, position))
             groups.append(slice(position, position + 1))
             start, waiting = position + 1, 0
             continue
         waiting += strip
-        if waiting >= _WORTH_A_PULL:
+        if waiting >= _MIN_GROUP_SIZE:
             groups.append(slice(start, position + 1))
             start, waiting = position + 1, 0
     if start < len(outputs):
@@ -133,24 +133,26 @@ def _groups(function: Linearization, primals: Sequence[Tensor]) -> list[slice]:
     return groups
 
 
-def from_rows(rows: Sequence[Tensor | None], outputs: Sequence[Tensor], primals: Sequence[Tensor]) -> Blocks:
+def blocks_from_rows(
+    rows: Sequence[Tensor | None], outputs: Sequence[Tensor], primals: Sequence[Tensor]
+) -> Blocks:
     """The blocks of a Jacobian from the stacked rows for each primal."""
     by_primal = [
-        row_blocks(of_primal, outputs, primal) for of_primal, primal in zip(rows, primals, strict=True)
+        split_rows(of_primal, outputs, primal) for of_primal, primal in zip(rows, primals, strict=True)
     ]
     return [list(of_output) for of_output in zip(*by_primal, strict=True)]
 
 
-def from_columns(
+def blocks_from_columns(
     columns: Sequence[Tensor | None], outputs: Sequence[Tensor], primals: Sequence[Tensor]
 ) -> Blocks:
     """The blocks of a Jacobian from the stacked columns for each output."""
     return [
-        column_blocks(of_output, output, primals) for of_output, output in zip(columns, outputs, strict=True)
+        split_columns(of_output, output, primals) for of_output, output in zip(columns, outputs, strict=True)
     ]
 
 
-def row_blocks(rows: Tensor | None, outputs: Sequence[Tensor], primal: Tensor) -> list[Tensor]:
+def split_rows(rows: Tensor | None, outputs: Sequence[Tensor], primal: Tensor) -> list[Tensor]:
     """Split stacked rows of one primal into its block for each output.
 
     # rows: [sum of output sizes, *in_shape] -> J[k]: [*outputs[k].shape, *in_shape]
@@ -164,7 +166,7 @@ def row_blocks(rows: Tensor | None, outputs: Sequence[Tensor], primal: Tensor) -
     ]
 
 
-def column_blocks(columns: Tensor | None, output: Tensor, primals: Sequence[Tensor]) -> list[Tensor]:
+def split_columns(columns: Tensor | None, output: Tensor, primals: Sequence[Tensor]) -> list[Tensor]:
     """Split stacked columns of one output into its block for each primal.
 
     # columns: [sum of input sizes, *out_shape] -> J[k]: [*out_shape, *primals[k].shape]

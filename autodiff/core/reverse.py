@@ -1,6 +1,6 @@
 """Reverse mode: record a function once, pull cotangents back many times.
 
-Works on flat lists of tensors and hands on `record`, whose tape gives None for an input that no output depends on.
+Works on flat lists of tensors and provides `record`, whose tape gives None for an input that no output depends on.
 Never sees a tree.
 """
 
@@ -45,8 +45,8 @@ _thread = _Thread()
 
 
 @contextmanager
-def as_if_recorded() -> Iterator[None]:
-    """As inside one tape, whatever records: what depends on that is the same wherever a function runs again."""
+def recording_once() -> Iterator[None]:
+    """Set the recording depth to one, so that a second run takes the same branches as the first."""
     before, _thread.recording = _thread.recording, 1
     try:
         yield
@@ -55,7 +55,7 @@ def as_if_recorded() -> Iterator[None]:
 
 
 class Tape(ABC):
-    """What one run of a function left: its outputs, and the way back to its inputs.
+    """The result of one run of a function: its outputs, and the way back to its inputs.
 
     ``outputs`` and ``aux`` are what the caller may show; ``graph_outputs`` and ``inputs`` are the outputs and the
     primals as the graph knows them, which nobody outside sees.
@@ -133,7 +133,7 @@ class Tape(ABC):
         """
         inputs = self.inputs if wanted is ALL else self.inputs[wanted]
         if (
-            _torch.inside_level()
+            _torch.functorch_active()
             and (wrong := self.policies().get(ONE_BY_ONE))
             and self._is_batch(cotangents)
         ):
@@ -182,36 +182,35 @@ class Tape(ABC):
         """Whether what this tape gives can be differentiated from outside."""
 
 
-@_torch.never_traced_alone
+@_torch.traced_inline_only
 def record(
     func: FlatFunction,
     primals: Sequence[Tensor],
     *,
-    own_leaves: Sequence[Tensor] = (),
+    internal_leaves: Sequence[Tensor] = (),
     higher_order: bool = False,
-    inside_tape: bool = False,
+    inputs_recorded: bool = False,
 ) -> Tape:
     """Run ``func`` once on the primals, and keep the way back.
 
-    ``own_leaves`` are inputs of other tapes that belong to the same transform: a graph that begins in one of them is
-    not tracked from outside. ``higher_order`` says that a pull of the tape will be differentiated in turn.
-    ``inside_tape`` says that the primals are the inputs of another tape of the same transform, to which ``func`` has no
-    other way: then they need no views of their own.
+    ``internal_leaves`` are inputs of other tapes of the same transform: what depends on them alone is not tracked from
+    outside. ``higher_order`` says that a pull of the tape will be differentiated in turn. ``inputs_recorded`` says that
+    the primals are the inputs of another tape of the same transform, and need no views of their own.
     """
     if _torch.compiling():
-        return _TracedTape(func, primals, higher_order or inside_tape)
-    if _torch.no_transform_active():
-        return _EagerTape(func, primals, own_leaves, higher_order, inside_tape)
+        return _TracedTape(func, primals, higher_order or inputs_recorded)
+    if _torch.is_eager():
+        return _EagerTape(func, primals, internal_leaves, higher_order, inputs_recorded)
     return _LevelTape(func, primals, higher_order)
 
 
-@_torch.never_traced_alone
+@_torch.traced_inline_only
 def record_derivative(func: FlatFunction, primals: Sequence[Tensor], differentiate: TapeFunction) -> Tape:
     """The tape of what ``differentiate`` makes of the tape of ``func``, such as its gradient.
 
     Eagerly both are one tape, which takes 0.85 x as long as a tape inside a tape.
     """
-    if _torch.compiling() or not _torch.no_transform_active():
+    if _torch.compiling() or not _torch.is_eager():
         return record(differentiated(func, differentiate), primals)
     return _EagerTape(func, primals, differentiate=differentiate)
 
@@ -220,7 +219,7 @@ def differentiated(func: FlatFunction, differentiate: TapeFunction) -> FlatFunct
     """What ``differentiate`` makes of the tape of ``func``, as a function of the primals."""
 
     def derivative(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
-        return differentiate(record(lifted_by(lift, func), leaves, inside_tape=True))
+        return differentiate(record(lifted_by(lift, func), leaves, inputs_recorded=True))
 
     return derivative
 
@@ -256,9 +255,9 @@ class _EagerTape(Tape):
         self,
         func: FlatFunction,
         primals: Sequence[Tensor],
-        own_leaves: Sequence[Tensor] = (),
+        internal_leaves: Sequence[Tensor] = (),
         higher_order: bool = False,
-        inside_tape: bool = False,
+        inputs_recorded: bool = False,
         differentiate: TapeFunction | None = None,
     ) -> None:
         super().__init__()
@@ -267,7 +266,7 @@ class _EagerTape(Tape):
             self.inputs, views, requires_grad = [], [], False
             this = weakref.ref(self)
             for primal in primals:
-                if inside_tape:
+                if inputs_recorded:
                     entered = primal
                     requires_grad = requires_grad or primal.requires_grad
                 elif primal.requires_grad:
@@ -281,7 +280,7 @@ class _EagerTape(Tape):
                 # torch refuses writes to a leaf and to a view of one.
                 if not primal.is_leaf:
                     views.append(entered)
-            self._own_leaves = own_leaves
+            self._own_leaves = internal_leaves
             versions = _torch.versions(views) if views else []
             # While ``differentiate`` runs, the graph that it makes is tracked: by this tape.
             self._tracked: bool | None = True
@@ -410,7 +409,7 @@ class _TracedTape(Tape):
 
 
 def _refuse_written(views: Sequence[Tensor], versions: Sequence[int]) -> None:
-    """A view that is written in place becomes another point of the graph than the one it entered as."""
+    """After an in-place write to a view, the gradient would be that of the written view."""
     if _torch.versions(views) != versions:
         raise InPlaceError(
             "the function wrote in place to an argument that is differentiated, of shape "

@@ -1,7 +1,7 @@
 """Operations whose derivatives are given by rules, under every transform and at every order.
 
-Hands on `Rules`, `attach`, which ties values to the tensors that they depend on by rules, and `record_again`, by
-which a rule differentiates a function. Never sees a tree; imports `_torch`, `arguments`, `tape` and `batch`.
+Provides `Rules`, `attach`, which ties values to the tensors that they depend on by rules, and `rerecord`, by
+which a rule differentiates a function. Never sees a tree.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Rules(ABC):
     def pull(
         self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        """A cotangent for each of ``saved``; what is given where it is not ``wanted`` is of no use."""
+        """A cotangent for each of ``saved``; what is given where it is not ``wanted`` is ignored."""
 
     @abstractmethod
     def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -57,7 +57,7 @@ def attach(rules: Rules, values: Sequence[Any], saved: Sequence[Tensor]) -> list
     values = [value.detach() if isinstance(value, Tensor) else value for value in values]
     where = [i for i, value in enumerate(values) if is_differentiable(value)]
     specs = [TensorSpec.of(values[i]) for i in where]
-    for i, zero in zip(where, _Node.apply(_Ruled(rules, specs), *saved), strict=True):
+    for i, zero in zip(where, _RuleFunction.apply(_RulesAndSpecs(rules, specs), *saved), strict=True):
         values[i] = values[i] + zero
     return values
 
@@ -68,19 +68,21 @@ def is_tracked(tensor: Tensor) -> bool:
     Without grad mode a level inside others hides from itself alone.
     """
     with _torch.WithoutFunctionModes():  # no mode of the user's sees what is inside wrappers
-        if (torch.is_grad_enabled() or _torch.inside_level()) and _torch.requires_grad_at_any_depth(tensor):
+        if (torch.is_grad_enabled() or _torch.functorch_active()) and _torch.requires_grad_at_any_depth(
+            tensor
+        ):
             return True
         return _torch.forward_level_active() and _torch.has_tangent_at_any_depth(tensor)
 
 
-def write_counts(leaves: Iterable[Any]) -> list[int]:
+def inplace_counts(leaves: Iterable[Any]) -> list[int]:
     """How often each tensor was written in place, below all wrappers; those of inference mode do not know."""
     with _torch.WithoutFunctionModes():  # no mode of the user's sees what is inside wrappers
-        tensors = [_torch.innermost(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [_torch.fully_unwrapped(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         return _torch.versions([tensor for tensor in tensors if not tensor.is_inference()])
 
 
-def record_again(
+def rerecord(
     func: Flat, tensors: Sequence[Tensor], wanted: Sequence[bool], *, higher_order: bool = False
 ) -> tuple[Tape, list[int]]:
     """Run ``func`` once more, recorded; the tape, and which of the tensors are its inputs: of those that are wanted.
@@ -96,24 +98,24 @@ def record_again(
     return record(recordable, [tensors[i] for i in where], higher_order=higher_order), where
 
 
-class _Ruled(NamedTuple):
+class _RulesAndSpecs(NamedTuple):
     """Rules, and what the outputs look like."""
 
     rules: Rules
     specs: Sequence[TensorSpec]
 
 
-class _Node(torch.autograd.Function):
+class _RuleFunction(torch.autograd.Function):
     """Zeros with the derivatives that the rules give.
 
     torch dispatches a Function level by level. Forward mode is off inside its jvp, for all levels, and the
     saved tensors still carry the tangents of this one: as it stands, the outer of two forward modes sees zeros.
     """
 
-    nests = True  # its jvp has seen to that
+    autodiff_jvp_nests = True  # its jvp has seen to that
 
     @staticmethod
-    def forward(ruled: _Ruled, *saved: Tensor) -> tuple[Tensor, ...]:
+    def forward(ruled: _RulesAndSpecs, *saved: Tensor) -> tuple[Tensor, ...]:
         del saved
         return tuple(spec.full(-0.0) for spec in ruled.specs)
 
@@ -128,7 +130,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         # The level that recorded them may be gone, and is not to be taken for one that still watches.
-        saved = [_torch.without_dead_level(tensor) for tensor in ctx.saved_tensors]
+        saved = [_torch.unwrapped_if_dead(tensor) for tensor in ctx.saved_tensors]
         return (None, *ctx.ruled.rules.pull(saved, cotangents, ctx.needs_input_grad[1:]))
 
     @staticmethod
@@ -140,10 +142,10 @@ class _Node(torch.autograd.Function):
             return tuple(spec.full(0.0) if tangent is None else tangent for tangent, spec in pairs)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], ruled: _Ruled, *saved: Tensor) -> Any:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], ruled: _RulesAndSpecs, *saved: Tensor) -> Any:
         rules = _Batched(ruled.rules, in_dims[1:], info.batch_size, info.randomness)
         specs = [one._replace(shape=(info.batch_size, *one.shape)) for one in ruled.specs]
-        return _Node.apply(_Ruled(rules, specs), *saved), (0,) * len(specs)
+        return _RuleFunction.apply(_RulesAndSpecs(rules, specs), *saved), (0,) * len(specs)
 
 
 class _Batched(Rules):

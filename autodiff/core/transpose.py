@@ -42,14 +42,14 @@ def transpose(
         inspect(pulled)
         return pulled
 
-    return transposed(pull, [at(output) for output in tape.outputs], own_leaves=tape.inputs)
+    return transposed(pull, [at(output) for output in tape.outputs], internal_leaves=tape.inputs)
 
 
 def transposed(
     linear: Callable[[Sequence[Tensor]], Sequence[Tensor | None]],
     point: Sequence[Tensor],
     *,
-    own_leaves: Sequence[Tensor] = (),
+    internal_leaves: Sequence[Tensor] = (),
 ) -> Callable[[Sequence[Tensor | None]], list[Tensor | None]]:
     """The conjugate transpose of a linear function; None stands for zero, before and after.
 
@@ -62,5 +62,5 @@ def transposed(
         reached[:] = [i for i, image in enumerate(images) if image is not None]
         return [images[i] for i in reached], []
 
-    tape = record(apply, point, own_leaves=own_leaves)
+    tape = record(apply, point, internal_leaves=internal_leaves)
     return lambda vectors: tape.pull([vectors[i] for i in reached], retain_graph=True)

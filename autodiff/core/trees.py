@@ -1,6 +1,6 @@
-"""Floor 1, SEAM: the only file that names optree.
+"""The only file that names optree.
 
-Hands on flattening, unflattening, prefixes and key paths, in the namespace where torch's own
+Provides flattening, unflattening, prefixes and key paths, in the namespace where torch's own
 registrations live, with None as a leaf and dicts in insertion order. Imports only `_torch`.
 """
 

@@ -1,4 +1,4 @@
-"""Floor 3: the API of ``torch.autograd.functional``, assembled from the transforms of floor 2.
+"""The API of ``torch.autograd.functional``, assembled from the transforms of floor 2.
 
 >>> import torch
 >>> from autodiff.functional import hessian

@@ -1,6 +1,6 @@
 """What only a backward pass sees: where forward mode would give something else than legacy's double backward.
 
-Hands on `as_forward_sees`, whose function either runs as forward mode sees it, or stops at the first such thing.
+Provides `refusing_backward_only`, whose function either runs as forward mode sees it, or stops at the first such thing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _BackwardOnly(ForwardMode):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def as_forward_sees(func: Callable[..., Any]) -> Callable[..., Any]:
+def refusing_backward_only(func: Callable[..., Any]) -> Callable[..., Any]:
     """``func``, which raises `BackwardOnlyError` where forward mode would give something else.
 
     It runs with grad mode on, as a backward pass has it.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from autodiff._torch import compiling, quiet_fallbacks
+from autodiff._torch import compiling, silenced_fallback_warning
 from autodiff.core.chunks import Sizes
 from autodiff.core.linearization import gradient
-from autodiff.core.products import from_rows, of_outputs, products
+from autodiff.core.products import blocks_from_rows, products, restricted_to_outputs
 from autodiff.core.seeds import StandardBasis
 from autodiff.transforms.hessian import Hessian
 from autodiff.transforms.jacobian import Jacobian
@@ -38,21 +38,21 @@ class BoundedJacobian(Jacobian):
     may_batch: Callable[[], bool] | None = None
     in_output_dtype: bool = False
 
-    def by_rows(self, call: Call, function: Linearization) -> Blocks:
+    def by_rows(self, call: Call, linearized: Linearization) -> Blocks:
         """Rows of one output after the other, in batches where a batched pull is possible.
 
         A pull never runs the user's function again, so a batch that fails costs only its own time.
         """
         if self.may_batch is None or compiling():
-            return super().by_rows(call, function)
+            return super().by_rows(call, linearized)
         blocks: Blocks = []
-        pull = self.puller(function)
-        count = len(function.outputs)
-        chunk_sizes = _chunk_sizes(function, call.primals) if self.may_batch() else [1] * count
-        for position, (output, chunk_size) in enumerate(zip(function.outputs, chunk_sizes, strict=True)):
-            pull_one = of_outputs(pull, slice(position, position + 1), count, is_last=False)
+        pull = self.puller(linearized)
+        count = len(linearized.outputs)
+        chunk_sizes = _chunk_sizes(linearized, call.primals) if self.may_batch() else [1] * count
+        for position, (output, chunk_size) in enumerate(zip(linearized.outputs, chunk_sizes, strict=True)):
+            pull_one = restricted_to_outputs(pull, slice(position, position + 1), count, is_last=False)
             try:
-                with quiet_fallbacks:
+                with silenced_fallback_warning:
                     rows = products(pull_one, StandardBasis([output]), Sizes(chunk_size))
             except Exception:
                 # Some backward passes cannot be batched: they read a value, or write in place. What they
@@ -60,7 +60,7 @@ class BoundedJacobian(Jacobian):
                 if chunk_size == 1:
                     raise
                 rows = products(pull_one, StandardBasis([output]), Sizes(1))
-            (row,) = from_rows(rows, [output], call.primals)
+            (row,) = blocks_from_rows(rows, [output], call.primals)
             blocks.append([block.to(output.dtype) for block in row] if self.in_output_dtype else row)
         return blocks
 
@@ -78,15 +78,15 @@ class BoundedHessian(BoundedJacobian, Hessian):
         return slope
 
 
-def _chunk_sizes(function: Linearization, primals: Sequence[Tensor]) -> list[int]:
+def _chunk_sizes(linearized: Linearization, primals: Sequence[Tensor]) -> list[int]:
     """How many rows of each output keep the peak within about half of what single rows need.
 
     Single rows need the graph, and the result twice: as rows and stacked. A batched pull has about
     three of its largest cotangents alive at a time (a heuristic).
     """
-    if function.batchable(Sizes(None)).size == 1:
-        return [1] * len(function.outputs)
-    total, largest = function.bytes_of_a_pull()
+    if linearized.batchable(Sizes(None)).size == 1:
+        return [1] * len(linearized.outputs)
+    total, largest = linearized.bytes_of_a_pull()
     row = sum(primal.numel() * primal.element_size() for primal in primals)
-    budgets = [max((total + 2 * row * output.numel()) // 2, _NEGLIGIBLE) for output in function.outputs]
+    budgets = [max((total + 2 * row * output.numel()) // 2, _NEGLIGIBLE) for output in linearized.outputs]
     return [max(1, budget // max(3 * largest + row, 1)) for budget in budgets]

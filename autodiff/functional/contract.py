@@ -1,6 +1,6 @@
 """What torch.autograd.functional promises at its boundary, and its messages where it refuses.
 
-Hands on `Contract`: inputs, ``v`` and outputs checked, connected or cut off as ``create_graph`` says.
+Provides `Contract`: inputs, ``v`` and outputs checked, connected or cut off as ``create_graph`` says.
 Imports `core` for trees; the derivatives themselves are the business of the modules beside it.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from autodiff._torch import GradMode, compiling, no_transform_active
+from autodiff._torch import GradMode, compiling, is_eager
 from autodiff.core import trees
 from autodiff.core.call import Call, is_differentiable
 from autodiff.errors import (
@@ -75,7 +75,7 @@ class Contract:
             return leaf.detach()
         # Without a leaf that requires grad, no result would carry a grad_fn. Inside a transform the
         # transform decides what is watched.
-        return leaf if leaf.requires_grad or not no_transform_active() else leaf.detach().requires_grad_()
+        return leaf if leaf.requires_grad or not is_eager() else leaf.detach().requires_grad_()
 
     def call(self, func: Callable[..., Any]) -> Call:
         """The call, whose output is checked where it is made."""

@@ -132,9 +132,9 @@ def hessian(
     if outer_jacobian_strategy not in _STRATEGIES:
         raise StrategyError('Expected strategy to be either "forward-mode" or "reverse-mode".')
 
-    def refuse_constant(slope: list[Tensor]) -> None:
+    def refuse_constant(gradient: list[Tensor]) -> None:
         if strict:
-            contract.refuse_constants(slope, GRADIENT_CONSTANT)
+            contract.refuse_constants(gradient, GRADIENT_CONSTANT)
         _refuse_strict_batch(strict, vectorize)
 
     make = partial(

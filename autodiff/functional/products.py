@@ -15,7 +15,7 @@ from autodiff.core.forward import push
 from autodiff.core.linearization import gradient, linearize, linearize_derivative
 from autodiff.core.randomness import remember_randomness
 from autodiff.errors import OutputError
-from autodiff.functional.backward_only import BackwardOnlyError, HookDetector, as_forward_sees
+from autodiff.functional.backward_only import BackwardOnlyError, HookDetector, refusing_backward_only
 from autodiff.functional.contract import Contract
 
 if TYPE_CHECKING:
@@ -93,12 +93,14 @@ def vjp(
     contract = Contract("vjp", inputs, create_graph, strict)
     call = contract.call(func)
     with contract.modes():
-        function = linearize(call.evaluate, call.primals)
-        checks.tensor_outputs("vjp", function.outputs, call.path_of_output, any_dtype=True)
-        output = call.like_output(function.outputs)
+        linearized = linearize(call.evaluate, call.primals)
+        checks.tensor_outputs("vjp", linearized.outputs, call.path_of_output, any_dtype=True)
+        output = call.like_output(linearized.outputs)
         cotangents = contract.vector(v, output, isinstance(output, tuple), _ONE_OUTPUT, of=_is_tensor)
         with contract.words(_OUTPUT_INDEPENDENT):
-            product = call.like_arguments(call.dense_cotangents(function.vjp(cotangents, last=True), strict))
+            product = call.like_arguments(
+                call.dense_cotangents(linearized.vjp(cotangents, last=True), strict)
+            )
     if strict and create_graph:
         contract.refuse_constants(product, JACOBIAN_CONSTANT)
     return output, product
@@ -141,20 +143,20 @@ def jvp(
         if not (strict or create_graph or compiling()):
             rewind = remember_randomness()
             try:
-                return _pushed(contract.call(as_forward_sees(func)), tangents)
+                return _pushed(contract.call(refusing_backward_only(func)), tangents)
             except (BackwardOnlyError, RuntimeError):
                 # No forward rule, or something in func that only a backward pass honours. An error of
                 # func's own comes again below.
                 rewind()
         call = contract.call(func)
-        function = linearize(call.evaluate, call.primals, higher_order=True)
-        _check_outputs_of_jvp(call, function.outputs)
-        pushed = _by_double_backward(contract, function, tangents, _OUTPUT_INDEPENDENT)
+        linearized = linearize(call.evaluate, call.primals, higher_order=True)
+        _check_outputs_of_jvp(call, linearized.outputs)
+        pushed = _by_double_backward(contract, linearized, tangents, _OUTPUT_INDEPENDENT)
         with contract.words(_ENTRY_INDEPENDENT):
-            product = call.like_output(call.dense_tangents(function.outputs, pushed, strict))
+            product = call.like_output(call.dense_tangents(linearized.outputs, pushed, strict))
     if strict and create_graph:
         contract.refuse_constants(product, JACOBIAN_CONSTANT)
-    return call.like_output(function.outputs), product
+    return call.like_output(linearized.outputs), product
 
 
 def vhp(
@@ -190,9 +192,11 @@ def vhp(
     contract = Contract("vhp", inputs, create_graph, strict)
     vector = contract.input_vector(v)
     with contract.modes():
-        call, slope, output = _gradient(contract, func)
+        call, gradient_at_point, output = _gradient(contract, func)
         with contract.words(_JACOBIAN_INDEPENDENT):
-            product = call.like_arguments(call.dense_cotangents(slope.hvp(vector, last=True), strict))
+            product = call.like_arguments(
+                call.dense_cotangents(gradient_at_point.hvp(vector, last=True), strict)
+            )
     if strict and create_graph:
         contract.refuse_constants(product, _HESSIAN_CONSTANT)
     return output, product
@@ -237,14 +241,14 @@ def hvp(
     with contract.modes():
         hooks, custom = HookDetector(), [False]
 
-        def inspect(function: Linearization) -> None:
-            custom[0] = function.has_custom_gradient()
+        def inspect(linearized: Linearization) -> None:
+            custom[0] = linearized.has_custom_gradient()
 
-        call, slope, output = _gradient(contract, hooks.around(func), inspect)
+        call, gradient_at_point, output = _gradient(contract, hooks.around(func), inspect)
         if strict or custom[0] or hooks.found:
-            pushed = _by_double_backward(contract, slope, vector, _JACOBIAN_INDEPENDENT)
+            pushed = _by_double_backward(contract, gradient_at_point, vector, _JACOBIAN_INDEPENDENT)
         else:
-            pushed = slope.hvp(vector, last=True)
+            pushed = gradient_at_point.hvp(vector, last=True)
         with contract.words(_HESSIAN_ENTRY_INDEPENDENT):
             product = call.like_arguments(call.dense_cotangents(pushed, strict))
     if strict and create_graph:
@@ -260,16 +264,18 @@ def _gradient(
     """The gradient of a function of one number at a point, and the number as the function shaped it."""
     call = contract.call_of_scalar(func)
     with contract.words(_OUTPUT_INDEPENDENT):
-        slope = linearize_derivative(call, gradient(call, strict=contract.strict, inspect=inspect))
-    constant = slope.first_constant() if contract.strict and not compiling() else None
+        gradient_at_point = linearize_derivative(
+            call, gradient(call, strict=contract.strict, inspect=inspect)
+        )
+    constant = gradient_at_point.first_constant() if contract.strict and not compiling() else None
     if constant is not None:
         contract.refuse(GRADIENT_CONSTANT, input=constant)
-    (output,) = slope.aux
-    return call, slope, output
+    (output,) = gradient_at_point.aux
+    return call, gradient_at_point, output
 
 
 def _by_double_backward(
-    contract: Contract, function: Linearization, tangents: list[Tensor], independent: str
+    contract: Contract, linearized: Linearization, tangents: list[Tensor], independent: str
 ) -> list[Tensor | None]:
     """The derivative's product with tangents; where strict, with legacy's errors for what the first pullback gives."""
 
@@ -280,7 +286,7 @@ def _by_double_backward(
             if not cotangent.requires_grad:
                 contract.refuse(_GRADIENT_INDEPENDENT, input=index)
 
-    return function.jvp(inspect, at=torch.zeros_like)(tangents)
+    return linearized.jvp(inspect, at=torch.zeros_like)(tangents)
 
 
 def _check_outputs_of_jvp(call: Call, outputs: list[Any]) -> None:

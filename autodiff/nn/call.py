@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from autodiff._torch import compiling, no_transform_active
+from autodiff._torch import compiling, is_eager
 from autodiff.core import trees
 from autodiff.core.batch import copy_for_every_sample
 from autodiff.errors import BufferWarning, OptionError, StructureError
@@ -218,7 +218,7 @@ def _stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             )
         stack = torch.stack([tensor.detach() for tensor in tensors])
         # Inside a transform a stack cannot be made to require grad, and need not.
-        requires_grad = tensors[0].requires_grad and no_transform_active()
+        requires_grad = tensors[0].requires_grad and is_eager()
         stacked[name] = stack.requires_grad_() if requires_grad else stack
     return stacked
 

@@ -1,6 +1,6 @@
 """A clone of a module, with other tensors, which a call may change as it likes.
 
-Hands on `ModuleClone`. What belongs to the module is copied: modules and the containers in their attributes. What it
+Provides `ModuleClone`. What belongs to the module is copied: modules and the containers in their attributes. What it
 merely refers to (functions, objects of other classes) is shared, unless it leads back to the module: then that
 part is rebuilt so that it leads to the clone. Tensors are shared but for those that are replaced. Imports `errors`
 and `_torch`.

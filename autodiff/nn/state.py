@@ -1,6 +1,6 @@
 """The tensors of a module, by name, and those that replace them in a call.
 
-Hands on `entries` and `replacements`, and the copies that keep a call from writing to buffers. Never changes a module.
+Provides `entries` and `replacements`, and the copies that keep a call from writing to buffers. Never changes a module.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from autodiff import checks
-from autodiff._torch import never_traced_alone
-from autodiff.core.memory import parse
+from autodiff._torch import traced_inline_only
+from autodiff.core.memory import parse_bytes
 from autodiff.samples.evaluator import Evaluator, name_of
 from autodiff.samples.progress import Progress
 from autodiff.samples.run import Options, Run
@@ -87,7 +87,7 @@ def per_sample(
     checks.chunk_size(name, row_chunk_size)
     checks.randomness(name, randomness)
     checks.choice(name, "on_error", on_error, ("raise", "nan"))
-    budget = None if memory is None else parse(name, memory)
+    budget = None if memory is None else parse_bytes(name, memory)
     Evaluator(func, in_dims, randomness, as_matrix=as_matrix)  # whether the options fit the function
     if progress:
         Progress.check()
@@ -164,7 +164,7 @@ class PerSample:
         """
         return self._collected(reduce, args, kwargs, out)
 
-    @never_traced_alone
+    @traced_inline_only
     def stream(self, *args: Any, **kwargs: Any) -> Iterator[Chunk]:
         """The results, chunk by chunk, as a :class:`.Chunk` each.
 
@@ -181,7 +181,7 @@ class PerSample:
         checks.untraced_call("per_sample")
         return self._run(args, kwargs, kept_results=1 + self._options.as_matrix, whole_results=2).stream()
 
-    @never_traced_alone
+    @traced_inline_only
     def _collected(
         self, reduce: Callable[[Any], Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> Any:

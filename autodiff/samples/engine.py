@@ -1,6 +1,6 @@
 """The loop over chunks: compute, measure, halve where memory runs out, find the samples that fail.
 
-Hands on `Engine`, whose pieces come in order and depend on nothing but the evaluator, the samples and the plan.
+Provides `Engine`, whose pieces come in order and depend on nothing but the evaluator, the samples and the plan.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The user's function, evaluated on a batch of samples or for some rows of one sample.
 
-Hands on `Evaluator`. Rows alone can be computed for autodiff's own Jacobians in reverse mode.
+Provides `Evaluator`. Rows alone can be computed for autodiff's own Jacobians in reverse mode.
 """
 
 from __future__ import annotations
@@ -76,24 +76,24 @@ class Evaluator:
 
         def some_rows(*args: Any, **kwargs: Any) -> list[list[Tensor]]:
             call = jacobian.call(args, kwargs)
-            outputs, strips = jacobian.some_rows(call, start, stop)
+            outputs, row_ranges = jacobian.some_rows(call, start, stop)
             shapes = [(tuple(output.shape), output.numel()) for output in outputs]
-            self._details = call, shapes, [(strip.output, strip.first) for strip in strips]
-            return [strip.blocks for strip in strips]
+            self._details = call, shapes, [(row_range.output, row_range.first) for row_range in row_ranges]
+            return [row_range.blocks for row_range in row_ranges]
 
         self._current = some_rows
         leaves = [leaf.squeeze(0) for leaf in self._computed(batch, sample, sample + 1)]
-        call, shapes, strips = self._details
+        call, shapes, row_ranges = self._details
         total, width = sum(size for _, size in shapes), len(call.primals)
         by_strip = [leaves[at : at + width] for at in range(0, len(leaves), width)]
         template, positions = self._template(call, shapes)
         pieces: list[tuple[int, int, Tensor]] = []
         above = [sum(size for _, size in shapes[:output]) for output in range(len(shapes))]
-        for (output, first), blocks in zip(strips, by_strip, strict=True):
+        for (output, first), blocks in zip(row_ranges, by_strip, strict=True):
             if self._as_matrix:
                 dtype = template.leaves[0].dtype
-                strip = torch.cat([block.flatten(1).to(dtype) for block in blocks], dim=1)
-                pieces.append((0, above[output] + first, strip))
+                row_range = torch.cat([block.flatten(1).to(dtype) for block in blocks], dim=1)
+                pieces.append((0, above[output] + first, row_range))
             else:
                 columns = zip(positions[output], blocks, strict=True)
                 pieces += [(position, first, block) for position, block in columns]

@@ -1,6 +1,6 @@
 """How much is computed at once: samples, or rows of one sample where one alone is too large.
 
-Hands on `Plan`, whose decisions depend on sizes alone, so that a resumed run continues as it would have.
+Provides `Plan`, whose decisions depend on sizes alone, so that a resumed run continues as it would have.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Plan:
         if smallest and peak > self.budget and not self._warned:
             self._warned = True
             warnings.warn(
-                f"per_sample: the smallest piece of work takes {memory.show(peak)}, more than the "
-                f"{memory.show(self.budget)} that memory allows. The run continues piece by piece.",
+                f"per_sample: the smallest piece of work takes {memory.format_bytes(peak)}, more than the "
+                f"{memory.format_bytes(self.budget)} that memory allows. The run continues piece by piece.",
                 BudgetWarning,
                 stacklevel=2,
             )

@@ -42,6 +42,6 @@ class Progress:
         """Count samples that are done."""
         if self._bar is not None:
             self._bar.set_postfix_str(
-                f"chunk {report.largest}, peak {memory.show(report.peak)}", refresh=False
+                f"chunk {report.largest}, peak {memory.format_bytes(report.peak)}", refresh=False
             )
             self._bar.update(samples)

@@ -57,7 +57,7 @@ class Report:
         rows = f", up to {self.rows} rows at a time" if self.rows else ""
         parts = [f"{self.samples} samples in {self.chunks} chunks of {size}{rows}"]
         if self.peak:
-            parts.append(f"peak {memory.show(self.peak)} of {memory.show(self.budget)}")
+            parts.append(f"peak {memory.format_bytes(self.peak)} of {memory.format_bytes(self.budget)}")
         rate = f" ({self.samples / self.seconds:.0f} samples/s)" if self.seconds else ""
         parts.append(f"{self.seconds:.1f} s{rate}")
         if self.resumed_at:

@@ -1,6 +1,6 @@
 """One run over all samples: from the source, through the engine, to a destination.
 
-Hands on `Run`, whose results are collected or streamed.
+Provides `Run`, whose results are collected or streamed.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Run:
         kept_results: int,
         whole_results: int,
     ) -> None:
-        if not _torch.no_transform_active():
+        if not _torch.is_eager():
             raise AutodiffError(
                 "per_sample: it was called inside another transform. Expected a call outside of all transforms, since "
                 "it measures the memory of chunks. Use vmap(func, chunk_size='auto') inside transforms."
@@ -110,7 +110,7 @@ class Run:
         self._assembling: MemorySink | None = None
         self._consistency = OutputConsistency("per_sample", Leaf)
         device = memory.device_of(trees.leaves((args, kwargs)))
-        self._budget = options.memory or int(memory.SHARE * memory.free(device))
+        self._budget = options.memory or int(memory.SHARE * memory.free_bytes(device))
         self.report = Report(f"per_sample({name_of(func)})", self._budget)
         plan = Plan(
             options.chunk_size, options.row_chunk_size, self._budget, device, whole_results=whole_results

@@ -1,6 +1,6 @@
 """Destinations of results in memory: new tensors, or tensors of the caller.
 
-Hands on `Sink`, the interface of every destination, and `MemorySink`. Files are in `files`.
+Provides `Sink`, the interface of every destination, and `MemorySink`. Files are in `files`.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ class MemorySink(Sink):
             size = self._total * template.nbytes
             if size > self._plan.budget:
                 raise BudgetError(
-                    f"per_sample: the results of {self._total} samples take {memory.show(size)}, more than "
-                    f"the {memory.show(self._plan.budget)} that memory allows. Write them to disk (out='file.npy'), "
+                    f"per_sample: the results of {self._total} samples take {memory.format_bytes(size)}, more than "
+                    f"the {memory.format_bytes(self._plan.budget)} that memory allows. Write them to "
+                    f"disk (out='file.npy'), "
                     f"take them chunk by chunk (.stream), reduce each (.map), or give memory=."
                 )
             self._plan.reserve(size)

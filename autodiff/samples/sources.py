@@ -1,6 +1,6 @@
 """Where samples come from: tensors, or an iterable of batches such as a DataLoader.
 
-Hands on `batches`: calls with their samples, one batch after the other.
+Provides `batches`: calls with their samples, one batch after the other.
 """
 
 from __future__ import annotations

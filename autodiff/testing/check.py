@@ -1,6 +1,6 @@
 """Derivatives checked against finite differences. Builds on `jvp` and `vjp`.
 
-Hands on `check_grads`, `check_jvp` and `check_vjp`, after JAX's ``jax.test_util``. Derivatives are only compared with
+Provides `check_grads`, `check_jvp` and `check_vjp`, after JAX's ``jax.test_util``. Derivatives are only compared with
 differences of values; nothing here differentiates to find the expected number.
 """
 

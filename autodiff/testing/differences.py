@@ -1,6 +1,6 @@
 """Finite differences, with which derivatives are compared.
 
-Hands on `Point`, a function with its finite differences along random directions, in float64, and
+Provides `Point`, a function with its finite differences along random directions, in float64, and
 `same_random_numbers`, for all runs of a function. Never differentiates; imports `call`, `batch`, `checks` and `trees`.
 """
 

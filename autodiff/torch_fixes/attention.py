@@ -1,7 +1,7 @@
 """Attention that can be differentiated twice, and in forward mode.
 
-torch's fused kernels have a gradient and nothing else; its plain formula has every derivative. Hands on `unfused`,
-inside which torch takes the formula.
+torch's fused kernels have a gradient and nothing else; its plain formula has every derivative. Inside `plain_attention`
+torch takes the formula.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from autodiff import _torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Whether each is on, and its switch. The CPU obeys the first two as well; the fused layers are those that
+# Whether each is on, and its switch. The CPU obeys the first two as well; the fused fast_path are those that
 # nn.MultiheadAttention and nn.TransformerEncoderLayer use in eval mode.
 _flash_is_on, _switch_flash = _torch.flash_attention
 _formula_is_on, _switch_formula = _torch.math_attention
-_layers_are_on, _switch_layers = mha.get_fastpath_enabled, mha.set_fastpath_enabled
+_fast_path_is_on, _switch_fast_path = mha.get_fastpath_enabled, mha.set_fastpath_enabled
 _OF_CUDA: list[tuple[Callable[[], bool], Callable[[bool], None]]] = []
 if cuda.is_built():
     _OF_CUDA += [
@@ -29,28 +29,28 @@ if cuda.is_built():
 
 
 def _take_formula() -> Callable[[], None]:
-    flash, formula, layers = _flash_is_on(), _formula_is_on(), _layers_are_on()
+    flash, formula, fast_path = _flash_is_on(), _formula_is_on(), _fast_path_is_on()
     of_cuda = [switch for is_on, switch in _OF_CUDA if is_on()] if _OF_CUDA else ()
     if flash:
         _switch_flash(False)
     if not formula:
         _switch_formula(True)
-    if layers:
-        _switch_layers(False)
+    if fast_path:
+        _switch_fast_path(False)
     for switch in of_cuda:
         switch(False)
 
-    def turn_back() -> None:
+    def restore() -> None:
         if flash:
             _switch_flash(True)
         if not formula:
             _switch_formula(False)
-        if layers:
-            _switch_layers(True)
+        if fast_path:
+            _switch_fast_path(True)
         for switch in of_cuda:
             switch(True)
 
-    return turn_back
+    return restore
 
 
-unfused = _torch.SharedSwitch(_take_formula)
+plain_attention = _torch.SharedSwitch(_take_formula)

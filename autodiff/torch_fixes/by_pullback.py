@@ -1,6 +1,6 @@
 """Forward mode by reverse mode: an operation's pushforward is the pullback of its pullback.
 
-Hands on `by_pullback`, an override that differentiates one operation so, in both modes and at every order.
+Provides `by_pullback`, an override that differentiates one operation so, in both modes and at every order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from autodiff import _torch, checks
 from autodiff.core import trees
 from autodiff.core.call import spread
-from autodiff.core.rules import Rules, attach, record_again
+from autodiff.core.rules import Rules, attach, rerecord
 from autodiff.core.transpose import transpose
 
 if TYPE_CHECKING:
@@ -45,11 +45,11 @@ def by_pullback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         return outputs
 
     flat.__name__ = getattr(func, "__name__", str(func))
-    result = _transposable(flat, [leaves[i] for i in where])
+    result = _with_pullback_rules(flat, [leaves[i] for i in where])
     return trees.unflatten(out_spec, result)
 
 
-def _transposable(func: Flat, tensors: Sequence[Tensor]) -> list[Any]:
+def _with_pullback_rules(func: Flat, tensors: Sequence[Tensor]) -> list[Any]:
     """``func`` of the tensors, differentiated by its pullback."""
     return attach(_ByPullback(func), func([tensor.detach() for tensor in tensors]), tensors)
 
@@ -66,7 +66,7 @@ class _ByPullback(Rules):
         given, seeds = _without_none(cotangents)
 
         def pulled(tensors: Sequence[Tensor]) -> list[Any]:
-            tape, where = record_again(self._func, tensors[: len(saved)], wanted)
+            tape, where = rerecord(self._func, tensors[: len(saved)], wanted)
             result = tape.pull(spread(tensors[len(saved) :], given, len(cotangents)))
             return list(spread(result, where, len(saved)))
 
@@ -79,10 +79,8 @@ class _ByPullback(Rules):
             filled = spread(tensors[len(saved) :], given, len(saved))
             everything = [True] * len(saved)
             try:
-                with nullcontext() if _torch.inside_level() else _torch.ForwardModeHidden():
-                    tape, where = record_again(
-                        self._func, tensors[: len(saved)], everything, higher_order=True
-                    )
+                with nullcontext() if _torch.functorch_active() else _torch.ForwardModeIgnored():
+                    tape, where = rerecord(self._func, tensors[: len(saved)], everything, higher_order=True)
                     return transpose(tape)([filled[i] for i in where])
             except (RuntimeError, NotImplementedError) as error:
                 checks.advise("forward mode", error, ("",), f"{self._func.__name__} {_WAY_OUT}")
@@ -100,5 +98,5 @@ def _without_none(vectors: Sequence[Tensor | None]) -> tuple[list[int], list[Ten
 def _pushed_by_pullback(func: Flat, tensors: Sequence[Tensor]) -> list[Any]:
     """``func`` of the tensors; where these carry tangents of an outer forward mode, by pullbacks again."""
     if _torch.forward_level_active() and any(map(_torch.has_tangent_at_any_depth, tensors)):
-        return _transposable(func, tensors)
+        return _with_pullback_rules(func, tensors)
     return func(tensors)

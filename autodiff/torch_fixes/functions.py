@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def with_nesting_jvp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Apply the autograd Function that is the first argument, with a ``jvp`` that nests."""
+    """Apply the autograd Function that is the first argument, with a ``jvp`` that autodiff_jvp_nests."""
     return func(_nesting(args[0]), *args[1:], **kwargs)
 
 
 @functools.cache
 def _nesting(cls: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """The Function with a jvp that an outer forward mode sees, where it has one."""
-    if cls.jvp is torch.autograd.Function.jvp or hasattr(cls, "nests"):
+    if cls.jvp is torch.autograd.Function.jvp or hasattr(cls, "autodiff_jvp_nests"):
         return cls
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -43,7 +43,7 @@ def _nesting(cls: type[torch.autograd.Function]) -> type[torch.autograd.Function
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         with _torch.ForwardModeAllowed():
-            is_differentiated = any(is_tracked(_at_primal(tensor)) for tensor in ctx.inputs_to_check)
+            is_differentiated = any(is_tracked(_without_tangent(tensor)) for tensor in ctx.inputs_to_check)
         if is_differentiated:
             raise ForwardRuleError(
                 f"forward mode: {cls.__qualname__}.jvp is differentiated itself, but what its setup_context keeps is "
@@ -72,9 +72,9 @@ class _AtPrimals:
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._ctx, name)
         if isinstance(value, tuple):
-            return tuple(map(_at_primal, value))
-        return _at_primal(value)
+            return tuple(map(_without_tangent, value))
+        return _without_tangent(value)
 
 
-def _at_primal(leaf: Any) -> Any:
+def _without_tangent(leaf: Any) -> Any:
     return _torch.unpack_dual(leaf)[0] if is_differentiable(leaf) else leaf

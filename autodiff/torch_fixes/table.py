@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from autodiff import _torch
 from autodiff.core import hooks
 from autodiff.torch_fixes import formulas
-from autodiff.torch_fixes.attention import unfused
+from autodiff.torch_fixes.attention import plain_attention
 from autodiff.torch_fixes.by_pullback import by_pullback
 from autodiff.torch_fixes.fix import Fix
 from autodiff.torch_fixes.functions import with_nesting_jvp
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from autodiff.core.hooks import Override
 
 _OVERLOAD, _PACKET = type(torch.ops.aten.sin.default), type(torch.ops.aten.sin)
-_TORCHS_OWN = ("aten", "prims", "prim", "higher_order")
+_BUILTIN_NAMESPACES = ("aten", "prims", "prim", "higher_order")
 
 
 def _by_formula(formula: Callable[..., Any]) -> Override:
@@ -41,7 +41,7 @@ def _inside_levels(override: Override) -> Override:
     """The override where another transform is active; eager forward mode is right, and faster."""
 
     def overridden(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return override(func, args, kwargs) if _torch.inside_level() else func(*args, **kwargs)
+        return override(func, args, kwargs) if _torch.functorch_active() else func(*args, **kwargs)
 
     return overridden
 
@@ -62,7 +62,7 @@ def _chunked_by_pullback(func: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 def _custom_by_pullback(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     namespace = func.namespace if isinstance(func, _OVERLOAD) else str(func).split(".", maxsplit=1)[0]
-    return func(*args, **kwargs) if namespace in _TORCHS_OWN else by_pullback(func, args, kwargs)
+    return func(*args, **kwargs) if namespace in _BUILTIN_NAMESPACES else by_pullback(func, args, kwargs)
 
 
 def _where_rule_is_missing(func: Callable[..., Any], error: NotImplementedError) -> Override | None:
@@ -267,7 +267,7 @@ FIXES = (
             "hessians_of_attention_modules",
         ),
         (
-            (hooks.higher_order, {"eager": unfused}),
+            (hooks.higher_order, {"eager": plain_attention}),
             (hooks.higher_order_traced, {"make": partial(sdpa_kernel, SDPBackend.MATH)}),
         ),
         thread="pytorch#128971",

@@ -1,1 +1,1 @@
-"""Floor 2: the public transforms, one family a file, each a short composition of `core`."""
+"""The public transforms, one family a file, each a short composition of `core`."""

@@ -1,4 +1,4 @@
-"""Floor 2: store the inputs of a function instead of what it computes on the way. Builds on `core` alone."""
+"""Store the inputs of a function instead of what it computes on the way. Builds on `core` alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from autodiff import _torch
 from autodiff.core import randomness, trees
 from autodiff.core.call import is_differentiable, refilled, spread, wraps
 from autodiff.core.forward import push
-from autodiff.core.reverse import as_if_recorded
-from autodiff.core.rules import Rules, attach, is_tracked, record_again, write_counts
+from autodiff.core.reverse import recording_once
+from autodiff.core.rules import Rules, attach, inplace_counts, is_tracked, rerecord
 from autodiff.errors import CaptureError, InPlaceError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def checkpoint(func: Callable[..., Any]) -> Callable[..., Any]:
         if _torch.compiling():
             # A compiler decides itself what it keeps.
             return func(*args, **kwargs)
-        if not _torch.inside_level():
+        if not _torch.functorch_active():
             if not torch.is_grad_enabled() or _torch.forward_level_active():
                 # Nothing is kept; and a second run would find the tangents gone.
                 return func(*args, **kwargs)
@@ -77,7 +77,7 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     torch finds what the first run saved by its place in the second one. So the transforms and checkpoints in ``func``
     have to go the same way in both, or another tensor would be taken for it silently.
     """
-    with _torch.outside_transforms(), as_if_recorded():
+    with _torch.outside_transforms(), recording_once():
         return func(*args, **kwargs)
 
 
@@ -87,12 +87,12 @@ def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     state = randomness.random_state()
     constants = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    found = _Captured([constant for constant in constants if isinstance(constant, Tensor)])
-    versions = write_counts(constants)
+    found = _CapturedTensors([constant for constant in constants if isinstance(constant, Tensor)])
+    versions = inplace_counts(constants)
     with found:
         inner_args, inner_kwargs = trees.unflatten(spec, constants)
         outputs, out_spec = trees.flatten(func(*inner_args, **inner_kwargs))
-    if versions != write_counts(constants) or found.versions != write_counts(found.shown):
+    if versions != inplace_counts(constants) or found.versions != inplace_counts(found.shown):
         raise _written(func)
     if any(is_tracked(output) for output in outputs if isinstance(output, Tensor)):
         raise _captured_inside(func)
@@ -102,7 +102,7 @@ def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         for position, tensor in zip(where, tensors, strict=False):
             filled[position] = tensor
         again, again_kwargs = trees.unflatten(spec, filled)
-        replaced = _Replaced(found.tensors, tensors[len(where) :])
+        replaced = _ReplacedTensors(found.tensors, tensors[len(where) :])
         try:
             with randomness.random_numbers_from(state), replaced:
                 result = trees.leaves(func(*again, **again_kwargs))
@@ -111,7 +111,7 @@ def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             if _torch.says(error, "a level that is gone"):
                 raise _captured_inside(func) from error
             raise
-        if not replaced.waiting.isdisjoint(found.watched):
+        if not replaced.unused.isdisjoint(found.watched):
             raise _captured_inside(func)
         return [leaf for leaf in result if is_differentiable(leaf)]
 
@@ -144,7 +144,7 @@ class _Rerun(Rules):
     def pull(
         self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        tape, where = record_again(self._rerun, saved, wanted)
+        tape, where = rerecord(self._rerun, saved, wanted)
         return spread(tape.pull(cotangents), where, len(saved))
 
     def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -153,29 +153,29 @@ class _Rerun(Rules):
         def func(primals: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
             return self._rerun(refilled(saved, where, primals, lift)), []
 
-        moving = [tangent for tangent in tangents if tangent is not None]
-        return push(func, [saved[i] for i in where], moving).tangents
+        vectors = [tangent for tangent in tangents if tangent is not None]
+        return push(func, [saved[i] for i in where], vectors).tangents
 
 
 # Captured tensors: an operation that is handed one gets another in its place.
 
 
 # They compute nothing, are put to what is inside wrappers too, and have the same answer in both runs.
-_QUESTIONS = frozenset({Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.grad_fn.__get__})  # type: ignore[attr-defined,union-attr]
+_METADATA = frozenset({Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.grad_fn.__get__})  # type: ignore[attr-defined,union-attr]
 
 
-class _Replaced(TorchFunctionMode):
-    """Operations see ``others`` in place of ``tensors``; ``waiting`` are those that none has asked for."""
+class _ReplacedTensors(TorchFunctionMode):
+    """Operations see ``others`` in place of ``tensors``; ``unused`` are those that none has asked for."""
 
     def __init__(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         super().__init__()
         self._others = {id(tensor): other for tensor, other in zip(tensors, others, strict=True)}
-        self.waiting = set(self._others)
+        self.unused = set(self._others)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _QUESTIONS:
+        if func in _METADATA:
             return func(*args, **(kwargs or {}))
         named = {key: self._replaced(value) for key, value in (kwargs or {}).items()}
         return self._seen(func(*self._replaced(args), **named))
@@ -188,14 +188,14 @@ class _Replaced(TorchFunctionMode):
         return value
 
     def _other(self, tensor: Tensor) -> Tensor:
-        self.waiting.discard(id(tensor))
+        self.unused.discard(id(tensor))
         return self._others.get(id(tensor), tensor)
 
     def _seen(self, result: Any) -> Any:
         return result
 
 
-class _Captured(_Replaced):
+class _CapturedTensors(_ReplacedTensors):
     """Finds tensors that belong to a level or require grad and were not made here; hides their derivatives."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
@@ -205,7 +205,7 @@ class _Captured(_Replaced):
         self.shown: list[Tensor] = []
         self.versions: list[int] = []
         self.watched: set[int] = set()
-        self._around = [mode for mode in _torch.function_modes() if isinstance(mode, _Replaced)]
+        self._around = [mode for mode in _torch.function_modes() if isinstance(mode, _ReplacedTensors)]
         self._levels = _torch.active_levels()
         self._token = object()
         for tensor in inputs:
@@ -225,7 +225,7 @@ class _Captured(_Replaced):
         # Kept, so that nothing else gets its id. What a transform inside gives has no mark, and may be among them.
         self.tensors.append(tensor)
         self.shown.append(shown)
-        self.versions += write_counts([shown])
+        self.versions += inplace_counts([shown])
         if is_tracked(shown):
             self.watched.add(id(tensor))
         with _torch.WithoutFunctionModes():  # else those around would take what they show for captured
@@ -236,7 +236,7 @@ class _Captured(_Replaced):
         return constant
 
     def _is_live(self, tensor: Tensor) -> bool:
-        if _torch.is_wrapped(tensor):
+        if _torch.is_wrapper(tensor):
             return _torch.level_of(tensor) in self._levels
         return is_tracked(tensor)
 

@@ -10,7 +10,7 @@ from autodiff import checks
 from autodiff.core.call import Call, wraps
 from autodiff.core.chunks import sizes_for
 from autodiff.core.linearization import gradient, linearize_derivative
-from autodiff.core.products import of_outputs, products, row_blocks
+from autodiff.core.products import products, restricted_to_outputs, split_rows
 from autodiff.core.seeds import StandardBasis, zeros
 
 if TYPE_CHECKING:
@@ -69,10 +69,10 @@ def hessian_diagonal(
     """
     checks.chunk_size("hessian_diagonal", chunk_size)
 
-    def diagonal(call: Call, slope: Linearization) -> Any:
-        return call.like_arguments(_diagonals(call, slope, chunk_size))
+    def diagonal(call: Call, gradient_at_point: Linearization) -> Any:
+        return call.like_arguments(_diagonals(call, gradient_at_point, chunk_size))
 
-    return of_gradient("hessian_diagonal", func, argnums, has_aux, wrt, diagonal)
+    return from_gradient("hessian_diagonal", func, argnums, has_aux, wrt, diagonal)
 
 
 def hessian_block_diagonal(
@@ -115,13 +115,13 @@ def hessian_block_diagonal(
     """
     checks.chunk_size("hessian_block_diagonal", chunk_size)
 
-    def blocks(call: Call, slope: Linearization) -> Any:
-        rows = _own_rows(call, slope, chunk_size, lambda rows, _: rows)
+    def blocks(call: Call, gradient_at_point: Linearization) -> Any:
+        rows = _block_diagonal_rows(call, gradient_at_point, chunk_size, lambda rows, _: rows)
         # H: [tree(in), *in_shape, *in_shape]
         pairs = zip(rows, call.primals, strict=True)
-        return call.like_arguments([row_blocks(of_leaf, [leaf], leaf)[0] for of_leaf, leaf in pairs])
+        return call.like_arguments([split_rows(of_leaf, [leaf], leaf)[0] for of_leaf, leaf in pairs])
 
-    return of_gradient("hessian_block_diagonal", func, argnums, has_aux, wrt, blocks)
+    return from_gradient("hessian_block_diagonal", func, argnums, has_aux, wrt, blocks)
 
 
 def hessian_trace(
@@ -161,13 +161,15 @@ def hessian_trace(
     """
     checks.chunk_size("hessian_trace", chunk_size)
 
-    def trace(call: Call, slope: Linearization) -> Tensor:
-        return torch.stack([of_leaf.sum() for of_leaf in _diagonals(call, slope, chunk_size)]).sum()
+    def trace(call: Call, gradient_at_point: Linearization) -> Tensor:
+        return torch.stack(
+            [of_leaf.sum() for of_leaf in _diagonals(call, gradient_at_point, chunk_size)]
+        ).sum()
 
-    return of_gradient("hessian_trace", func, argnums, has_aux, wrt, trace)
+    return from_gradient("hessian_trace", func, argnums, has_aux, wrt, trace)
 
 
-def of_gradient(
+def from_gradient(
     name: str,
     func: Callable[..., Any],
     argnums: Argnums,
@@ -181,15 +183,15 @@ def of_gradient(
     def derived(*args: Any, **kwargs: Any) -> Any:
         call = Call(name, func, args, kwargs, argnums, has_aux, wrt)
         checks.real_tensors(name, call.primals, call.path_of_primal)
-        slope = linearize_derivative(call, gradient(call))
-        result = compute(call, slope)
-        return (result, call.aux(slope.aux)) if has_aux else result
+        gradient_at_point = linearize_derivative(call, gradient(call))
+        result = compute(call, gradient_at_point)
+        return (result, call.aux(gradient_at_point.aux)) if has_aux else result
 
     return derived
 
 
-def _own_rows(
-    call: Call, slope: Linearization, chunk_size: ChunkSize, keep: Callable[[Tensor, int], Tensor]
+def _block_diagonal_rows(
+    call: Call, gradient_at_point: Linearization, chunk_size: ChunkSize, keep: Callable[[Tensor, int], Tensor]
 ) -> list[Tensor | None]:
     """What is kept of the rows that lead from each leaf to itself; see `products` for ``keep``.
 
@@ -200,23 +202,28 @@ def _own_rows(
         own = slice(position, position + 1)
 
         def pull(cotangents: Sequence[Tensor | None], *, last: bool, own: slice = own) -> list[Tensor | None]:
-            return slope.vjp(cotangents, wanted=own, last=last)
+            return gradient_at_point.vjp(cotangents, wanted=own, last=last)
 
-        pull_own = of_outputs(pull, own, count, is_last=own.stop == count)
+        pull_own = restricted_to_outputs(pull, own, count, is_last=own.stop == count)
         kept += products(
-            pull_own, StandardBasis([leaf]), slope.batchable(sizes_for(chunk_size, [leaf])), keep=keep
+            pull_own,
+            StandardBasis([leaf]),
+            gradient_at_point.batchable(sizes_for(chunk_size, [leaf])),
+            keep=keep,
         )
     return kept
 
 
-def _diagonals(call: Call, slope: Linearization, chunk_size: ChunkSize) -> list[Tensor]:
+def _diagonals(call: Call, gradient_at_point: Linearization, chunk_size: ChunkSize) -> list[Tensor]:
     """The Hessian's diagonal, in the shapes of the leaves."""
 
     def on_diagonal(rows: Tensor, start: int) -> Tensor:
         # Row r is number start + r of its block. A view of it would keep all the rows alive.
         return rows.unsqueeze(-1).flatten(1).diagonal(start).clone()
 
-    pairs = zip(_own_rows(call, slope, chunk_size, on_diagonal), call.primals, strict=True)
+    pairs = zip(
+        _block_diagonal_rows(call, gradient_at_point, chunk_size, on_diagonal), call.primals, strict=True
+    )
     return [
         zeros(leaf, tuple(leaf.shape)) if kept is None else kept.reshape(leaf.shape) for kept, leaf in pairs
     ]

@@ -1,6 +1,6 @@
-"""Floor 2: functions with derivatives of one's own, at every order and under every transform.
+"""Functions with derivatives of one's own, at every order and under every transform.
 
-`Custom` lifts one use of a function over trees; the two decorators say which rule there is, and how the
+`Custom` lifts one custom_call of a function over trees; the two decorators say which rule there is, and how the
 other mode follows from it. Builds on `core` alone.
 """
 
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from autodiff._torch import never_traced_alone
+from autodiff._torch import traced_inline_only
 from autodiff.core import randomness, trees
 from autodiff.core.call import is_differentiable, spread, wraps
-from autodiff.core.rules import Rules, attach, is_tracked, write_counts
+from autodiff.core.rules import Rules, attach, inplace_counts, is_tracked
 from autodiff.core.specs import TensorSpec
 from autodiff.core.transpose import transposed
 from autodiff.transforms import custom_checks
@@ -125,7 +125,7 @@ def custom_jvp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffA
 
 
 class Custom(ABC):
-    """What the two have in common: one use, its arguments as tensors, and the check of what a rule gives."""
+    """What the two have in common: one custom_call, its arguments as tensors, and the check of what a rule gives."""
 
     name: str
 
@@ -144,18 +144,18 @@ class Custom(ABC):
         """As a method: the instance is the first argument, a static one."""
         return self if instance is None else MethodType(self, instance)
 
-    @never_traced_alone
+    @traced_inline_only
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's value, which knows its derivatives."""
         custom_checks.untraced_call(self.name, self.shown)
-        use = Use(self, self._positional(args, kwargs))
-        if not any(map(is_tracked, use.saved)):
-            return self.func(*use.args)
-        use.refuse_watched_nondiff()
-        return self._differentiated(use)
+        custom_call = CustomCall(self, self._positional(args, kwargs))
+        if not any(map(is_tracked, custom_call.saved)):
+            return self.func(*custom_call.args)
+        custom_call.refuse_watched_nondiff()
+        return self._differentiated(custom_call)
 
     @abstractmethod
-    def _differentiated(self, use: Use) -> Any:
+    def _differentiated(self, custom_call: CustomCall) -> Any:
         """The output, tied to the arguments by the rule."""
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -170,8 +170,8 @@ class Custom(ABC):
         return bound.args
 
 
-class Use:
-    """One use of a custom function. ``saved``: all tensors among its arguments, the differentiated ones first."""
+class CustomCall:
+    """One call of a custom function. ``saved``: all tensors among its arguments, the differentiated ones first."""
 
     def __init__(self, custom: Custom, args: tuple[Any, ...]) -> None:
         self.custom, self.args = custom, args
@@ -180,7 +180,7 @@ class Use:
         self.count = len(picked)
         leaves, self._spec = trees.flatten(tuple(args[i] for i in picked))
         others, self._nondiff_spec = trees.flatten(tuple(args[i] for i in self._order[self.count :]))
-        self._leaves, self._border = [*leaves, *others], len(leaves)
+        self._leaves, self._nondiff_start = [*leaves, *others], len(leaves)
         is_saved = [is_differentiable(leaf) for leaf in leaves] + [False] * len(others)
         self.where = [i for i, one in enumerate(is_saved) if one]
         self._constant = [
@@ -193,8 +193,8 @@ class Use:
         leaves = list(self._leaves)
         for position, tensor in zip((*self.where, *self._constant), saved, strict=True):
             leaves[position] = tensor
-        differentiated = trees.unflatten(self._spec, leaves[: self._border])
-        return trees.unflatten(self._nondiff_spec, leaves[self._border :]), differentiated
+        differentiated = trees.unflatten(self._spec, leaves[: self._nondiff_start])
+        return trees.unflatten(self._nondiff_spec, leaves[self._nondiff_start :]), differentiated
 
     def all_args(self, saved: Sequence[Tensor]) -> tuple[Any, ...]:
         """All arguments in their order, with these tensors."""
@@ -207,9 +207,9 @@ class Use:
     def evaluate(self, func: Callable[..., Any]) -> Any:
         """``func`` of the arguments as constants."""
         constants = [tensor.detach() for tensor in self.saved]
-        before = write_counts(constants[: len(self.where)])
+        before = inplace_counts(constants[: len(self.where)])
         result = func(*self.all_args(constants))
-        if before != write_counts(constants[: len(self.where)]):
+        if before != inplace_counts(constants[: len(self.where)]):
             custom_checks.raise_argument_written(self.custom.name, self.custom.shown)
         return result
 
@@ -217,7 +217,9 @@ class Use:
         """A tree of tangents for each differentiated argument: zeros for None, None where nothing is to be."""
         pairs = zip(vectors[: len(self.where)], self.saved, strict=False)
         filled = [torch.zeros_like(like) if vector is None else vector for vector, like in pairs]
-        tangents: tuple[Any, ...] = trees.unflatten(self._spec, spread(filled, self.where, self._border))
+        tangents: tuple[Any, ...] = trees.unflatten(
+            self._spec, spread(filled, self.where, self._nondiff_start)
+        )
         return tangents
 
     def cotangents(self, tree: Any) -> list[Tensor | None]:
@@ -234,7 +236,7 @@ class Use:
         """An argument that is not differentiated must not carry a derivative."""
         for position in self._constant:
             if is_tracked(self._leaves[position]):
-                path = trees.paths(self._nondiff_spec, "nondiff")[position - self._border]
+                path = trees.paths(self._nondiff_spec, "nondiff")[position - self._nondiff_start]
                 custom_checks.raise_differentiated_nondiff(self.custom.name, self.custom.shown, path)
 
 
@@ -305,27 +307,27 @@ class CustomVjp(Custom):
         """Set the rules: ``fwd(*args) -> (output, residuals)``, ``bwd(*nondiff, residuals, cotangent)``."""
         self.fwd, self.bwd = fwd, bwd
 
-    def _differentiated(self, use: Use) -> Any:
+    def _differentiated(self, custom_call: CustomCall) -> Any:
         if self.fwd is None or self.bwd is None:
             custom_checks.raise_no_rule(self.name, self.shown, "defvjp(fwd, bwd)")
         state = randomness.random_state()
-        pair = use.evaluate(self.fwd)
+        pair = custom_call.evaluate(self.fwd)
         custom_checks.rule_result_pair(self.name, self.shown, "fwd", "(output, residuals)", pair)
         output, residuals = Output(self, pair[0]), trees.flatten(pair[1])
-        rules = _ByPullback(self, use, output, residuals, state)
-        return output.tied(rules, [*use.saved, *rules.residuals])
+        rules = _ByPullback(self, custom_call, output, residuals, state)
+        return output.tied(rules, [*custom_call.saved, *rules.residuals])
 
 
 class _ByPullback(Rules):
     def __init__(
         self,
         custom: CustomVjp,
-        use: Use,
+        custom_call: CustomCall,
         output: Output,
         residuals: tuple[list[Any], Spec],
         state: dict[str, Tensor],
     ) -> None:
-        self._custom, self._use, self._output, self._state = custom, use, output, state
+        self._custom, self._custom_call, self._output, self._state = custom, custom_call, output, state
         self._leaves, self._spec = residuals
         self._where = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.residuals: list[Tensor] = [self._leaves[i].detach() for i in self._where]
@@ -333,9 +335,9 @@ class _ByPullback(Rules):
     def pull(self, saved: Sequence[Tensor], cotangents: Vectors, wanted: Sequence[bool]) -> Vectors:
         del wanted  # JAX's rules give all
         assert self._custom.bwd is not None
-        count = len(self._use.saved)
+        count = len(self._custom_call.saved)
         primals, tensors = saved[:count], saved[count:]
-        nondiff, _ = self._use.parts(primals)
+        nondiff, _ = self._custom_call.parts(primals)
         leaves = list(self._leaves)
         for position, tensor in zip(self._where, tensors, strict=True):
             leaves[position] = tensor
@@ -343,9 +345,9 @@ class _ByPullback(Rules):
         if any(map(is_tracked, primals)):
             # The residuals of the first run are constants. Somebody differentiates the pullback.
             with randomness.random_numbers_from(self._state):
-                _, residuals = self._custom.fwd(*self._use.all_args(primals))  # type: ignore[misc]
+                _, residuals = self._custom.fwd(*self._custom_call.all_args(primals))  # type: ignore[misc]
         pulled = self._custom.bwd(*nondiff, residuals, self._output.cotangent(cotangents))
-        return [*self._use.cotangents(pulled), *[None] * len(tensors)]
+        return [*self._custom_call.cotangents(pulled), *[None] * len(tensors)]
 
     def push(self, saved: Sequence[Tensor], tangents: Vectors) -> Vectors:
         pull = partial(self.pull, saved, wanted=[True] * len(saved))
@@ -377,37 +379,37 @@ class CustomJvp(Custom):
             for one, tangent in zip(rules, tangents, strict=True):
                 if one is not None:
                     moved = _like(self, "tangent", one(tangent, output, *primals), spec, "output")
-                    total = [_sum(a, b) for a, b in zip(total, moved, strict=True)]
+                    total = [_add_or_none(a, b) for a, b in zip(total, moved, strict=True)]
             return output, trees.unflatten(spec, total)
 
         self.rule = rule
 
-    def _differentiated(self, use: Use) -> Any:
+    def _differentiated(self, custom_call: CustomCall) -> Any:
         if self.rule is None:
             custom_checks.raise_no_rule(self.name, self.shown, "defjvp(rule)")
-        output = Output(self, use.evaluate(self.func))
-        return output.tied(_ByPushforward(self, use, output), use.saved)
+        output = Output(self, custom_call.evaluate(self.func))
+        return output.tied(_ByPushforward(self, custom_call, output), custom_call.saved)
 
 
 class _ByPushforward(Rules):
-    def __init__(self, custom: CustomJvp, use: Use, output: Output) -> None:
-        self._custom, self._use, self._output = custom, use, output
+    def __init__(self, custom: CustomJvp, custom_call: CustomCall, output: Output) -> None:
+        self._custom, self._custom_call, self._output = custom, custom_call, output
 
     def push(self, saved: Sequence[Tensor], tangents: Vectors) -> Vectors:
         assert self._custom.rule is not None
-        nondiff, primals = self._use.parts(saved)
-        pair = self._custom.rule(*nondiff, primals, self._use.tangents(tangents))
+        nondiff, primals = self._custom_call.parts(saved)
+        pair = self._custom.rule(*nondiff, primals, self._custom_call.tangents(tangents))
         name = self._custom.name, self._custom.shown
         custom_checks.rule_result_pair(*name, "jvp rule", "(output, tangent)", pair)
         return self._output.tangents(pair[1])
 
     def pull(self, saved: Sequence[Tensor], cotangents: Vectors, wanted: Sequence[bool]) -> Vectors:
         del wanted  # a rule for tangents is transposed as a whole
-        count = len(self._use.where)
+        count = len(self._custom_call.where)
         origin = [torch.zeros_like(tensor) for tensor in saved[:count]]
         pulled = transposed(partial(self.push, saved), origin)(cotangents)
         return [*pulled, *[None] * (len(saved) - count)]
 
 
-def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+def _add_or_none(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return other if one is None else one if other is None else one + other

@@ -1,4 +1,4 @@
-"""The outermost eigenvalues of a Hessian that is not formed, by block Lanczos iterations."""
+"""The outermost eigenvalues of a Hessian that is not dense, by block Lanczos iterations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autodiff import checks
 from autodiff.core.chunks import Sizes
 from autodiff.core.products import products
 from autodiff.core.seeds import Given, StandardBasis, size_of, zeros
-from autodiff.transforms.curvature import of_gradient
+from autodiff.transforms.curvature import from_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ Which: TypeAlias = Literal["LA", "SA", "LM"]
 # continuous spectrum to 4e-3 (30 blocks: 1e-3, 40: 3e-4). Spare vectors let clusters of k converge.
 _BLOCKS = 20
 _SPARE = 2
-# The matrix is formed where it is at most so much larger than the Krylov space: many rows in one batch take less
+# The matrix is dense where it is at most so much larger than the Krylov space: many rows in one batch take less
 # time than few of them in many. A heuristic: per-sample eigenvalues of MLPs take the same time at a factor of 3.
 _WORTH_FORMING = 2
 # Rows of a Hessian that are pulled at a time.
@@ -55,7 +55,7 @@ def hessian_eigenvalues(
     multiplied by blocks of k + 2 vectors, and its eigenvalues are those of its restriction to the Krylov
     space of these blocks (G. H. Golub and R. Underwood, "The block Lanczos method for computing
     eigenvalues", 1977), whose basis is kept orthonormal in full. A matrix of at most twice the size of that
-    space, with 20 iterations one of P up to 40 (k + 2), is formed, and the result exact.
+    space, with 20 iterations one of P up to 40 (k + 2), is dense, and the result exact.
 
     The result is from within: no eigenvalue is thought larger than the largest, or smaller than the smallest.
     With 20 iterations, eigenvalues that stand apart from the others, such as the largest of a network's
@@ -64,7 +64,7 @@ def hessian_eigenvalues(
     call starts from the same vectors, and no random state is used.
 
     First derivatives of the eigenvalues are right where these are simple and have converged, with half of
-    their digits. Second derivatives are right only where the matrix is formed.
+    their digits. Second derivatives are right only where the matrix is dense.
 
     >>> import torch
     >>> hessian_eigenvalues(lambda x: (x**3).sum(), 2)(torch.tensor([1.0, -3.0, 2.0]))
@@ -97,43 +97,44 @@ def hessian_eigenvalues(
     if iterations is not None:
         checks.positive_int(name, "iterations", iterations, f"None takes {_BLOCKS}.")
 
-    def eigenvalues(call: Call, slope: Linearization) -> Tensor:
+    def eigenvalues(call: Call, gradient_at_point: Linearization) -> Tensor:
         size = size_of(call.primals)
         checks.eigenvalue_count(name, k, size)
         dtype = reduce(torch.promote_types, (leaf.dtype for leaf in call.primals))
         # torch has no factorisations in half precision.
-        matrix = _Matrix(slope, call.primals, size, torch.promote_types(dtype, torch.float32))
+        matrix = _Matrix(gradient_at_point, call.primals, size, torch.promote_types(dtype, torch.float32))
         width, steps = k + _SPARE, iterations or _BLOCKS
         small = size <= _WORTH_FORMING * width * steps
-        formed = matrix.formed() if small else matrix.restricted(width, steps)
-        return _outermost(torch.linalg.eigvalsh(formed), k, which).to(dtype)
+        dense = matrix.dense() if small else matrix.krylov_restriction(width, steps)
+        return _outermost(torch.linalg.eigvalsh(dense), k, which).to(dtype)
 
-    return of_gradient(name, func, argnums, has_aux, wrt, eigenvalues)
+    return from_gradient(name, func, argnums, has_aux, wrt, eigenvalues)
 
 
 @dataclass(frozen=True)
 class _Matrix:
     """The Hessian as one matrix over the numbers of all leaves, P of them."""
 
-    slope: Linearization
+    gradient_at_point: Linearization
     leaves: list[Tensor]
     size: int
     dtype: torch.dtype
 
     def _pull(self, vectors: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
-        return self.slope.hvp(vectors, last=last)
+        return self.gradient_at_point.hvp(vectors, last=last)
 
     def _keep(self, vectors: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
         del last
-        return self.slope.hvp(vectors)
+        return self.gradient_at_point.hvp(vectors)
 
-    def formed(self) -> Tensor:
+    def dense(self) -> Tensor:
         """All rows, [P, P]."""
         return self._joined(
-            products(self._pull, StandardBasis(self.leaves), self.slope.batchable(Sizes(_ROWS))), self.size
+            products(self._pull, StandardBasis(self.leaves), self.gradient_at_point.batchable(Sizes(_ROWS))),
+            self.size,
         )
 
-    def times(self, columns: Tensor) -> Tensor:
+    def matmul(self, columns: Tensor) -> Tensor:
         """The product with some columns: the gradient is pulled by all of them in one batch.
 
         # columns: [P, width] -> [P, width]
@@ -144,7 +145,7 @@ class _Matrix:
             part.reshape((width, *leaf.shape)).to(leaf.dtype)
             for part, leaf in zip(parts, self.leaves, strict=True)
         ]
-        pulled = products(self._keep, Given(vectors, width), self.slope.batchable(Sizes(None)))
+        pulled = products(self._keep, Given(vectors, width), self.gradient_at_point.batchable(Sizes(None)))
         return self._joined(pulled, width).mT
 
     def _joined(self, rows: Sequence[Tensor | None], count: int) -> Tensor:
@@ -158,7 +159,7 @@ class _Matrix:
         ]
         return torch.cat(strips, 1).to(self.dtype)
 
-    def restricted(self, width: int, steps: int) -> Tensor:
+    def krylov_restriction(self, width: int, steps: int) -> Tensor:
         """Q^T H Q for an orthonormal basis Q of a block Krylov space of H.
 
         # Q: [P, steps * width] -> [steps * width, steps * width]
@@ -173,11 +174,11 @@ class _Matrix:
         for step in range(steps):
             # The first block is all scatter. To the others it adds what rounding does anyway, and where the
             # space is closed under H, as for one of low rank, it is what the space goes on with.
-            block = block + 10 * precision.eps * _scattered(self.size, width, step, self.dtype, device)
+            block = block + 10 * precision.eps * _pseudorandom(self.size, width, step, self.dtype, device)
             for _ in range(2):
                 block, _ = torch.linalg.qr(block - Q @ (Q.mT @ block))
             Q = torch.cat([Q, block], 1)
-            product = self.times(block)
+            product = self.matmul(block)
             below = (steps - step - 1) * width
             upper.append(torch.nn.functional.pad(Q.mT @ product, (0, 0, 0, below)))
             block = product.detach()
@@ -186,7 +187,7 @@ class _Matrix:
         return blocks.triu() + blocks.triu(1).mT
 
 
-def _scattered(size: int, width: int, step: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _pseudorandom(size: int, width: int, step: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers from -1 to 1 without a pattern, others in every step; [size, width].
 
     A hash of their places, since vmap refuses random operations: the same on every device, for every sample.

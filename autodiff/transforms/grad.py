@@ -1,4 +1,4 @@
-"""Floor 2: gradients of scalar functions. Builds on `core` alone."""
+"""Gradients of scalar functions. Builds on `core` alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from autodiff import checks
-from autodiff._torch import never_traced_alone
+from autodiff._torch import traced_inline_only
 from autodiff.core.call import Call, wraps
 from autodiff.core.reverse import conjugated, record
 
@@ -181,7 +181,7 @@ class Differentiated(NamedTuple):
     aux: Any
 
 
-@never_traced_alone
+@traced_inline_only
 def differentiate(
     name: str,
     func: Callable[..., Any],

@@ -16,7 +16,7 @@ from autodiff.core.forward import push
 from autodiff.core.linearization import Linearization, derivative, gradient, linearize, linearize_derivative
 from autodiff.core.reverse import lifted_by
 from autodiff.transforms.jacobian import Jacobian
-from autodiff.transforms.mode_combinations import in_first_with_rules
+from autodiff.transforms.mode_combinations import first_supported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -102,7 +102,7 @@ def hessian(
         strict=strict,
         wrt=wrt,
         inner=inner,
-        other_modes=mode == "auto",
+        try_other_modes=mode == "auto",
     ).public()
 
 
@@ -118,23 +118,23 @@ def _combination(mode: HessianMode) -> tuple[Mode, Mode]:
 class Hessian(Jacobian):
     """The Jacobian of the Jacobian, which is found in the mode ``inner``.
 
-    ``other_modes`` tries other combinations of modes where an operation lacks a rule.
+    ``try_other_modes`` tries other combinations of modes where an operation lacks a rule.
     """
 
     inner: Mode = "reverse"
-    other_modes: bool = False
+    try_other_modes: bool = False
 
     def blocks(self, call: Call) -> tuple[Blocks, list[Any]]:
         """A block for each block of the Jacobian and each primal, and the leaves of aux."""
-        if not self.other_modes:
+        if not self.try_other_modes:
             return super().blocks(call)
 
         def in_combination(outer: Mode, inner: Mode) -> tuple[Blocks, list[Any]]:
             if (outer, inner) == (self.mode, self.inner):
                 return super(Hessian, self).blocks(call)
-            return replace(self, mode=outer, inner=inner, other_modes=False).blocks(call)
+            return replace(self, mode=outer, inner=inner, try_other_modes=False).blocks(call)
 
-        return in_first_with_rules(self.name, in_combination)
+        return first_supported(self.name, in_combination)
 
     def nested(self, call: Call, blocks: Sequence[Sequence[Any]]) -> Any:
         """The blocks in trees.
@@ -147,9 +147,9 @@ class Hessian(Jacobian):
             [call.like_arguments(rows[at : at + count]) for at in range(0, len(rows), count)]
         )
 
-    def function(self, call: Call) -> FlatFunction:
+    def flat_function(self, call: Call) -> FlatFunction:
         """The Jacobian's blocks, between leaves."""
-        if self._pushes:
+        if self._inner_is_forward:
             return partial(self._pushed, call)
         flat = derivative(call, partial(self.first_derivative, call))
 
@@ -161,12 +161,12 @@ class Hessian(Jacobian):
 
     def linearization(self, call: Call) -> Linearization:
         """The Jacobian, evaluated once."""
-        if self._pushes:
-            function = linearize(self.function(call), call.primals)
+        if self._inner_is_forward:
+            linearized = linearize(self.flat_function(call), call.primals)
         else:
-            function = linearize_derivative(call, partial(self.first_derivative, call))
-        self.check_dependence(call, function, partial(self.path_of_output, call))
-        return function
+            linearized = linearize_derivative(call, partial(self.first_derivative, call))
+        self.check_dependence(call, linearized, partial(self.path_of_output, call))
+        return linearized
 
     def path_of_output(self, call: Call, position: int) -> str:
         """The place of a block of the Jacobian, written as code."""
@@ -175,23 +175,23 @@ class Hessian(Jacobian):
 
     def first_derivative(self, call: Call, tape: Tape) -> list[Tensor]:
         """The blocks of the Jacobian from one evaluation; for a scalar function, one pull."""
-        function = Linearization(tape)
-        self.check_outputs(call, function.outputs)
-        self.check_dependence(call, function, call.path_of_output)
-        if self.inner == "reverse" and len(function.outputs) == 1 and function.outputs[0].dim() == 0:
-            pull = self.puller(function)
-            return call.dense_cotangents(pull([torch.ones_like(function.outputs[0])], last=True))
-        blocks = self.blocks_of(function, call.primals, self.inner, Sizes(None))
+        linearized = Linearization(tape)
+        self.check_outputs(call, linearized.outputs)
+        self.check_dependence(call, linearized, call.path_of_output)
+        if self.inner == "reverse" and len(linearized.outputs) == 1 and linearized.outputs[0].dim() == 0:
+            pull = self.puller(linearized)
+            return call.dense_cotangents(pull([torch.ones_like(linearized.outputs[0])], last=True))
+        blocks = self.blocks_of(linearized, call.primals, self.inner, Sizes(None))
         return [block for of_output in blocks for block in of_output]
 
     @property
-    def _pushes(self) -> bool:
+    def _inner_is_forward(self) -> bool:
         """Whether the Jacobian is found by pushes: not while torch.compile traces; see `push`."""
         return self.inner == "forward" and not compiling()
 
     def _pushed(self, call: Call, leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
         """The Jacobian by pushes."""
-        first = Jacobian.function(self, call)
+        first = Jacobian.flat_function(self, call)
         blocks, aux = self.by_columns(call, lifted_by(lift, first), leaves, Sizes(None))
         return [block for of_output in blocks for block in of_output], aux
 
@@ -243,9 +243,7 @@ def hvp(
     def product(outer: Mode, inner: Mode) -> tuple[Tensor, list[Tensor | None], list[Any]]:
         return _product(call, directions, outer, inner)
 
-    value, pushed, aux = (
-        in_first_with_rules("hvp", product) if mode == "auto" else product(*_combination(mode))
-    )
+    value, pushed, aux = first_supported("hvp", product) if mode == "auto" else product(*_combination(mode))
     shaped = call.like_arguments(call.dense_cotangents(pushed))
     result = value, shaped[0] if len(primals) == 1 else shaped
     return (*result, call.aux(aux)) if has_aux else result

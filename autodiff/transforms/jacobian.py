@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
 import torch
 
 from autodiff import checks
-from autodiff._torch import compiling, never_traced_alone
-from autodiff.core.batch import shared_by_rows
+from autodiff._torch import compiling, traced_inline_only
+from autodiff.core.batch import without_row_batch
 from autodiff.core.call import Call, wraps
 from autodiff.core.chunks import Sizes, sizes_for
 from autodiff.core.forward import push
 from autodiff.core.linearization import linearize
-from autodiff.core.products import blocks_by_rows, from_columns, of_outputs, products
+from autodiff.core.products import blocks_by_rows, blocks_from_columns, products, restricted_to_outputs
 from autodiff.core.randomness import remember_randomness
 from autodiff.core.reverse import conjugated
 from autodiff.core.seeds import StandardBasis, size_of, zeros
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 JacobianMode: TypeAlias = Literal["auto", "reverse", "forward"]
 
 
-class Strip(NamedTuple):
+class RowRange(NamedTuple):
     """Some rows of one output's blocks, from row ``first`` on: ``blocks[k]`` is ``[rows, *in_shape]``."""
 
     output: int
@@ -91,38 +91,38 @@ class Jacobian:
         """
         return call.like_output([call.like_arguments(of_output) for of_output in blocks])
 
-    @never_traced_alone
+    @traced_inline_only
     def blocks(self, call: Call) -> tuple[Blocks, list[Any]]:
         """A block for each output and primal, and the leaves of aux."""
         if self.mode == "forward" and not compiling():
             sizes = sizes_for(self.chunk_size, call.primals)
-            return self.by_columns(call, self.function(call), call.primals, sizes)
-        function = self.linearization(call)
-        return self.by_rows(call, function), function.aux
+            return self.by_columns(call, self.flat_function(call), call.primals, sizes)
+        linearized = self.linearization(call)
+        return self.by_rows(call, linearized), linearized.aux
 
-    def some_rows(self, call: Call, start: int, stop: int) -> tuple[list[Tensor], list[Strip]]:
+    def some_rows(self, call: Call, start: int, stop: int) -> tuple[list[Tensor], list[RowRange]]:
         """The outputs, and rows ``start`` to ``stop``, counted over all outputs, by pulls."""
-        function = self.linearization(call)
-        strips, offset, pull = [], 0, self.puller(function)
-        for position, output in enumerate(function.outputs):
+        linearized = self.linearization(call)
+        row_ranges, offset, pull = [], 0, self.puller(linearized)
+        for position, output in enumerate(linearized.outputs):
             first, last = max(start - offset, 0), min(stop - offset, output.numel())
             if first < last:
-                pull_one = of_outputs(
-                    pull, slice(position, position + 1), len(function.outputs), is_last=False
+                pull_one = restricted_to_outputs(
+                    pull, slice(position, position + 1), len(linearized.outputs), is_last=False
                 )
-                sizes = function.batchable(sizes_for(self.chunk_size, call.primals))
+                sizes = linearized.batchable(sizes_for(self.chunk_size, call.primals))
                 rows = products(pull_one, StandardBasis([output], first, last), sizes)
                 pairs = zip(rows, call.primals, strict=True)
                 blocks = [
                     zeros(like, (last - first, *like.shape)) if one is None else one for one, like in pairs
                 ]
-                strips.append(Strip(position, first, blocks))
+                row_ranges.append(RowRange(position, first, blocks))
             offset += output.numel()
-        return function.outputs, strips
+        return linearized.outputs, row_ranges
 
     # What a Hessian does in its own way.
 
-    def function(self, call: Call) -> FlatFunction:
+    def flat_function(self, call: Call) -> FlatFunction:
         """The function whose Jacobian this is, between leaves, which checks its outputs."""
 
         def checked(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
@@ -134,9 +134,9 @@ class Jacobian:
 
     def linearization(self, call: Call) -> Linearization:
         """That function, evaluated once."""
-        function = linearize(self.function(call), call.primals, higher_order=self.mode == "auto")
-        self.check_dependence(call, function, call.path_of_output)
-        return function
+        linearized = linearize(self.flat_function(call), call.primals, higher_order=self.mode == "auto")
+        self.check_dependence(call, linearized, call.path_of_output)
+        return linearized
 
     def path_of_output(self, call: Call, position: int) -> str:
         """The place of one of its outputs, written as code."""
@@ -144,28 +144,30 @@ class Jacobian:
 
     # The two ways.
 
-    def by_rows(self, call: Call, function: Linearization) -> Blocks:
+    def by_rows(self, call: Call, linearized: Linearization) -> Blocks:
         """The blocks from one evaluation, by pulls, or by the pullback's pullback."""
-        return self.blocks_of(function, call.primals, self.mode, sizes_for(self.chunk_size, call.primals))
+        return self.blocks_of(linearized, call.primals, self.mode, sizes_for(self.chunk_size, call.primals))
 
     def blocks_of(
-        self, function: Linearization, primals: Sequence[Tensor], mode: JacobianMode, sizes: Sizes
+        self, linearized: Linearization, primals: Sequence[Tensor], mode: JacobianMode, sizes: Sizes
     ) -> Blocks:
         """As `by_rows`: "auto" takes whichever needs fewer products. Traced, forward mode is here too; see `push`."""
-        if mode == "forward" or (mode == "auto" and size_of(primals) < size_of(function.outputs)):
-            pushforward = function.jvp()
+        if mode == "forward" or (mode == "auto" and size_of(primals) < size_of(linearized.outputs)):
+            pushforward = linearized.jvp()
 
             def pushed(tangents: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
                 del last
                 return pushforward(tangents)
 
-            return from_columns(products(pushed, StandardBasis(primals), sizes), function.outputs, primals)
-        if size_of(function.outputs) > 1:
-            sizes = function.batchable(sizes)
-        return blocks_by_rows(self.puller(function), function, primals, sizes)
+            return blocks_from_columns(
+                products(pushed, StandardBasis(primals), sizes), linearized.outputs, primals
+            )
+        if size_of(linearized.outputs) > 1:
+            sizes = linearized.batchable(sizes)
+        return blocks_by_rows(self.puller(linearized), linearized, primals, sizes)
 
     def by_columns(
-        self, call: Call, function: FlatFunction, primals: Sequence[Tensor], sizes: Sizes
+        self, call: Call, flat: FlatFunction, primals: Sequence[Tensor], sizes: Sizes
     ) -> tuple[Blocks, list[Any]]:
         """The blocks by pushes through the function, which runs once for every chunk, and the leaves of aux."""
         outputs: list[Any] = []
@@ -175,26 +177,26 @@ class Jacobian:
             del last
             if rewind is not None:
                 rewind()
-            result = push(function, primals, tangents)
+            result = push(flat, primals, tangents)
             for position, tangent in enumerate(result.tangents if self.strict else ()):
                 if tangent is None:
                     path = self.path_of_output(call, position)
                     checks.raise_independent(call.name, path, call.root, output=position)
             outputs[:] = result.outputs
-            aux[:] = shared_by_rows(result.aux, tangents)
+            aux[:] = without_row_batch(result.aux, tangents)
             return result.tangents
 
         draws: Randomness = "error" if self.randomness == "error" else "same"
         # Every chunk has to see the same random numbers.
         rewind = None if self.chunk_size is None else remember_randomness()
         columns = products(pushed, StandardBasis(primals), sizes, draws)
-        return from_columns(columns, outputs, primals), aux
+        return blocks_from_columns(columns, outputs, primals), aux
 
-    def puller(self, function: Linearization) -> Product:
+    def puller(self, linearized: Linearization) -> Product:
         """A pull through a function that has been evaluated."""
 
         def pull(cotangents: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
-            pulled = function.vjp(cotangents, last=last)
+            pulled = linearized.vjp(cotangents, last=last)
             return conjugated(pulled) if self.holomorphic else pulled
 
         return pull
@@ -205,13 +207,13 @@ class Jacobian:
         checks.holomorphic_dtypes(call.name, outputs, self.holomorphic, "outputs")
 
     def check_dependence(
-        self, call: Call, function: Linearization, path_of_output: Callable[[int], str]
+        self, call: Call, linearized: Linearization, path_of_output: Callable[[int], str]
     ) -> None:
         """If strict, raise for the first output that no operation connects to a primal."""
-        outputs = function.outputs
+        outputs = linearized.outputs
         for position in range(len(outputs) if self.strict else 0):
             cotangents = [torch.ones_like(one) if at == position else None for at, one in enumerate(outputs)]
-            for index, pulled in enumerate(function.vjp(cotangents, create_graph=False)):
+            for index, pulled in enumerate(linearized.vjp(cotangents, create_graph=False)):
                 if pulled is None:
                     paths = path_of_output(position), call.path_of_primal(index)
                     checks.raise_independent(call.name, *paths, output=position, primal=index)

@@ -1,4 +1,4 @@
-"""Floor 2: the Jacobian-vector product. Builds on `core` alone."""
+"""The Jacobian-vector product. Builds on `core` alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floor 2: one evaluation, many Jacobian-vector products. Builds on `core` and `jvp`."""
+"""One evaluation, many Jacobian-vector products. Builds on `core` and `jvp`."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..
         StructureError, ShapeError, DtypeError: tangents do not match the primals.
     """
     call = Call("linearize", func, primals, {}, None, has_aux=False)
-    function = linearize_flat(call.evaluate, call.primals, higher_order=True)
-    checks.tensor_outputs("linearize", function.outputs, call.path_of_output)
+    linearized = linearize_flat(call.evaluate, call.primals, higher_order=True)
+    checks.tensor_outputs("linearize", linearized.outputs, call.path_of_output)
 
-    push = function.jvp()
+    push = linearized.jvp()
 
     def pushforward(*tangents: Any) -> Any:
         pushed = push(call.tangents("tangents", tangents))
-        return call.like_output(call.dense_tangents(function.outputs, pushed))
+        return call.like_output(call.dense_tangents(linearized.outputs, pushed))
 
-    return call.like_output(function.outputs), pushforward
+    return call.like_output(linearized.outputs), pushforward

@@ -24,10 +24,10 @@ COMBINATIONS: tuple[tuple[Mode, Mode], ...] = (
 )
 
 
-def in_first_with_rules(name: str, compute: Callable[[Mode, Mode], R]) -> R:
+def first_supported(name: str, compute: Callable[[Mode, Mode], R]) -> R:
     """What ``compute`` gives for the first combination for which no operation lacks a rule.
 
-    Random numbers are drawn again from the same state, so that it is the same function, and ends as after one.
+    Each attempt starts from the same state of the random number generators, and the last one leaves it as one run does.
     """
     if compiling():
         return compute(*COMBINATIONS[0])
@@ -44,11 +44,11 @@ def in_first_with_rules(name: str, compute: Callable[[Mode, Mode], R]) -> R:
                     raise
                 failed.append(_without_graphs(error))
         if not any(says(error, "no rule") for error in failed):
-            # Torch says nothing of the kind in any of them: it is the function's own error.
+            # None of the errors is torch's about a missing rule: it is the function's own.
             raise failed[0]
         raise _none_has_rules(name, failed) from failed[0]
     finally:
-        # An error, its traceback, this frame and its list hold one another.
+        # An error, its traceback, this frame and its list form a reference cycle.
         failed.clear()
 
 

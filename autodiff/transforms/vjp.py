@@ -1,4 +1,4 @@
-"""Floor 2: the vector-Jacobian product. Builds on `core` and `grad`."""
+"""The vector-Jacobian product. Builds on `core` and `grad`."""
 
 from __future__ import annotations
 

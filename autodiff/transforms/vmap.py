@@ -1,4 +1,4 @@
-"""Floor 2: a function of one sample as a function of a batch. Builds on `core` alone."""
+"""A function of one sample as a function of a batch. Builds on `core` alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from torch import Tensor
 
 from autodiff import checks
-from autodiff._torch import MESSAGES, compiling, never_traced_alone
+from autodiff._torch import MESSAGES, compiling, traced_inline_only
 from autodiff.checks import batching
 from autodiff.checks.consistency import OutputConsistency, is_same
 from autodiff.core import batch, trees
@@ -193,12 +193,12 @@ class Mapped:
             if isinstance(leaf, Tensor)
         )
 
-    @never_traced_alone
+    @traced_inline_only
     def run(self, randomness: Randomness, sizes: Sizes) -> Any:
         """All samples, in one batch or in chunks of it."""
         chunks = Chunks(self.size, sizes)
-        self._consistency = None if chunks.in_one else OutputConsistency(self._name)
-        rewind = None if chunks.in_one or randomness != "same" else remember_randomness()
+        self._consistency = None if chunks.in_one_chunk else OutputConsistency(self._name)
+        rewind = None if chunks.in_one_chunk or randomness != "same" else remember_randomness()
 
         def compute(start: int, stop: int) -> list[Any]:
             if rewind is not None:

@@ -190,9 +190,9 @@ def test_requires_grad_inside_a_level_must_be_allowed() -> None:
 
 def test_jvp_level_nests() -> None:
     """_jvp_increment_nesting makes forward mode over forward mode possible on torch's single level."""
-    with _torch.stacked_forward_level() as outer:
+    with _torch.functorch_forward_level() as outer:
         x = _torch.make_dual(X, torch.ones_like(X))
-        with _torch.stacked_forward_level() as inner:
+        with _torch.functorch_forward_level() as inner:
             y = _torch.make_dual(x, torch.ones_like(X)) ** 3
             _, first = _torch.unpack_dual(y)
             first = _torch.unwrap(first, inner)
@@ -230,7 +230,7 @@ def test_fallback_warning_is_silenced_by_its_first_words_and_nothing_stays() -> 
         before = list(warnings.filters)
         with pytest.raises(UserWarning, match="There is a performance drop"):
             slope(torch.ones(2, 2))
-        with _torch.quiet_fallbacks, _torch.quiet_fallbacks:
+        with _torch.silenced_fallback_warning, _torch.silenced_fallback_warning:
             slope(torch.ones(2, 2))
         assert warnings.filters == before
         with pytest.raises(UserWarning, match="There is a performance drop"):
@@ -274,7 +274,7 @@ def test_torch_func_jvp_enters_a_level_only_when_it_is_the_first() -> None:
         seen.append((eager_transforms.JVP_NESTING, forward_ad._current_level))
         return x.sin()
 
-    with _torch.stacked_forward_level():
+    with _torch.functorch_forward_level():
         torch.func.jvp(look, (X,), (X,))
     assert seen == [(2, 0)]
     torch.func.jvp(look, (X,), (X,))
@@ -412,7 +412,7 @@ def test_function_mode_sees_autograd_functions_inside_levels() -> None:
 
 
 def test_function_modes_can_be_left_out() -> None:
-    """torch._C.DisableTorchFunction switches them off; _get_current_function_mode() tells the innermost."""
+    """torch._C.DisableTorchFunction switches them off; _get_current_function_mode() tells the fully_unwrapped."""
     with Seeing() as mode:
         assert overrides._get_current_function_mode() is mode
         with torch._C.DisableTorchFunction():
@@ -422,7 +422,7 @@ def test_function_modes_can_be_left_out() -> None:
 
 
 def test_function_modes_stand_on_a_stack() -> None:
-    """_get_current_function_mode_stack() lists them, the innermost last."""
+    """_get_current_function_mode_stack() lists them, the fully_unwrapped last."""
     with Seeing() as outer, Seeing() as inner:
         assert overrides._get_current_function_mode_stack() == [outer, inner]
 

@@ -32,13 +32,13 @@ CPU = torch.device("cpu")
     ],
 )
 def test_quantities(text: object, size: int) -> None:
-    assert memory.parse("f", text) == size
+    assert memory.parse_bytes("f", text) == size
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "1", "1 XB", "-1MB", "0B", -3, 0, 1.5, None, True])
 def test_what_is_no_quantity(text: object) -> None:
     with pytest.raises(OptionError, match="f: memory is a positive number of bytes"):
-        memory.parse("f", text)
+        memory.parse_bytes("f", text)
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def test_what_is_no_quantity(text: object) -> None:
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**31, "2.0 GiB"), (2**45, "32768.0 GiB")],
 )
 def test_quantities_as_a_person_reads_them(size: int, text: str) -> None:
-    assert memory.show(size) == text
+    assert memory.format_bytes(size) == text
 
 
 def test_free_memory_is_no_more_than_the_machine_has() -> None:
     import psutil
 
-    assert 0 < memory.free(CPU) <= psutil.virtual_memory().total
+    assert 0 < memory.free_bytes(CPU) <= psutil.virtual_memory().total
 
 
 @pytest.mark.parametrize(

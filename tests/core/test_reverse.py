@@ -148,7 +148,7 @@ def test_escaped_tensors_are_ordinary() -> None:
 
     ad.grad(func)(X)
     assert_close(escaped[0].detach() + 1, 2 * X + 1)
-    assert not _torch.is_wrapped(escaped[0])
+    assert not _torch.is_wrapper(escaped[0])
 
 
 def test_in_place_writes_to_captured_tensors_take_effect() -> None:

@@ -33,7 +33,7 @@ def test_part_of_the_basis_starts_in_the_middle() -> None:
 def test_row_blocks_split_by_output_and_keep_the_input_shape() -> None:
     matrix = torch.arange(5.0 * 6).reshape(5, 2, 3)
     outputs = [torch.zeros(2, 2), torch.zeros(())]
-    first, second = products.row_blocks(matrix, outputs, torch.zeros(2, 3))
+    first, second = products.split_rows(matrix, outputs, torch.zeros(2, 3))
     assert torch.equal(first, matrix[:4].reshape(2, 2, 2, 3))
     assert torch.equal(second, matrix[4])
 
@@ -41,7 +41,7 @@ def test_row_blocks_split_by_output_and_keep_the_input_shape() -> None:
 def test_column_blocks_split_by_input_and_keep_the_output_shape() -> None:
     columns = torch.arange(7.0 * 2).reshape(7, 2)
     primals = [torch.zeros(3, 2), torch.zeros(())]
-    first, second = products.column_blocks(columns, torch.zeros(2), primals)
+    first, second = products.split_columns(columns, torch.zeros(2), primals)
     for out in range(2):
         assert torch.equal(first[out], columns[:6, out].reshape(3, 2))
     assert torch.equal(second, columns[6])
@@ -49,8 +49,8 @@ def test_column_blocks_split_by_input_and_keep_the_output_shape() -> None:
 
 def test_missing_rows_and_columns_are_zeros_of_the_right_dtype() -> None:
     single, double = torch.zeros(2, 3), torch.zeros(4, dtype=torch.float64)
-    (row,) = products.row_blocks(None, [double], single)
-    (column,) = products.column_blocks(None, double, [single])
+    (row,) = products.split_rows(None, [double], single)
+    (column,) = products.split_columns(None, double, [single])
     assert row.shape == column.shape == (4, 2, 3)
     assert (row.dtype, column.dtype) == (torch.float32, torch.float64)
     assert not row.any()

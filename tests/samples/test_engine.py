@@ -40,7 +40,7 @@ def test_out_of_memory_in_rows_is_survived() -> None:
 
         @staticmethod
         def backward(ctx: Any, g: Tensor) -> Tensor:
-            rows = _torch.innermost(g).numel() // g.numel()
+            rows = _torch.fully_unwrapped(g).numel() // g.numel()
             fits.append(rows)
             if rows > 2:
                 raise torch.OutOfMemoryError("too many rows")
@@ -86,7 +86,7 @@ def test_random_numbers_are_not_lost_with_a_chunk_that_did_not_fit() -> None:
 
         def draw(x: Tensor) -> Tensor:
             value = x + torch.rand(())
-            if _torch.innermost(x).numel() > limit:
+            if _torch.fully_unwrapped(x).numel() > limit:
                 raise torch.OutOfMemoryError("no")
             return value
 
@@ -103,7 +103,7 @@ def test_a_failing_sample_is_named_or_filled(fails: str, options: Any, tmp_path:
     x[bad] = float("nan")
 
     def func(w: Tensor, x: Tensor) -> Tensor:
-        if fails == "function" and bool(_torch.innermost(x).isnan().any()):
+        if fails == "function" and bool(_torch.fully_unwrapped(x).isnan().any()):
             raise ValueError("no number")
         return square(w, x)
 

@@ -74,7 +74,7 @@ def test_rows_tell_whether_a_whole_sample_fits(budget: str, splits: bool) -> Non
     curvature(x, out=room)
     assert_close(room, 6 * torch.diag_embed(x))
     assert curvature.report.rows > 0
-    assert curvature.report.peak <= memory.parse("", budget)
+    assert curvature.report.peak <= memory.parse_bytes("", budget)
     ((_, rows, _),) = curvature._learnt.values()
     assert (rows is not None) is splits
     # A sample that was tried whole, and is too large, is not tried again.

@@ -30,7 +30,7 @@ def test_a_caller_s_samples_are_not_written_to() -> None:
 
 def test_integers_cannot_be_marked() -> None:
     def func(x: Tensor) -> Tensor:
-        if not bool(_torch.innermost(x).isfinite().all()):
+        if not bool(_torch.fully_unwrapped(x).isfinite().all()):
             raise RuntimeError("not finite")
         return x.long()
 

@@ -62,8 +62,8 @@ def state() -> dict[str, Any]:
         "forward-mode level owned": forward.dual_level.owned,
         "forward-mode lock": forward.dual_level._lock.locked(),
         "recordings": reverse._thread.recording,
-        "users of attention's formula": attention.unfused._users,
-        "attention's lock": attention.unfused._lock.locked(),
+        "users of attention's formula": attention.plain_attention._users,
+        "attention's lock": attention.plain_attention._lock.locked(),
     }
 
 

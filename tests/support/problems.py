@@ -41,7 +41,7 @@ def out_of_memory_above(size: int, tried: list[int], func: Any = square) -> Any:
     """``func``, but for batches of more than ``size`` samples there is no memory."""
 
     def limited(w: Tensor, x: Tensor) -> Tensor:
-        batch = _torch.innermost(x).numel() // x.numel()
+        batch = _torch.fully_unwrapped(x).numel() // x.numel()
         tried.append(batch)
         if batch > size:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -444,7 +444,7 @@ def test_one_user_at_a_time_turns_the_switches() -> None:
     def work(_: int) -> None:
         barrier.wait()
         for _ in range(3000):
-            with attention.unfused:
+            with attention.plain_attention:
                 assert (cuda.flash_sdp_enabled(), mha.get_fastpath_enabled()) == (False, False)
 
     try:
@@ -471,7 +471,7 @@ def test_nothing_is_switched_while_torch_compile_traces(monkeypatch: pytest.Monk
     def entered(self: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(type(attention.unfused), "__enter__", entered)
+    monkeypatch.setattr(type(attention.plain_attention), "__enter__", entered)
     cube = cubed(lambda x: x)
     both = torch.compile(
         lambda x: (ad.hessian(cube)(x), ad.jvp(cube, (x,), (x,))[1]), backend="eager", fullgraph=True

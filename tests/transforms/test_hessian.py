@@ -96,7 +96,7 @@ def test_directional_difference_of_the_closed_form_jacobian_agrees(scenario: Any
 
 
 def contract(hessian: Any, jacobian: Any, direction: Any) -> Any:
-    """The Hessian's innermost trees contracted with the direction, at every leaf of the Jacobian."""
+    """The Hessian's fully_unwrapped trees contracted with the direction, at every leaf of the Jacobian."""
     if isinstance(jacobian, Tensor):
         return pushed(hessian, jacobian, direction, direction)
     if isinstance(jacobian, dict):
@@ -214,7 +214,7 @@ def test_rows_of_a_large_leaf_are_pulled_alone(monkeypatch: pytest.MonkeyPatch) 
     samples = torch.randn(8, 6)
     came, produced = [], []
     for worth in (2**60, 2**10, 0):
-        monkeypatch.setattr("autodiff.core.products._WORTH_A_PULL", worth)
+        monkeypatch.setattr("autodiff.core.products._MIN_GROUP_SIZE", worth)
         with Meter(torch.device("cpu")) as meter:
             came.append(hessians(params, samples))
         produced.append(meter.produced)
