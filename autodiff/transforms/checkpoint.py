@@ -228,7 +228,7 @@ class _Captured(_Replaced):
         self.versions += write_counts([shown])
         if is_tracked(shown):
             self.watched.add(id(tensor))
-        with _torch.WithoutModes():  # else those around would take what they show for captured
+        with _torch.WithoutFunctionModes():  # else those around would take what they show for captured
             constant = shown.detach()
         self._others[id(tensor)] = constant
         for mode in (self, *self._around):
