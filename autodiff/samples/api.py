@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from autodiff import checks
 from autodiff._torch import never_traced_alone
 from autodiff.core.memory import parse
 from autodiff.samples.evaluator import Evaluator, name_of
 from autodiff.samples.progress import Progress
-from autodiff.samples.run import Options, Run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from autodiff.core.batch import Randomness
-    from autodiff.core.chunks import ChunkSize
-    from autodiff.samples.engine import OnError
-    from autodiff.samples.report import Report
-    from autodiff.samples.run import Chunk
+from autodiff.samples.report import Report
+from autodiff.samples.run import Chunk, Options, Run
+from autodiff.types import ChunkSize, OnError, Randomness
 
 
 def per_sample(

@@ -6,9 +6,10 @@ differences of values; nothing here differentiates to find the expected number.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -16,25 +17,27 @@ from torch import Tensor
 from autodiff import checks
 from autodiff.core import trees
 from autodiff.errors import DerivativeError, OutputError
-from autodiff.testing.differences import copied, double, in_double, naming, point_at, same_random_numbers
+from autodiff.testing.differences import (
+    Point,
+    copied,
+    double,
+    in_double,
+    naming,
+    point_at,
+    same_random_numbers,
+)
 from autodiff.transforms.jvp import jvp
 from autodiff.transforms.vjp import vjp
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from autodiff.testing.differences import Point
+from autodiff.types import CheckMode
 
 __all__ = ["check_grads", "check_jvp", "check_vjp"]
-
-Mode: TypeAlias = Literal["fwd", "rev"]
 
 
 def check_grads(
     f: Callable[..., Any],
     args: tuple[Any, ...],
     order: int = 2,
-    modes: Mode | Sequence[Mode] = ("fwd", "rev"),
+    modes: CheckMode | Sequence[CheckMode] = ("fwd", "rev"),
     *,
     kwargs: Mapping[str, Any] | None = None,
     has_aux: bool = False,
@@ -225,7 +228,7 @@ def check_vjp(
 # Orders.
 
 
-def _check_orders(point: Point, order: int, modes: Sequence[Mode]) -> None:
+def _check_orders(point: Point, order: int, modes: Sequence[CheckMode]) -> None:
     """All modes at this order, then the product of each mode as a function of its own."""
     for mode in modes:
         match mode:
@@ -349,7 +352,7 @@ def _matched(name: str, kind: str, tree: Any, model: Any, reference: str) -> lis
 
 def _compare(
     point: Point,
-    mode: Mode,
+    mode: CheckMode,
     named: str,
     whose: str,
     by: str,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -11,16 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from autodiff import _torch
 from autodiff.core import randomness, trees
-from autodiff.core.call import is_differentiable, refilled, spread, wraps
+from autodiff.core.call import Lift, is_differentiable, refilled, spread, wraps
 from autodiff.core.forward import push
 from autodiff.core.reverse import as_if_recorded
 from autodiff.core.rules import Rules, attach, is_tracked, record_again, write_counts
 from autodiff.errors import CaptureError, InPlaceError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from autodiff.core.call import Lift
 
 
 def checkpoint(func: Callable[..., Any]) -> Callable[..., Any]:

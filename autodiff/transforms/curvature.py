@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from autodiff import checks
 from autodiff.core.call import Call, wraps
 from autodiff.core.chunks import sizes_for
-from autodiff.core.linearization import gradient
+from autodiff.core.linearization import DerivativeLinearization, gradient
 from autodiff.core.products import of_outputs, products, row_blocks
 from autodiff.core.seeds import StandardBasis, zeros
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from autodiff.core.call import Argnums, Wrt
-    from autodiff.core.chunks import ChunkSize
-    from autodiff.core.linearization import DerivativeLinearization
+from autodiff.types import Argnums, ChunkSize, Wrt
 
 # Rows of a Hessian that are pulled at a time where nobody says.
 _ROWS = 64

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,16 +22,11 @@ from autodiff.core.call import is_differentiable, spread, wraps
 from autodiff.core.rules import Rules, attach, is_tracked, write_counts
 from autodiff.core.specs import TensorSpec
 from autodiff.core.transpose import transposed
+from autodiff.core.trees import Spec
 from autodiff.transforms import custom_checks
+from autodiff.types import NondiffArgnums
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from autodiff.core.trees import Spec
-
-    Vectors: TypeAlias = Sequence[Tensor | None]
-
-NondiffArgnums: TypeAlias = int | str | tuple[int | str, ...]
+Vectors: TypeAlias = Sequence[Tensor | None]
 
 
 def custom_vjp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffArgnums = ()) -> Any:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
+from typing import Any, assert_never
 
 import torch
+from torch import Tensor
 
 from autodiff import checks
 from autodiff.core.batch import run_rows
+from autodiff.core.call import Call
 from autodiff.core.chunks import Sizes
+from autodiff.core.linearization import DerivativeLinearization
 from autodiff.core.products import products
 from autodiff.core.seeds import StandardBasis, size_of, zeros
 from autodiff.transforms.curvature import of_gradient
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from autodiff.core.call import Argnums, Call, Wrt
-    from autodiff.core.linearization import DerivativeLinearization
-
-Which: TypeAlias = Literal["LA", "SA", "LM"]
+from autodiff.types import Argnums, Which, Wrt
 
 # The Krylov space of k eigenvalues has so many blocks, of so many vectors more than k. Measured on spectra
 # of 400 and 2000 numbers and on Hessians of MLPs with 533 and 2890 parameters, as fractions of the norm:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from autodiff import checks
 from autodiff._torch import never_traced_alone
 from autodiff.core.call import Call, wraps
 from autodiff.core.reverse import conjugated, record
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from autodiff.core.call import Argnums, Wrt
+from autodiff.types import Argnums, Wrt
 
 
 def grad(

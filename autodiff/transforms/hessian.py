@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from autodiff import checks
 from autodiff._torch import compiling
-from autodiff.core.call import Call
+from autodiff.core.call import Call, Lift
 from autodiff.core.chunks import Sizes
 from autodiff.core.forward import push
-from autodiff.core.linearization import Derivative, gradient, linearize
-from autodiff.core.reverse import lifted_by
+from autodiff.core.linearization import Derivative, Linearization, gradient, linearize
+from autodiff.core.products import Blocks
+from autodiff.core.reverse import FlatFunction, lifted_by
 from autodiff.transforms.jacobian import Jacobian
-from autodiff.transforms.mode_combinations import in_first_with_rules
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from autodiff.core.call import Argnums, Lift, Wrt
-    from autodiff.core.chunks import ChunkSize
-    from autodiff.core.linearization import Linearization
-    from autodiff.core.products import Blocks
-    from autodiff.core.reverse import FlatFunction
-    from autodiff.transforms.mode_combinations import Mode
-
-HvpMode: TypeAlias = Literal["auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward"]
-HessianMode: TypeAlias = HvpMode | Literal["forward-over-forward"]
+from autodiff.transforms.mode_combinations import Mode, in_first_with_rules
+from autodiff.types import Argnums, ChunkSize, HessianMode, HvpMode, Wrt
 
 _HVP_MODES = ("auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward")
 _HESSIAN_MODES = (*_HVP_MODES, "forward-over-forward")

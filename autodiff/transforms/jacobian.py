@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from autodiff import checks
 from autodiff._torch import compiling, never_traced_alone
 from autodiff.core.batch import shared_by_rows
-from autodiff.core.call import Call, wraps
+from autodiff.core.call import Call, Lift, wraps
 from autodiff.core.chunks import Sizes, sizes_for
 from autodiff.core.forward import push
-from autodiff.core.linearization import linearize
-from autodiff.core.products import blocks_by_rows, from_columns, of_outputs, products
+from autodiff.core.linearization import Linearization, linearize
+from autodiff.core.products import Blocks, Product, blocks_by_rows, from_columns, of_outputs, products
 from autodiff.core.randomness import remember_randomness
-from autodiff.core.reverse import conjugated
+from autodiff.core.reverse import FlatFunction, conjugated
 from autodiff.core.seeds import StandardBasis, size_of, zeros
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from autodiff.core.batch import Randomness
-    from autodiff.core.call import Argnums, Lift, Wrt
-    from autodiff.core.chunks import ChunkSize
-    from autodiff.core.linearization import Linearization
-    from autodiff.core.products import Blocks, Product
-    from autodiff.core.reverse import FlatFunction
-
-JacobianMode: TypeAlias = Literal["auto", "reverse", "forward"]
+from autodiff.types import Argnums, ChunkSize, JacobianMode, Randomness, Wrt
 
 
 class Strip(NamedTuple):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from autodiff import checks
 from autodiff.core.call import Call
 from autodiff.core.linearization import linearize as linearize_flat
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:

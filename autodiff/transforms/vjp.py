@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from autodiff import checks
 from autodiff.core.call import Call
 from autodiff.core.reverse import record
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def vjp(
