@@ -1,11 +1,21 @@
-"""The types of options. Imports nothing of the package."""
+"""The types of options, and type variables for the signatures of transforms. Imports nothing of the package."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, ParamSpec, TypeAlias, TypedDict, TypeVar
 
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+A = TypeVar("A")
+
+WithAux: TypeAlias = Callable[P, tuple[Any, A]]
+"""A function that returns a pair; its second part, of type A, is not differentiated."""
+
+Trees: TypeAlias = tuple[Any, ...]
+"""Several trees, such as one for each positional argument."""
 
 Argnums: TypeAlias = int | str | tuple[int | str, ...]
 """Arguments to differentiate: a position, a parameter name, or a tuple of them."""
@@ -45,3 +55,35 @@ CheckMode: TypeAlias = Literal["fwd", "rev"]
 
 ModuleState: TypeAlias = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 """Parameters and buffers of a module by name, in one dict or several."""
+
+
+class GradOptions(TypedDict, total=False):
+    """Keywords of ``grad``."""
+
+    holomorphic: bool
+    strict: bool
+    wrt: Wrt
+
+
+class JacrevOptions(GradOptions, total=False):
+    """Keywords of ``jacrev``."""
+
+    chunk_size: ChunkSize
+
+
+class JacfwdOptions(JacrevOptions, total=False):
+    """Keywords of ``jacfwd``."""
+
+    randomness: Randomness
+
+
+class JacobianOptions(JacrevOptions, total=False):
+    """Keywords of ``jacobian``."""
+
+    mode: JacobianMode
+
+
+class HessianOptions(JacrevOptions, total=False):
+    """Keywords of ``hessian``."""
+
+    mode: HessianMode

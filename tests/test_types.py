@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import typing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -39,3 +41,16 @@ def test_type_hints_resolve(name: str) -> None:
 
 def test_aliases_are_there_at_run_time() -> None:
     assert types.Argnums == int | str | tuple[int | str, ...]
+
+
+def test_user_code_has_the_types_that_its_comments_say() -> None:
+    api = pytest.importorskip("mypy.api")
+    path = Path(__file__).parent / "support" / "typed_user_code.py"
+    output, _, _ = api.run([str(path), "--config-file", str(Path(__file__).parent.parent / "pyproject.toml")])
+    found = {}
+    for line, error, note in re.findall(
+        r"py:(\d+): (?:error: .*\[([\w-]+)\]|note: Revealed type is \"(.*)\")$", output, re.MULTILINE
+    ):
+        found[int(line)] = error or re.sub(r"\b(\w+\.)+(?=\w)", "", note)
+    lines = enumerate(path.read_text().splitlines(), 1)
+    assert found == {at: line.partition("  # ")[2] for at, line in lines if "  # " in line}, output

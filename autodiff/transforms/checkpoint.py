@@ -17,9 +17,10 @@ from autodiff.core.forward import push
 from autodiff.core.reverse import as_if_recorded
 from autodiff.core.rules import Rules, attach, is_tracked, record_again, write_counts
 from autodiff.errors import CaptureError, InPlaceError
+from autodiff.types import P, R
 
 
-def checkpoint(func: Callable[..., Any]) -> Callable[..., Any]:
+def checkpoint(func: Callable[P, R]) -> Callable[P, R]:
     """The same function, which is run again in the backward pass instead of remembering what it computed.
 
     Reverse mode keeps every intermediate result. Through a checkpointed function it keeps the arguments and

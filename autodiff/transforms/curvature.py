@@ -14,20 +14,20 @@ from autodiff.core.chunks import sizes_for
 from autodiff.core.linearization import DerivativeLinearization, gradient
 from autodiff.core.products import of_outputs, products, row_blocks
 from autodiff.core.seeds import StandardBasis, zeros
-from autodiff.types import Argnums, ChunkSize, Wrt
+from autodiff.types import Argnums, ChunkSize, P, Wrt
 
 # Rows of a Hessian that are pulled at a time where nobody says.
 _ROWS = 64
 
 
 def hessian_diagonal(
-    func: Callable[..., Any],
+    func: Callable[P, Any],
     argnums: Argnums = 0,
     *,
     has_aux: bool = False,
     chunk_size: ChunkSize = _ROWS,
     wrt: Wrt = None,
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     r"""Diagonal of the Hessian of a scalar function.
 
     .. math:: \operatorname{hessian\_diagonal}(f)(x)_i = \partial^2 f / \partial x_i^2
@@ -70,13 +70,13 @@ def hessian_diagonal(
 
 
 def hessian_block_diagonal(
-    func: Callable[..., Any],
+    func: Callable[P, Any],
     argnums: Argnums = 0,
     *,
     has_aux: bool = False,
     chunk_size: ChunkSize = None,
     wrt: Wrt = None,
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     r"""Blocks of the Hessian of a scalar function that belong to one leaf each.
 
     .. math:: \operatorname{hessian\_block\_diagonal}(f)(x)_l = \partial^2 f / \partial x_l \, \partial x_l
@@ -119,13 +119,13 @@ def hessian_block_diagonal(
 
 
 def hessian_trace(
-    func: Callable[..., Any],
+    func: Callable[P, Any],
     argnums: Argnums = 0,
     *,
     has_aux: bool = False,
     chunk_size: ChunkSize = _ROWS,
     wrt: Wrt = None,
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     r"""Trace of the Hessian of a scalar function: its Laplacian.
 
     .. math:: \operatorname{hessian\_trace}(f)(x) = \sum_i \partial^2 f / \partial x_i^2 = \Delta f(x)

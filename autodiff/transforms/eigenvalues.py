@@ -18,7 +18,7 @@ from autodiff.core.linearization import DerivativeLinearization
 from autodiff.core.products import products
 from autodiff.core.seeds import StandardBasis, size_of, zeros
 from autodiff.transforms.curvature import of_gradient
-from autodiff.types import Argnums, Which, Wrt
+from autodiff.types import Argnums, P, Which, Wrt
 
 # The Krylov space of k eigenvalues has so many blocks, of so many vectors more than k. Measured on spectra
 # of 400 and 2000 numbers and on Hessians of MLPs with 533 and 2890 parameters, as fractions of the norm:
@@ -34,7 +34,7 @@ _ROWS = 64
 
 
 def hessian_eigenvalues(
-    func: Callable[..., Any],
+    func: Callable[P, Any],
     k: int,
     argnums: Argnums = 0,
     *,
@@ -42,7 +42,7 @@ def hessian_eigenvalues(
     has_aux: bool = False,
     wrt: Wrt = None,
     iterations: int | None = None,
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     r"""The ``k`` outermost eigenvalues of the Hessian of a scalar function.
 
     .. math:: \nabla^2 f(x)\, v_i = \lambda_i v_i, \qquad \lambda_1 \ge \lambda_2 \ge \cdots

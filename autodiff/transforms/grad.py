@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -12,9 +12,17 @@ from autodiff import checks
 from autodiff._torch import never_traced_alone
 from autodiff.core.call import Call, wraps
 from autodiff.core.reverse import conjugated, record
-from autodiff.types import Argnums, Wrt
+from autodiff.types import A, Argnums, GradOptions, P, WithAux, Wrt
 
 
+@overload
+def grad(
+    func: WithAux[P, A], argnums: Argnums = 0, *, has_aux: Literal[True], **kw: Unpack[GradOptions]
+) -> WithAux[P, A]: ...
+@overload
+def grad(
+    func: Callable[P, Any], argnums: Argnums = 0, has_aux: bool = False, **kw: Unpack[GradOptions]
+) -> Callable[P, Any]: ...
 def grad(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -75,6 +83,18 @@ def grad(
     return gradient
 
 
+@overload
+def value_and_grad(
+    func: Callable[P, Any], argnums: Argnums = 0, **kw: Unpack[GradOptions]
+) -> Callable[P, tuple[Tensor, Any]]: ...
+@overload
+def value_and_grad(
+    func: WithAux[P, A], argnums: Argnums = 0, *, has_aux: Literal[True], **kw: Unpack[GradOptions]
+) -> Callable[P, tuple[tuple[Tensor, A], Any]]: ...
+@overload
+def value_and_grad(
+    func: Callable[P, Any], argnums: Argnums = 0, has_aux: bool = False, **kw: Unpack[GradOptions]
+) -> Callable[P, Any]: ...
 def value_and_grad(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -122,6 +142,18 @@ def value_and_grad(
     return valued
 
 
+@overload
+def grad_and_value(
+    func: Callable[P, Any], argnums: Argnums = 0, **kw: Unpack[GradOptions]
+) -> Callable[P, tuple[Any, Tensor]]: ...
+@overload
+def grad_and_value(
+    func: WithAux[P, A], argnums: Argnums = 0, *, has_aux: Literal[True], **kw: Unpack[GradOptions]
+) -> Callable[P, tuple[Any, tuple[Tensor, A]]]: ...
+@overload
+def grad_and_value(
+    func: Callable[P, Any], argnums: Argnums = 0, has_aux: bool = False, **kw: Unpack[GradOptions]
+) -> Callable[P, Any]: ...
 def grad_and_value(
     func: Callable[..., Any],
     argnums: Argnums = 0,

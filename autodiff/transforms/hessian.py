@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -20,12 +20,20 @@ from autodiff.core.products import Blocks
 from autodiff.core.reverse import FlatFunction, lifted_by
 from autodiff.transforms.jacobian import Jacobian
 from autodiff.transforms.mode_combinations import Mode, in_first_with_rules
-from autodiff.types import Argnums, ChunkSize, HessianMode, HvpMode, Wrt
+from autodiff.types import A, Argnums, ChunkSize, HessianMode, HessianOptions, HvpMode, P, Trees, WithAux, Wrt
 
 _HVP_MODES = ("auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward")
 _HESSIAN_MODES = (*_HVP_MODES, "forward-over-forward")
 
 
+@overload
+def hessian(
+    func: WithAux[P, A], argnums: Argnums = 0, *, has_aux: Literal[True], **kw: Unpack[HessianOptions]
+) -> WithAux[P, A]: ...
+@overload
+def hessian(
+    func: Callable[P, Any], argnums: Argnums = 0, *, has_aux: bool = False, **kw: Unpack[HessianOptions]
+) -> Callable[P, Any]: ...
 def hessian(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -186,14 +194,31 @@ class Hessian(Jacobian):
         return [block for of_output in blocks for block in of_output], aux
 
 
+@overload
+def hvp(
+    func: Callable[..., Any], primals: Trees, tangents: Trees, *, mode: HvpMode = "auto"
+) -> tuple[Tensor, Any]: ...
+@overload
+def hvp(
+    func: WithAux[..., A], primals: Trees, tangents: Trees, *, mode: HvpMode = "auto", has_aux: Literal[True]
+) -> tuple[Tensor, Any, A]: ...
+@overload
 def hvp(
     func: Callable[..., Any],
-    primals: tuple[Any, ...],
-    tangents: tuple[Any, ...],
+    primals: Trees,
+    tangents: Trees,
     *,
     mode: HvpMode = "auto",
     has_aux: bool = False,
-) -> tuple[Any, ...]:
+) -> Trees: ...
+def hvp(
+    func: Callable[..., Any],
+    primals: Trees,
+    tangents: Trees,
+    *,
+    mode: HvpMode = "auto",
+    has_aux: bool = False,
+) -> Trees:
     r"""Value of a scalar function and the product of its Hessian with a vector, without the Hessian.
 
     .. math:: \operatorname{hvp}(f, x, t) = (f(x),\; \nabla^2 f(x)\, t)

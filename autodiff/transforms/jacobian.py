@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,19 @@ from autodiff.core.products import Blocks, Product, blocks_by_rows, from_columns
 from autodiff.core.randomness import remember_randomness
 from autodiff.core.reverse import FlatFunction, conjugated
 from autodiff.core.seeds import StandardBasis, size_of, zeros
-from autodiff.types import Argnums, ChunkSize, JacobianMode, Randomness, Wrt
+from autodiff.types import (
+    A,
+    Argnums,
+    ChunkSize,
+    JacfwdOptions,
+    JacobianMode,
+    JacobianOptions,
+    JacrevOptions,
+    P,
+    Randomness,
+    WithAux,
+    Wrt,
+)
 
 
 class Strip(NamedTuple):
@@ -206,6 +218,14 @@ class Jacobian:
                     checks.raise_independent(call.name, *paths, output=position, primal=index)
 
 
+@overload
+def jacrev(
+    func: WithAux[P, A], argnums: Argnums = 0, *, has_aux: Literal[True], **kw: Unpack[JacrevOptions]
+) -> WithAux[P, A]: ...
+@overload
+def jacrev(
+    func: Callable[P, Any], argnums: Argnums = 0, *, has_aux: bool = False, **kw: Unpack[JacrevOptions]
+) -> Callable[P, Any]: ...
 def jacrev(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -264,6 +284,14 @@ def jacrev(
     )
 
 
+@overload
+def jacfwd(
+    func: WithAux[P, A], argnums: Argnums = 0, *, has_aux: Literal[True], **kw: Unpack[JacfwdOptions]
+) -> WithAux[P, A]: ...
+@overload
+def jacfwd(
+    func: Callable[P, Any], argnums: Argnums = 0, has_aux: bool = False, **kw: Unpack[JacfwdOptions]
+) -> Callable[P, Any]: ...
 def jacfwd(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -320,6 +348,14 @@ def jacfwd(
     )
 
 
+@overload
+def jacobian(
+    func: WithAux[P, A], argnums: Argnums = 0, *, has_aux: Literal[True], **kw: Unpack[JacobianOptions]
+) -> WithAux[P, A]: ...
+@overload
+def jacobian(
+    func: Callable[P, Any], argnums: Argnums = 0, *, has_aux: bool = False, **kw: Unpack[JacobianOptions]
+) -> Callable[P, Any]: ...
 def jacobian(
     func: Callable[..., Any],
     argnums: Argnums = 0,

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 from autodiff import checks
 from autodiff.core.call import Call
 from autodiff.core.forward import push
+from autodiff.types import A, R, Trees
 
 
+@overload
+def jvp(func: Callable[..., R], primals: Trees, tangents: Trees, *, strict: bool = False) -> tuple[R, R]: ...
+@overload
+def jvp(
+    func: Callable[..., tuple[R, A]],
+    primals: Trees,
+    tangents: Trees,
+    *,
+    strict: bool = False,
+    has_aux: Literal[True],
+) -> tuple[R, R, A]: ...
+@overload
+def jvp(
+    func: Callable[..., Any], primals: Trees, tangents: Trees, *, strict: bool = False, has_aux: bool = False
+) -> Trees: ...
 def jvp(
     func: Callable[..., Any],
-    primals: tuple[Any, ...],
-    tangents: tuple[Any, ...],
+    primals: Trees,
+    tangents: Trees,
     *,
     strict: bool = False,
     has_aux: bool = False,
-) -> tuple[Any, ...]:
+) -> Trees:
     r"""Value of a function and its directional derivative, in one evaluation by forward mode.
 
     .. math:: \operatorname{jvp}(f, x, t) = (f(x),\; J_f(x)\, t)

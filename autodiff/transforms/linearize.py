@@ -8,9 +8,10 @@ from typing import Any
 from autodiff import checks
 from autodiff.core.call import Call
 from autodiff.core.linearization import linearize as linearize_flat
+from autodiff.types import R
 
 
-def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+def linearize(func: Callable[..., R], *primals: Any) -> tuple[R, Callable[..., R]]:
     r"""Value of a function, and its derivative as a linear function of the tangents.
 
     .. math:: \operatorname{linearize}(f, x) = (f(x),\; t \mapsto J_f(x)\, t)

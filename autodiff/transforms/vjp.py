@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 from autodiff import checks
 from autodiff.core.call import Call
 from autodiff.core.reverse import record
+from autodiff.types import A, R, Trees
 
 
+@overload
+def vjp(func: Callable[..., R], *primals: Any, strict: bool = False) -> tuple[R, Callable[..., Any]]: ...
+@overload
 def vjp(
-    func: Callable[..., Any], *primals: Any, has_aux: bool = False, strict: bool = False
-) -> tuple[Any, ...]:
+    func: Callable[..., tuple[R, A]], *primals: Any, has_aux: Literal[True], strict: bool = False
+) -> tuple[R, Callable[..., Any], A]: ...
+@overload
+def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, strict: bool = False) -> Trees: ...
+def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, strict: bool = False) -> Trees:
     r"""Value of a function, and the pullback that takes cotangents of it to cotangents of its inputs.
 
     .. math:: \operatorname{vjp}(f, x) = (f(x),\; v \mapsto v^\top J_f(x))
