@@ -43,6 +43,11 @@ def test_aliases_are_there_at_run_time() -> None:
     assert types.Argnums == int | str | tuple[int | str, ...]
 
 
+def test_no_docstring_sends_the_reader_elsewhere() -> None:
+    texts = {name: inspect.getdoc(value) or "" for name, value in (PUBLIC | annotated()).items()}
+    assert [name for name, text in texts.items() if " as for " in " ".join(text.split())] == []
+
+
 def test_user_code_has_the_types_that_its_comments_say() -> None:
     api = pytest.importorskip("mypy.api")
     path = Path(__file__).parent / "support" / "typed_user_code.py"

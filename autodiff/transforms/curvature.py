@@ -41,14 +41,12 @@ def hessian_diagonal(
     tensor([12., 12.])
 
     Args:
-        func: a function of one or more trees that returns one real tensor of shape ``()``, or a pair
-            ``(value, aux)`` if ``has_aux``.
+        func: a function of trees that returns one real tensor of shape ``()``.
         argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(value, aux)``.
         chunk_size: how many rows to pull in one batch; None pulls all of a leaf, 1 pulls row by row without
             vmap, ``"auto"`` learns from the first rows how many fit in half of the free memory.
-        wrt: which leaves of these arguments to differentiate, by patterns of their places, as for
-            :func:`autodiff.grad`.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         A function of ``func``'s arguments that returns a tree like the selected argument (a tuple of trees
@@ -90,11 +88,12 @@ def hessian_block_diagonal(
             [24.,  6.]]), 'b': tensor(0.)}
 
     Args:
-        func: as for :func:`hessian_diagonal`.
-        argnums: as for :func:`hessian_diagonal`.
+        func: a function of trees that returns one real tensor of shape ``()``.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(value, aux)``.
-        chunk_size: as for :func:`hessian_diagonal`.
-        wrt: as for :func:`hessian_diagonal`.
+        chunk_size: how many rows to pull in one batch; None pulls all of a leaf, 1 pulls row by row without
+            vmap, ``"auto"`` learns from the first rows how many fit in half of the free memory.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         A function of ``func``'s arguments that returns a tree like the selected argument (a tuple of trees
@@ -137,11 +136,12 @@ def hessian_trace(
     tensor(18.)
 
     Args:
-        func: as for :func:`hessian_diagonal`.
-        argnums: as for :func:`hessian_diagonal`.
+        func: a function of trees that returns one real tensor of shape ``()``.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(value, aux)``.
-        chunk_size: as for :func:`hessian_diagonal`.
-        wrt: as for :func:`hessian_diagonal`.
+        chunk_size: how many rows to pull in one batch; None pulls all of a leaf, 1 pulls row by row without
+            vmap, ``"auto"`` learns from the first rows how many fit in half of the free memory.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         A function of ``func``'s arguments that returns a tensor of shape ``()`` and the differentiated

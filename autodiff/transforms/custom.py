@@ -110,9 +110,9 @@ def custom_jvp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffA
     tensor(1.)
 
     Args:
-        func: as for :func:`custom_vjp`.
-        nondiff_argnums: the arguments that are not differentiated, by position or name. They come first in
-            the rule.
+        func: a function of trees that returns a tree. Arguments may be passed by keyword; rules get them
+            by position, with the defaults filled in. Leaves that are no floating or complex tensors are static.
+        nondiff_argnums: the arguments that are not differentiated, by position or name. They come first in the rule.
 
     Returns:
         The function as a :class:`.CustomJvp`, with the methods ``defjvp(rule)`` and ``defjvps(*rules)``: one rule for
@@ -120,7 +120,9 @@ def custom_jvp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffA
         ``func``, a decorator.
 
     Raises:
-        RuleError: as for :func:`custom_vjp`.
+        RuleError: when it is called or differentiated: there is no rule yet; a rule returns another structure,
+            shape or dtype; ``func`` writes in place to an argument that is differentiated, or reaches a
+            differentiated tensor that is no argument, or one in ``nondiff_argnums``.
         ArgnumsError: ``nondiff_argnums`` names no parameter.
 
     The interface is that of ``jax.custom_jvp``.

@@ -67,13 +67,13 @@ def hessian_eigenvalues(
     tensor([12.,  6.])
 
     Args:
-        func: as for :func:`hessian_diagonal`.
+        func: a function of trees that returns one real tensor of shape ``()``.
         k: how many eigenvalues, from 1 to P.
-        argnums: as for :func:`hessian_diagonal`.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         which: ``"LA"`` for the largest, descending; ``"SA"`` for the smallest, ascending; ``"LM"`` for the
             largest in magnitude, descending in it. These are SciPy's names.
         has_aux: whether ``func`` returns ``(value, aux)``.
-        wrt: as for :func:`hessian_diagonal`.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
         iterations: how many blocks the Krylov space has; None takes 20. It takes the memory of
             iterations x (k + 2) vectors.
 

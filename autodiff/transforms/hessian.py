@@ -60,7 +60,7 @@ def hessian(
 
     Args:
         func: a function of trees that returns a tree of floating or complex tensors (for the usual
-            Hessian one tensor of shape ``()``), or a pair ``(output, aux)`` if ``has_aux``.
+            Hessian one tensor of shape ``()``).
         argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         mode: ``"reverse-over-reverse"``, ``"forward-over-reverse"``, ``"reverse-over-forward"`` or
             ``"forward-over-forward"``: the outer mode over the inner one; or ``"auto"``, the first of these
@@ -71,8 +71,7 @@ def hessian(
         holomorphic: differentiate a complex function of complex arguments.
         strict: raise where an output or its derivative does not depend on a leaf, as that of a linear
             function does, instead of giving zeros.
-        wrt: which leaves of these arguments to differentiate, by patterns of their places, as for
-            :func:`autodiff.grad`.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         A function of ``func``'s arguments that returns a tree like the output, holding at every leaf a
@@ -230,8 +229,7 @@ def hvp(
     (tensor(9.), tensor([  6., 120.]))
 
     Args:
-        func: a function of the primals that returns one real tensor of shape ``()``, or a pair
-            ``(value, aux)`` if ``has_aux``.
+        func: a function of the primals that returns one real tensor of shape ``()``.
         primals: a tuple of ``func``'s positional arguments, each any tree.
         tangents: a tuple of the same structure, with a tensor of the leaf's shape and dtype at every
             floating and complex leaf.

@@ -246,17 +246,14 @@ def jacrev(
             [5., 0., 2.]])
 
     Args:
-        func: a function of trees that returns a tree of floating or complex tensors, or a pair
-            ``(output, aux)`` if ``has_aux``.
+        func: a function of trees that returns a tree of floating or complex tensors.
         argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(output, aux)``.
-        chunk_size: how many rows to pull in one batch; None pulls all, 1 pulls row by row without vmap,
-            ``"auto"`` learns from the first rows how many fit in half of the free memory. The function
-            runs once in any case.
+        chunk_size: how many rows to pull in one batch; None pulls all, 1 pulls row by row without vmap, ``"auto"``
+            learns from the first rows how many fit in half of the free memory. The function runs once in any case.
         holomorphic: differentiate a complex function of complex arguments, with one complex derivative.
         strict: raise where an output does not depend on a leaf, instead of giving zeros.
-        wrt: which leaves of these arguments to differentiate, by patterns of their places, as for
-            :func:`autodiff.grad`.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         A function of ``func``'s arguments that returns a tree like the output, holding at every leaf a
@@ -313,16 +310,16 @@ def jacfwd(
             [5., 0., 2.]])
 
     Args:
-        func: as for :func:`jacrev`.
-        argnums: as for :func:`jacrev`.
+        func: a function of trees that returns a tree of floating or complex tensors.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(output, aux)``.
         randomness: ``"same"`` lets ``func`` draw random numbers; one draw serves all columns, also with
             ``"different"``, since all columns are derivatives of one function. ``"error"`` forbids it.
         chunk_size: how many columns to push in one batch; None pushes all, ``"auto"`` learns how many
             fit. The function runs once for every chunk, with the same random numbers.
-        holomorphic: as for :func:`jacrev`.
+        holomorphic: differentiate a complex function of complex arguments, with one complex derivative.
         strict: raise where an output does not depend on the selected arguments.
-        wrt: as for :func:`jacrev`.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         What :func:`jacrev` returns, with blocks of the output's dtype.
@@ -379,15 +376,14 @@ def jacobian(
     tensor([ 1.,  4., 12.])
 
     Args:
-        func: as for :func:`jacrev`.
-        argnums: as for :func:`jacrev`.
+        func: a function of trees that returns a tree of floating or complex tensors.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         mode: ``"auto"``, ``"reverse"`` (:func:`jacrev`) or ``"forward"`` (:func:`jacfwd`).
         has_aux: whether ``func`` returns ``(output, aux)``.
         chunk_size: how many rows or columns to compute in one batch; ``"auto"`` learns how many fit.
-        holomorphic: as for :func:`jacrev`.
+        holomorphic: differentiate a complex function of complex arguments, with one complex derivative.
         strict: raise where an output does not depend on a leaf, instead of giving zeros.
-        wrt: which leaves of these arguments to differentiate, by patterns of their places, as for
-            :func:`autodiff.grad`.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         What :func:`jacrev` returns.

@@ -43,8 +43,7 @@ def jvp(
     (tensor([ 9., 16.]), tensor([6., 4.]))
 
     Args:
-        func: a function of the primals that returns a tree of floating or complex tensors, or a pair
-            ``(output, aux)`` if ``has_aux``.
+        func: a function of the primals that returns a tree of floating or complex tensors.
         primals: a tuple of ``func``'s positional arguments, each any tree.
         tangents: a tuple of the same structure, with a tensor of the leaf's shape and dtype at every
             floating and complex leaf; what stands at other leaves is ignored.

@@ -16,10 +16,9 @@ def linearize(func: Callable[..., R], *primals: Any) -> tuple[R, Callable[..., R
 
     .. math:: \operatorname{linearize}(f, x) = (f(x),\; t \mapsto J_f(x)\, t)
 
-    ``func`` runs once, and its Python control flow once with it; each product then costs about one
-    backward pass. The pullback of a function is linear in its cotangent, so the pullback of the
-    pullback is the derivative itself (J. Townsend, "A new trick for calculating Jacobian vector
-    products", 2017).
+    ``func`` runs once, and its Python control flow once with it; each product then costs about one backward pass. The
+    pullback of a function is linear in its cotangent, so the pullback of the pullback is the derivative itself (J.
+    Townsend, "A new trick for calculating Jacobian vector products", 2017).
 
     >>> import torch
     >>> value, pushforward = linearize(torch.sin, torch.zeros(2))
