@@ -203,12 +203,7 @@ def hvp(
 ) -> tuple[Tensor, Any, A]: ...
 @overload
 def hvp(
-    func: Callable[..., Any],
-    primals: Trees,
-    tangents: Trees,
-    *,
-    mode: HvpMode = "auto",
-    has_aux: bool = False,
+    func: Callable[..., Any], primals: Trees, tangents: Trees, *, mode: HvpMode = "auto", has_aux: bool = ...
 ) -> Trees: ...
 def hvp(
     func: Callable[..., Any],
