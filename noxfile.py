@@ -67,9 +67,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the package's types, strictly."""
-    install(session, "-e", ".[types]")
+    """Check the package's types, strictly, and those that a user's code sees."""
+    install(session, "-e", ".[types]", "pytest")
     session.run("mypy", *session.posargs)
+    session.run("pytest", "tests/test_types.py")
 
 
 @nox.session

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +13,6 @@ from torch import Tensor
 from autodiff import checks
 from autodiff.core import trees
 from autodiff.core.call import is_differentiable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 C = TypeVar("C", bound=type)
 

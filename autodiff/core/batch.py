@@ -5,7 +5,7 @@ Provides `run`, a vmap level over flat leaves. Never sees a tree.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from autodiff import _torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-Randomness: TypeAlias = Literal["error", "different", "same"]
+    from autodiff.types import Randomness
 
 
 @_torch.traced_inline_only

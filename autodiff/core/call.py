@@ -21,9 +21,8 @@ from autodiff.core import trees
 
 if TYPE_CHECKING:
     from autodiff.core.trees import Spec
+    from autodiff.types import Argnums, Wrt
 
-Argnums: TypeAlias = int | str | tuple[int | str, ...]
-Wrt: TypeAlias = str | tuple[str, ...] | None
 Lift: TypeAlias = Callable[[Tensor], Tensor]
 
 

@@ -7,7 +7,7 @@ tensor). Never sees a tree; imports `_torch` and `memory`.
 from __future__ import annotations
 
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from autodiff.core import memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-R = TypeVar("R")
+    from autodiff.types import ChunkSize
 
-ChunkSize: TypeAlias = int | Literal["auto"] | None
+R = TypeVar("R")
 
 _CPU = torch.device("cpu")
 # How much of a budget a chunk is meant to take: the meter does not see what operations need in between.

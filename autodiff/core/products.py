@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from autodiff.core.batch import Randomness
     from autodiff.core.linearization import Linearization
     from autodiff.core.seeds import Seeds
+    from autodiff.types import Randomness
 
 # A block for each output and each primal, zeros where the one does not depend on the other.
 Blocks: TypeAlias = "list[list[Tensor]]"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,19 +18,16 @@ from torch import Tensor
 
 from autodiff import _torch
 from autodiff.core import graph, hooks
+from autodiff.core.call import Lift
 from autodiff.errors import BatchedPullError, InPlaceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from autodiff.core.call import Lift
     from autodiff.core.hooks import PullPolicy
 
-    # From the inputs, and what to do with every other tensor among the arguments, to the outputs and
-    # the leaves of aux.
-    FlatFunction: TypeAlias = Callable[[Sequence[Tensor], Lift | None], tuple[list[Any], list[Any]]]
-    # From a tape to what pulls through it give, and the leaves of aux.
-    TapeFunction: TypeAlias = Callable[["Tape"], tuple[list[Any], list[Any]]]
+# From the inputs, and what to do with every other tensor among the arguments, to the outputs and the leaves of aux.
+FlatFunction: TypeAlias = Callable[[Sequence[Tensor], Lift | None], tuple[list[Any], list[Any]]]
+# From a tape to what pulls through it give, and the leaves of aux.
+TapeFunction: TypeAlias = Callable[["Tape"], tuple[list[Any], list[Any]]]
 
 ALL = slice(None)
 ONE_BY_ONE: PullPolicy = "one cotangent at a time"

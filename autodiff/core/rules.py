@@ -22,9 +22,9 @@ from autodiff.core.specs import TensorSpec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from autodiff.core.batch import Randomness
     from autodiff.core.call import Lift
     from autodiff.core.reverse import Tape
+    from autodiff.types import Randomness
 
     # From all tensors that an operation depends on to the leaves of its result.
     Flat: TypeAlias = Callable[[Sequence[Tensor]], list[Any]]

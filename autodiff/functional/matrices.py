@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,6 @@ from autodiff.functional.backward_only import HookDetector
 from autodiff.functional.bounded_rows import BoundedHessian, BoundedJacobian
 from autodiff.functional.contract import Contract
 from autodiff.functional.products import GRADIENT_CONSTANT, JACOBIAN_CONSTANT
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 
 _STRATEGIES = ("forward-mode", "reverse-mode")
 _OUTPUT_INDEPENDENT = (

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from autodiff import checks
 from autodiff._torch import compiling
-from autodiff.core.call import is_differentiable
+from autodiff.core.call import Call, is_differentiable
 from autodiff.core.forward import push
-from autodiff.core.linearization import gradient, linearize, linearize_derivative
+from autodiff.core.linearization import Linearization, gradient, linearize, linearize_derivative
 from autodiff.core.randomness import remember_randomness
 from autodiff.errors import OutputError
 from autodiff.functional.backward_only import BackwardOnlyError, HookDetector, refusing_backward_only
 from autodiff.functional.contract import Contract
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from autodiff.core.call import Call
-    from autodiff.core.linearization import Linearization
 
 _OUTPUT_INDEPENDENT = (
     "The output of the user-provided function is independent of input {input}. This is not allowed in "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,7 @@ from autodiff.core.batch import copy_for_every_sample
 from autodiff.errors import BufferWarning, OptionError, StructureError
 from autodiff.nn import state
 from autodiff.nn.clone import ModuleClone
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
-    State: TypeAlias = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
+from autodiff.types import ModuleState
 
 # The result, the buffers after the call if they are asked for, and the names of own buffers whose new values are lost.
 Called: TypeAlias = "tuple[Any, dict[str, Tensor], list[str]]"
@@ -30,7 +26,7 @@ __all__ = ["functional_call", "sample_loss", "stack_module_state"]
 
 def functional_call(
     module: nn.Module,
-    parameter_and_buffer_dicts: State,
+    parameter_and_buffer_dicts: ModuleState,
     args: Any = None,
     kwargs: dict[str, Any] | None = None,
     *,

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from autodiff import checks
 from autodiff._torch import traced_inline_only
 from autodiff.core.memory import parse_bytes
 from autodiff.samples.evaluator import Evaluator, name_of
 from autodiff.samples.progress import Progress
-from autodiff.samples.run import Options, Run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from autodiff.core.batch import Randomness
-    from autodiff.core.chunks import ChunkSize
-    from autodiff.samples.engine import OnError
-    from autodiff.samples.report import Report
-    from autodiff.samples.run import Chunk
+from autodiff.samples.report import Report
+from autodiff.samples.run import Chunk, Options, Run
+from autodiff.types import ChunkSize, OnError, Randomness
 
 
 def per_sample(
@@ -58,7 +52,8 @@ def per_sample(
     Args:
         func: a function of one sample: a transform such as ``hessian(loss)``, or any function of trees
             that returns a tree of tensors.
-        in_dims: where the samples are in each argument, as for :func:`vmap`.
+        in_dims: which dimension of each leaf counts the samples: an int for all, a tree that begins like the
+            positional arguments, with None for what samples share, or a dict from parameter names to such entries.
         chunk_size: how many samples to compute at once; ``"auto"`` learns it, None takes all.
         row_chunk_size: how many rows of a Hessian or Jacobian to compute at once where samples are
             taken one by one; ``"auto"`` learns it, and does so only where one sample is too large; a
@@ -69,7 +64,7 @@ def per_sample(
             in the order of :func:`autodiff.pytree.to_matrix`.
         on_error: ``"raise"`` stops at a sample on which ``func`` fails or gives infinities or NaN;
             ``"nan"`` fills its result with NaN and lists it in ``report.failed``.
-        randomness: as for :func:`vmap`.
+        randomness: ``"error"`` forbids random operations, ``"different"`` draws for each sample, ``"same"`` once.
         progress: show a bar with samples per second and memory (needs tqdm).
 
     Returns:
@@ -136,8 +131,7 @@ class PerSample:
                 one file, any other a folder with a file for each tensor of the result. A run to a path that
                 was interrupted continues where it stopped when it is started again with the same function,
                 arguments and options, and computes the chunks that one run would have.
-            kwargs: ``func``'s keyword arguments, shared by all samples unless ``in_dims`` is a dict that
-                names them.
+            kwargs: ``func``'s keyword arguments, shared by all samples unless ``in_dims`` is a dict that names them.
 
         Returns:
             A tree like ``func``'s result, with the samples in front of every tensor. Tensors on disk are
@@ -155,9 +149,9 @@ class PerSample:
         Args:
             reduce: a function of one sample's result, such as ``torch.linalg.eigvalsh``. Where it cannot be
                 batched it is called sample by sample.
-            args: as for a call.
-            out: as for a call.
-            kwargs: as for a call.
+            args: ``func``'s positional arguments, with the samples, or one iterable of batches of the mapped ones.
+            out: where results go: nothing for new tensors, a tensor or array or a tree of them, or a path.
+            kwargs: ``func``'s keyword arguments.
 
         Returns:
             A tree like ``reduce``'s result, with the samples in front.
@@ -168,12 +162,11 @@ class PerSample:
     def stream(self, *args: Any, **kwargs: Any) -> Iterator[Chunk]:
         """The results, chunk by chunk, as a :class:`.Chunk` each.
 
-        While the next chunk is computed, the loop's own variable still refers to the last; ``memory`` counts
-        both.
+        While the next chunk is computed, the loop's own variable still refers to the last; ``memory`` counts both.
 
         Args:
-            args: as for a call.
-            kwargs: as for a call.
+            args: ``func``'s positional arguments, with the samples, or one iterable of batches of the mapped ones.
+            kwargs: ``func``'s keyword arguments.
 
         Returns:
             An iterator of chunks, in the order of the samples.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from autodiff.samples.plan import Plan
     from autodiff.samples.report import Report
     from autodiff.transforms.vmap import Mapped
+    from autodiff.types import OnError
 
 R = TypeVar("R")
-
-OnError: TypeAlias = Literal["raise", "nan"]
 
 
 @dataclass

@@ -24,8 +24,8 @@ from autodiff.transforms.vmap import Mapped
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from autodiff.core.batch import Randomness
     from autodiff.core.call import Call
+    from autodiff.types import Randomness
 
 
 class Evaluator:

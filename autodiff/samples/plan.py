@@ -15,8 +15,8 @@ from autodiff.errors import BudgetWarning
 if TYPE_CHECKING:
     import torch
 
-    from autodiff.core.chunks import ChunkSize
     from autodiff.core.memory import Meter
+    from autodiff.types import ChunkSize
 
 
 class Plan:

@@ -33,12 +33,11 @@ from autodiff.transforms.vmap import vmap
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from autodiff.core.batch import Randomness
-    from autodiff.core.chunks import ChunkSize
-    from autodiff.samples.engine import OnError, Piece
+    from autodiff.samples.engine import Piece
     from autodiff.samples.results import Template
     from autodiff.samples.sinks import Sink
     from autodiff.transforms.vmap import Mapped
+    from autodiff.types import ChunkSize, OnError, Randomness
 
     Reduce = Callable[[Any], Any]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -11,19 +12,15 @@ from torch.overrides import TorchFunctionMode
 
 from autodiff import _torch
 from autodiff.core import randomness, trees
-from autodiff.core.call import is_differentiable, refilled, spread, wraps
+from autodiff.core.call import Lift, is_differentiable, refilled, spread, wraps
 from autodiff.core.forward import push
 from autodiff.core.reverse import recording_once
 from autodiff.core.rules import Rules, attach, inplace_counts, is_tracked, rerecord
 from autodiff.errors import CaptureError, InPlaceError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from autodiff.core.call import Lift
+from autodiff.types import P, R
 
 
-def checkpoint(func: Callable[..., Any]) -> Callable[..., Any]:
+def checkpoint(func: Callable[P, R]) -> Callable[P, R]:
     """The same function, which is run again in the backward pass instead of remembering what it computed.
 
     Reverse mode keeps every intermediate result. Through a checkpointed function it keeps the arguments and

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from autodiff import checks
 from autodiff.core.call import Call, wraps
 from autodiff.core.chunks import sizes_for
-from autodiff.core.linearization import gradient, linearize_derivative
+from autodiff.core.linearization import Linearization, gradient, linearize_derivative
 from autodiff.core.products import products, restricted_to_outputs, split_rows
 from autodiff.core.seeds import StandardBasis, zeros
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from autodiff.core.call import Argnums, Wrt
-    from autodiff.core.chunks import ChunkSize
-    from autodiff.core.linearization import Linearization
+from autodiff.types import Argnums, ChunkSize, P, Wrt
 
 # Rows of a Hessian that are pulled at a time where nobody says.
 _ROWS = 64
 
 
 def hessian_diagonal(
-    func: Callable[..., Any],
+    func: Callable[P, Any],
     argnums: Argnums = 0,
     *,
     has_aux: bool = False,
     chunk_size: ChunkSize = _ROWS,
     wrt: Wrt = None,
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     r"""Diagonal of the Hessian of a scalar function.
 
     .. math:: \operatorname{hessian\_diagonal}(f)(x)_i = \partial^2 f / \partial x_i^2
@@ -47,14 +41,12 @@ def hessian_diagonal(
     tensor([12., 12.])
 
     Args:
-        func: a function of one or more trees that returns one real tensor of shape ``()``, or a pair
-            ``(value, aux)`` if ``has_aux``.
+        func: a function of trees that returns one real tensor of shape ``()``.
         argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(value, aux)``.
         chunk_size: how many rows to pull in one batch; None pulls all of a leaf, 1 pulls row by row without
             vmap, ``"auto"`` learns from the first rows how many fit in half of the free memory.
-        wrt: which leaves of these arguments to differentiate, by patterns of their places, as for
-            :func:`autodiff.grad`.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         A function of ``func``'s arguments that returns a tree like the selected argument (a tuple of trees
@@ -76,13 +68,13 @@ def hessian_diagonal(
 
 
 def hessian_block_diagonal(
-    func: Callable[..., Any],
+    func: Callable[P, Any],
     argnums: Argnums = 0,
     *,
     has_aux: bool = False,
     chunk_size: ChunkSize = None,
     wrt: Wrt = None,
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     r"""Blocks of the Hessian of a scalar function that belong to one leaf each.
 
     .. math:: \operatorname{hessian\_block\_diagonal}(f)(x)_l = \partial^2 f / \partial x_l \, \partial x_l
@@ -96,11 +88,12 @@ def hessian_block_diagonal(
             [24.,  6.]]), 'b': tensor(0.)}
 
     Args:
-        func: as for :func:`hessian_diagonal`.
-        argnums: as for :func:`hessian_diagonal`.
+        func: a function of trees that returns one real tensor of shape ``()``.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(value, aux)``.
-        chunk_size: as for :func:`hessian_diagonal`.
-        wrt: as for :func:`hessian_diagonal`.
+        chunk_size: how many rows to pull in one batch; None pulls all of a leaf, 1 pulls row by row without
+            vmap, ``"auto"`` learns from the first rows how many fit in half of the free memory.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         A function of ``func``'s arguments that returns a tree like the selected argument (a tuple of trees
@@ -125,13 +118,13 @@ def hessian_block_diagonal(
 
 
 def hessian_trace(
-    func: Callable[..., Any],
+    func: Callable[P, Any],
     argnums: Argnums = 0,
     *,
     has_aux: bool = False,
     chunk_size: ChunkSize = _ROWS,
     wrt: Wrt = None,
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     r"""Trace of the Hessian of a scalar function: its Laplacian.
 
     .. math:: \operatorname{hessian\_trace}(f)(x) = \sum_i \partial^2 f / \partial x_i^2 = \Delta f(x)
@@ -143,11 +136,12 @@ def hessian_trace(
     tensor(18.)
 
     Args:
-        func: as for :func:`hessian_diagonal`.
-        argnums: as for :func:`hessian_diagonal`.
+        func: a function of trees that returns one real tensor of shape ``()``.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(value, aux)``.
-        chunk_size: as for :func:`hessian_diagonal`.
-        wrt: as for :func:`hessian_diagonal`.
+        chunk_size: how many rows to pull in one batch; None pulls all of a leaf, 1 pulls row by row without
+            vmap, ``"auto"`` learns from the first rows how many fit in half of the free memory.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         A function of ``func``'s arguments that returns a tensor of shape ``()`` and the differentiated

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Generic, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -21,18 +22,19 @@ from autodiff.core.call import is_differentiable, spread, wraps
 from autodiff.core.rules import Rules, attach, inplace_counts, is_tracked
 from autodiff.core.specs import TensorSpec
 from autodiff.core.transpose import transposed
+from autodiff.core.trees import Spec
 from autodiff.transforms import custom_checks
+from autodiff.types import NondiffArgnums, P, R
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from autodiff.core.trees import Spec
-
-    Vectors: TypeAlias = Sequence[Tensor | None]
-
-NondiffArgnums: TypeAlias = int | str | tuple[int | str, ...]
+Vectors: TypeAlias = Sequence[Tensor | None]
 
 
+@overload
+def custom_vjp(func: Callable[P, R], nondiff_argnums: NondiffArgnums = ()) -> CustomVjp[P, R]: ...
+@overload
+def custom_vjp(
+    func: None = None, nondiff_argnums: NondiffArgnums = ()
+) -> Callable[[Callable[P, R]], CustomVjp[P, R]]: ...
 def custom_vjp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffArgnums = ()) -> Any:
     r"""A function whose pullback is given by a rule, as in JAX.
 
@@ -62,7 +64,7 @@ def custom_vjp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffA
             ``bwd``, and ``fwd`` gets all arguments in their order.
 
     Returns:
-        The function, with a method ``defvjp(fwd, bwd)``. Without ``func``, a decorator.
+        The function as a :class:`.CustomVjp`, with the method ``defvjp(fwd, bwd)``. Without ``func``, a decorator.
 
     Raises:
         RuleError: when it is called or differentiated: there is no rule yet; a rule returns another structure,
@@ -79,6 +81,12 @@ def custom_vjp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffA
     )
 
 
+@overload
+def custom_jvp(func: Callable[P, R], nondiff_argnums: NondiffArgnums = ()) -> CustomJvp[P, R]: ...
+@overload
+def custom_jvp(
+    func: None = None, nondiff_argnums: NondiffArgnums = ()
+) -> Callable[[Callable[P, R]], CustomJvp[P, R]]: ...
 def custom_jvp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffArgnums = ()) -> Any:
     r"""A function whose pushforward is given by a rule, as in JAX.
 
@@ -102,17 +110,19 @@ def custom_jvp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffA
     tensor(1.)
 
     Args:
-        func: as for :func:`custom_vjp`.
-        nondiff_argnums: the arguments that are not differentiated, by position or name. They come first in
-            the rule.
+        func: a function of trees that returns a tree. Arguments may be passed by keyword; rules get them
+            by position, with the defaults filled in. Leaves that are no floating or complex tensors are static.
+        nondiff_argnums: the arguments that are not differentiated, by position or name. They come first in the rule.
 
     Returns:
-        The function, with the methods ``defjvp(rule)`` and ``defjvps(*rules)``: one rule for each argument,
-        ``rule(tangent, output, *args)``, or None for one that the output does not depend on. Without
+        The function as a :class:`.CustomJvp`, with the methods ``defjvp(rule)`` and ``defjvps(*rules)``: one rule for
+        each argument, ``rule(tangent, output, *args)``, or None for one that the output does not depend on. Without
         ``func``, a decorator.
 
     Raises:
-        RuleError: as for :func:`custom_vjp`.
+        RuleError: when it is called or differentiated: there is no rule yet; a rule returns another structure,
+            shape or dtype; ``func`` writes in place to an argument that is differentiated, or reaches a
+            differentiated tensor that is no argument, or one in ``nondiff_argnums``.
         ArgnumsError: ``nondiff_argnums`` names no parameter.
 
     The interface is that of ``jax.custom_jvp``.
@@ -124,14 +134,15 @@ def custom_jvp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffA
     )
 
 
-class Custom(ABC):
-    """What the two have in common: one custom_call, its arguments as tensors, and the check of what a rule gives."""
+class Custom(ABC, Generic[P, R]):
+    """What the two have in common: one call, its arguments as tensors, and the check of what a rule gives."""
 
     name: str
 
-    def __init__(self, func: Callable[..., Any], nondiff_argnums: NondiffArgnums = ()) -> None:
+    def __init__(self, func: Callable[P, R], nondiff_argnums: NondiffArgnums = ()) -> None:
         wraps(func)(self)
-        self.func, self.shown = func, getattr(func, "__name__", type(func).__name__)
+        self.func: Callable[..., R] = func
+        self.shown = getattr(func, "__name__", type(func).__name__)
         try:
             self._signature: inspect.Signature | None = inspect.signature(func)
         except (TypeError, ValueError):
@@ -145,7 +156,7 @@ class Custom(ABC):
         return self if instance is None else MethodType(self, instance)
 
     @traced_inline_only
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The function's value, which knows its derivatives."""
         custom_checks.untraced_call(self.name, self.shown)
         custom_call = CustomCall(self, self._positional(args, kwargs))
@@ -155,7 +166,7 @@ class Custom(ABC):
         return self._differentiated(custom_call)
 
     @abstractmethod
-    def _differentiated(self, custom_call: CustomCall) -> Any:
+    def _differentiated(self, custom_call: CustomCall) -> R:
         """The output, tied to the arguments by the rule."""
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -173,7 +184,7 @@ class Custom(ABC):
 class CustomCall:
     """One call of a custom function. ``saved``: all tensors among its arguments, the differentiated ones first."""
 
-    def __init__(self, custom: Custom, args: tuple[Any, ...]) -> None:
+    def __init__(self, custom: Custom[..., Any], args: tuple[Any, ...]) -> None:
         self.custom, self.args = custom, args
         picked = [i for i in range(len(args)) if i not in custom.nondiff]
         self._order = [*picked, *sorted(set(range(len(args))) - set(picked))]
@@ -243,7 +254,7 @@ class CustomCall:
 class Output:
     """An output as leaves, those that are differentiated apart."""
 
-    def __init__(self, custom: Custom, tree: Any) -> None:
+    def __init__(self, custom: Custom[..., Any], tree: Any) -> None:
         self._custom = custom
         self.leaves, self.spec = trees.flatten(tree)
         self.where = [i for i, leaf in enumerate(self.leaves) if is_differentiable(leaf)]
@@ -273,7 +284,7 @@ class Output:
         return trees.unflatten(self.spec, attach(rules, leaves, saved))
 
 
-def _like(custom: Custom, kind: str, tree: Any, spec: Spec, root: str) -> list[Any]:
+def _like(custom: Custom[..., Any], kind: str, tree: Any, spec: Spec, root: str) -> list[Any]:
     values = trees.broadcast(tree, spec)
     if values is None or any(value is not None and not exact for value, exact in values):
         custom_checks.raise_wrong_rule_structure(
@@ -283,7 +294,7 @@ def _like(custom: Custom, kind: str, tree: Any, spec: Spec, root: str) -> list[A
 
 
 def _vector(
-    custom: Custom, kind: str, value: Any, like: Tensor | TensorSpec, spec: Spec, position: int
+    custom: Custom[..., Any], kind: str, value: Any, like: Tensor | TensorSpec, spec: Spec, position: int
 ) -> Tensor | None:
     if value is None:
         return None
@@ -293,17 +304,17 @@ def _vector(
     return value
 
 
-class CustomVjp(Custom):
-    """A function with a pullback of its own; see :func:`custom_vjp`."""
+class CustomVjp(Custom[P, R]):
+    """A function with a pullback of its own, which :func:`autodiff.custom_vjp` returns."""
 
     name = "custom_vjp"
 
-    def __init__(self, func: Callable[..., Any], nondiff_argnums: NondiffArgnums = ()) -> None:
+    def __init__(self, func: Callable[P, R], nondiff_argnums: NondiffArgnums = ()) -> None:
         super().__init__(func, nondiff_argnums)
         self.fwd: Callable[..., Any] | None = None
         self.bwd: Callable[..., Any] | None = None
 
-    def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
+    def defvjp(self, fwd: Callable[..., tuple[R, Any]], bwd: Callable[..., tuple[Any, ...]]) -> None:
         """Set the rules: ``fwd(*args) -> (output, residuals)``, ``bwd(*nondiff, residuals, cotangent)``."""
         self.fwd, self.bwd = fwd, bwd
 
@@ -321,7 +332,7 @@ class CustomVjp(Custom):
 class _ByPullback(Rules):
     def __init__(
         self,
-        custom: CustomVjp,
+        custom: CustomVjp[..., Any],
         custom_call: CustomCall,
         output: Output,
         residuals: tuple[list[Any], Spec],
@@ -354,12 +365,12 @@ class _ByPullback(Rules):
         return transposed(pull, self._output.zeros())(tangents)
 
 
-class CustomJvp(Custom):
-    """A function with a pushforward of its own; see :func:`custom_jvp`."""
+class CustomJvp(Custom[P, R]):
+    """A function with a pushforward of its own, which :func:`autodiff.custom_jvp` returns."""
 
     name = "custom_jvp"
 
-    def __init__(self, func: Callable[..., Any], nondiff_argnums: NondiffArgnums = ()) -> None:
+    def __init__(self, func: Callable[P, R], nondiff_argnums: NondiffArgnums = ()) -> None:
         super().__init__(func, nondiff_argnums)
         self.rule: Callable[..., Any] | None = None
 
@@ -373,7 +384,7 @@ class CustomJvp(Custom):
         custom_checks.no_nondiff_argnums(self.name, self.shown, self.nondiff)
 
         def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-            output = self(*primals)
+            output = self(*primals)  # type: ignore[call-arg]  # the parameters are func's
             of_output, spec = trees.flatten(output)
             total: list[Any] = [None] * len(of_output)
             for one, tangent in zip(rules, tangents, strict=True):
@@ -392,7 +403,7 @@ class CustomJvp(Custom):
 
 
 class _ByPushforward(Rules):
-    def __init__(self, custom: CustomJvp, custom_call: CustomCall, output: Output) -> None:
+    def __init__(self, custom: CustomJvp[..., Any], custom_call: CustomCall, output: Output) -> None:
         self._custom, self._custom_call, self._output = custom, custom_call, output
 
     def push(self, saved: Sequence[Tensor], tangents: Vectors) -> Vectors:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never
+from typing import Any, assert_never
 
 import torch
+from torch import Tensor
 
 from autodiff import checks
+from autodiff.core.call import Call
 from autodiff.core.chunks import Sizes
+from autodiff.core.linearization import Linearization
 from autodiff.core.products import products
 from autodiff.core.seeds import Given, StandardBasis, size_of, zeros
 from autodiff.transforms.curvature import from_gradient
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from autodiff.core.call import Argnums, Call, Wrt
-    from autodiff.core.linearization import Linearization
-
-Which: TypeAlias = Literal["LA", "SA", "LM"]
+from autodiff.types import Argnums, P, Which, Wrt
 
 # The Krylov space of k eigenvalues has so many blocks, of so many vectors more than k. Measured on spectra
 # of 400 and 2000 numbers and on Hessians of MLPs with 533 and 2890 parameters, as fractions of the norm:
@@ -38,7 +33,7 @@ _ROWS = 64
 
 
 def hessian_eigenvalues(
-    func: Callable[..., Any],
+    func: Callable[P, Any],
     k: int,
     argnums: Argnums = 0,
     *,
@@ -46,7 +41,7 @@ def hessian_eigenvalues(
     has_aux: bool = False,
     wrt: Wrt = None,
     iterations: int | None = None,
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     r"""The ``k`` outermost eigenvalues of the Hessian of a scalar function.
 
     .. math:: \nabla^2 f(x)\, v_i = \lambda_i v_i, \qquad \lambda_1 \ge \lambda_2 \ge \cdots
@@ -71,13 +66,13 @@ def hessian_eigenvalues(
     tensor([12.,  6.])
 
     Args:
-        func: as for :func:`hessian_diagonal`.
+        func: a function of trees that returns one real tensor of shape ``()``.
         k: how many eigenvalues, from 1 to P.
-        argnums: as for :func:`hessian_diagonal`.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         which: ``"LA"`` for the largest, descending; ``"SA"`` for the smallest, ascending; ``"LM"`` for the
             largest in magnitude, descending in it. These are SciPy's names.
         has_aux: whether ``func`` returns ``(value, aux)``.
-        wrt: as for :func:`hessian_diagonal`.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
         iterations: how many blocks the Krylov space has; None takes 20. It takes the memory of
             iterations x (k + 2) vectors.
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
+from torch import Tensor
 
 from autodiff import checks
 from autodiff._torch import traced_inline_only
 from autodiff.core.call import Call, wraps
 from autodiff.core.reverse import conjugated, record
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from autodiff.core.call import Argnums, Wrt
+from autodiff.types import A, Argnums, GradOptions, P, WithAux, Wrt
 
 
+@overload
+def grad(
+    func: WithAux[P, A], argnums: Argnums = 0, *, has_aux: Literal[True], **kw: Unpack[GradOptions]
+) -> WithAux[P, A]: ...
+@overload
+def grad(
+    func: Callable[P, Any], argnums: Argnums = 0, has_aux: bool = False, **kw: Unpack[GradOptions]
+) -> Callable[P, Any]: ...
 def grad(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -41,8 +45,7 @@ def grad(
     {'a': tensor(3.), 'b': None}
 
     Args:
-        func: a function of one or more trees that returns one real tensor of shape ``()``, or a pair
-            ``(value, aux)`` of it and anything else if ``has_aux``.
+        func: a function of trees that returns one real tensor of shape ``()``.
         argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(value, aux)``.
         holomorphic: differentiate a complex function of complex arguments, with one complex derivative.
@@ -52,10 +55,9 @@ def grad(
             The others pass through, and None stands for them in the result.
 
     Returns:
-        A function of ``func``'s arguments, keywords included. It returns a tree like the selected
-        argument (a tuple of trees for a tuple of ``argnums``) whose floating and complex leaves hold
-        the gradient, with the leaf's shape, dtype and device, and whose other leaves hold None. With
-        ``has_aux`` it returns ``(gradient, aux)``.
+        A function of ``func``'s arguments, keywords included. It returns a tree like the selected argument (a tuple
+        of trees for a tuple of ``argnums``) whose floating and complex leaves hold the gradient, with the leaf's
+        shape, dtype and device, and whose other leaves hold None. With ``has_aux`` it returns ``(gradient, aux)``.
 
     Raises:
         OutputError: the output is not one real scalar tensor (with ``holomorphic`` one scalar tensor).
@@ -79,6 +81,18 @@ def grad(
     return gradient
 
 
+@overload
+def value_and_grad(
+    func: Callable[P, Any], argnums: Argnums = 0, **kw: Unpack[GradOptions]
+) -> Callable[P, tuple[Tensor, Any]]: ...
+@overload
+def value_and_grad(
+    func: WithAux[P, A], argnums: Argnums = 0, *, has_aux: Literal[True], **kw: Unpack[GradOptions]
+) -> Callable[P, tuple[tuple[Tensor, A], Any]]: ...
+@overload
+def value_and_grad(
+    func: Callable[P, Any], argnums: Argnums = 0, has_aux: bool = False, **kw: Unpack[GradOptions]
+) -> Callable[P, Any]: ...
 def value_and_grad(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -97,12 +111,12 @@ def value_and_grad(
     (tensor(9.), tensor([ 3., 12.]))
 
     Args:
-        func: as for :func:`grad`.
-        argnums: as for :func:`grad`.
+        func: a function of trees that returns one real tensor of shape ``()``.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(value, aux)``.
-        holomorphic: as for :func:`grad`.
-        strict: as for :func:`grad`.
-        wrt: as for :func:`grad`.
+        holomorphic: differentiate a complex function of complex arguments, with one complex derivative.
+        strict: raise where the value does not depend on a leaf, instead of giving zeros.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         A function that returns ``(value, gradient)``, and ``((value, aux), gradient)`` with
@@ -126,6 +140,18 @@ def value_and_grad(
     return valued
 
 
+@overload
+def grad_and_value(
+    func: Callable[P, Any], argnums: Argnums = 0, **kw: Unpack[GradOptions]
+) -> Callable[P, tuple[Any, Tensor]]: ...
+@overload
+def grad_and_value(
+    func: WithAux[P, A], argnums: Argnums = 0, *, has_aux: Literal[True], **kw: Unpack[GradOptions]
+) -> Callable[P, tuple[Any, tuple[Tensor, A]]]: ...
+@overload
+def grad_and_value(
+    func: Callable[P, Any], argnums: Argnums = 0, has_aux: bool = False, **kw: Unpack[GradOptions]
+) -> Callable[P, Any]: ...
 def grad_and_value(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -144,16 +170,15 @@ def grad_and_value(
     (tensor([ 3., 12.]), tensor(9.))
 
     Args:
-        func: as for :func:`grad`.
-        argnums: as for :func:`grad`.
+        func: a function of trees that returns one real tensor of shape ``()``.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(value, aux)``.
-        holomorphic: as for :func:`grad`.
-        strict: as for :func:`grad`.
-        wrt: as for :func:`grad`.
+        holomorphic: differentiate a complex function of complex arguments, with one complex derivative.
+        strict: raise where the value does not depend on a leaf, instead of giving zeros.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
-        A function that returns ``(gradient, value)``, and ``(gradient, (value, aux))`` with
-        ``has_aux``.
+        A function that returns ``(gradient, value)``, and ``(gradient, (value, aux))`` with ``has_aux``.
 
     Raises:
         OutputError: the output is not one real scalar tensor (with ``holomorphic`` one scalar tensor).

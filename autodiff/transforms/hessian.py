@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import Any, Literal, Unpack, cast, overload
 
 import torch
+from torch import Tensor
 
 from autodiff import checks
 from autodiff._torch import compiling
-from autodiff.core.call import Call
+from autodiff.core.call import Call, Lift
 from autodiff.core.chunks import Sizes
 from autodiff.core.forward import push
 from autodiff.core.linearization import Linearization, derivative, gradient, linearize, linearize_derivative
-from autodiff.core.reverse import lifted_by
+from autodiff.core.products import Blocks
+from autodiff.core.reverse import FlatFunction, Tape, lifted_by
 from autodiff.transforms.jacobian import Jacobian
-from autodiff.transforms.mode_combinations import first_supported
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from autodiff.core.call import Argnums, Lift, Wrt
-    from autodiff.core.chunks import ChunkSize
-    from autodiff.core.products import Blocks
-    from autodiff.core.reverse import FlatFunction, Tape
-    from autodiff.transforms.mode_combinations import Mode
-
-HvpMode: TypeAlias = Literal["auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward"]
-HessianMode: TypeAlias = HvpMode | Literal["forward-over-forward"]
+from autodiff.transforms.mode_combinations import Mode, first_supported
+from autodiff.types import A, Argnums, ChunkSize, HessianMode, HessianOptions, HvpMode, P, Trees, WithAux, Wrt
 
 _HVP_MODES = ("auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward")
 _HESSIAN_MODES = (*_HVP_MODES, "forward-over-forward")
 
 
+@overload
+def hessian(
+    func: WithAux[P, A], argnums: Argnums = 0, *, has_aux: Literal[True], **kw: Unpack[HessianOptions]
+) -> WithAux[P, A]: ...
+@overload
+def hessian(
+    func: Callable[P, Any], argnums: Argnums = 0, *, has_aux: bool = False, **kw: Unpack[HessianOptions]
+) -> Callable[P, Any]: ...
 def hessian(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -62,7 +60,7 @@ def hessian(
 
     Args:
         func: a function of trees that returns a tree of floating or complex tensors (for the usual
-            Hessian one tensor of shape ``()``), or a pair ``(output, aux)`` if ``has_aux``.
+            Hessian one tensor of shape ``()``).
         argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         mode: ``"reverse-over-reverse"``, ``"forward-over-reverse"``, ``"reverse-over-forward"`` or
             ``"forward-over-forward"``: the outer mode over the inner one; or ``"auto"``, the first of these
@@ -73,8 +71,7 @@ def hessian(
         holomorphic: differentiate a complex function of complex arguments.
         strict: raise where an output or its derivative does not depend on a leaf, as that of a linear
             function does, instead of giving zeros.
-        wrt: which leaves of these arguments to differentiate, by patterns of their places, as for
-            :func:`autodiff.grad`.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         A function of ``func``'s arguments that returns a tree like the output, holding at every leaf a
@@ -196,14 +193,26 @@ class Hessian(Jacobian):
         return [block for of_output in blocks for block in of_output], aux
 
 
+@overload
+def hvp(
+    func: Callable[..., Any], primals: Trees, tangents: Trees, *, mode: HvpMode = "auto"
+) -> tuple[Tensor, Any]: ...
+@overload
+def hvp(
+    func: WithAux[..., A], primals: Trees, tangents: Trees, *, mode: HvpMode = "auto", has_aux: Literal[True]
+) -> tuple[Tensor, Any, A]: ...
+@overload
+def hvp(
+    func: Callable[..., Any], primals: Trees, tangents: Trees, *, mode: HvpMode = "auto", has_aux: bool = ...
+) -> Trees: ...
 def hvp(
     func: Callable[..., Any],
-    primals: tuple[Any, ...],
-    tangents: tuple[Any, ...],
+    primals: Trees,
+    tangents: Trees,
     *,
     mode: HvpMode = "auto",
     has_aux: bool = False,
-) -> tuple[Any, ...]:
+) -> Trees:
     r"""Value of a scalar function and the product of its Hessian with a vector, without the Hessian.
 
     .. math:: \operatorname{hvp}(f, x, t) = (f(x),\; \nabla^2 f(x)\, t)
@@ -215,8 +224,7 @@ def hvp(
     (tensor(9.), tensor([  6., 120.]))
 
     Args:
-        func: a function of the primals that returns one real tensor of shape ``()``, or a pair
-            ``(value, aux)`` if ``has_aux``.
+        func: a function of the primals that returns one real tensor of shape ``()``.
         primals: a tuple of ``func``'s positional arguments, each any tree.
         tangents: a tuple of the same structure, with a tensor of the leaf's shape and dtype at every
             floating and complex leaf.

@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, Literal, NamedTuple, Self, Unpack, overload
 
 import torch
+from torch import Tensor
 
 from autodiff import checks
 from autodiff._torch import compiling, traced_inline_only
 from autodiff.core.batch import without_row_batch
-from autodiff.core.call import Call, wraps
+from autodiff.core.call import Call, Lift, wraps
 from autodiff.core.chunks import Sizes, sizes_for
 from autodiff.core.forward import push
-from autodiff.core.linearization import linearize
-from autodiff.core.products import blocks_by_rows, blocks_from_columns, products, restricted_to_outputs
+from autodiff.core.linearization import Linearization, linearize
+from autodiff.core.products import (
+    Blocks,
+    Product,
+    blocks_by_rows,
+    blocks_from_columns,
+    products,
+    restricted_to_outputs,
+)
 from autodiff.core.randomness import remember_randomness
-from autodiff.core.reverse import conjugated
+from autodiff.core.reverse import FlatFunction, conjugated
 from autodiff.core.seeds import StandardBasis, size_of, zeros
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from autodiff.core.batch import Randomness
-    from autodiff.core.call import Argnums, Lift, Wrt
-    from autodiff.core.chunks import ChunkSize
-    from autodiff.core.linearization import Linearization
-    from autodiff.core.products import Blocks, Product
-    from autodiff.core.reverse import FlatFunction
-
-JacobianMode: TypeAlias = Literal["auto", "reverse", "forward"]
+from autodiff.types import (
+    A,
+    Argnums,
+    ChunkSize,
+    JacfwdOptions,
+    JacobianMode,
+    JacobianOptions,
+    JacrevOptions,
+    P,
+    Randomness,
+    WithAux,
+    Wrt,
+)
 
 
 class RowRange(NamedTuple):
@@ -219,6 +227,14 @@ class Jacobian:
                     checks.raise_independent(call.name, *paths, output=position, primal=index)
 
 
+@overload
+def jacrev(
+    func: WithAux[P, A], argnums: Argnums = 0, *, has_aux: Literal[True], **kw: Unpack[JacrevOptions]
+) -> WithAux[P, A]: ...
+@overload
+def jacrev(
+    func: Callable[P, Any], argnums: Argnums = 0, *, has_aux: bool = False, **kw: Unpack[JacrevOptions]
+) -> Callable[P, Any]: ...
 def jacrev(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -239,17 +255,14 @@ def jacrev(
             [5., 0., 2.]])
 
     Args:
-        func: a function of trees that returns a tree of floating or complex tensors, or a pair
-            ``(output, aux)`` if ``has_aux``.
+        func: a function of trees that returns a tree of floating or complex tensors.
         argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(output, aux)``.
-        chunk_size: how many rows to pull in one batch; None pulls all, 1 pulls row by row without vmap,
-            ``"auto"`` learns from the first rows how many fit in half of the free memory. The function
-            runs once in any case.
+        chunk_size: how many rows to pull in one batch; None pulls all, 1 pulls row by row without vmap, ``"auto"``
+            learns from the first rows how many fit in half of the free memory. The function runs once in any case.
         holomorphic: differentiate a complex function of complex arguments, with one complex derivative.
         strict: raise where an output does not depend on a leaf, instead of giving zeros.
-        wrt: which leaves of these arguments to differentiate, by patterns of their places, as for
-            :func:`autodiff.grad`.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         A function of ``func``'s arguments that returns a tree like the output, holding at every leaf a
@@ -277,6 +290,14 @@ def jacrev(
     ).public()
 
 
+@overload
+def jacfwd(
+    func: WithAux[P, A], argnums: Argnums = 0, *, has_aux: Literal[True], **kw: Unpack[JacfwdOptions]
+) -> WithAux[P, A]: ...
+@overload
+def jacfwd(
+    func: Callable[P, Any], argnums: Argnums = 0, has_aux: bool = False, **kw: Unpack[JacfwdOptions]
+) -> Callable[P, Any]: ...
 def jacfwd(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -298,16 +319,16 @@ def jacfwd(
             [5., 0., 2.]])
 
     Args:
-        func: as for :func:`jacrev`.
-        argnums: as for :func:`jacrev`.
+        func: a function of trees that returns a tree of floating or complex tensors.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         has_aux: whether ``func`` returns ``(output, aux)``.
         randomness: ``"same"`` lets ``func`` draw random numbers; one draw serves all columns, also with
             ``"different"``, since all columns are derivatives of one function. ``"error"`` forbids it.
         chunk_size: how many columns to push in one batch; None pushes all, ``"auto"`` learns how many
             fit. The function runs once for every chunk, with the same random numbers.
-        holomorphic: as for :func:`jacrev`.
+        holomorphic: differentiate a complex function of complex arguments, with one complex derivative.
         strict: raise where an output does not depend on the selected arguments.
-        wrt: as for :func:`jacrev`.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         What :func:`jacrev` returns, with blocks of the output's dtype.
@@ -333,6 +354,14 @@ def jacfwd(
     ).public()
 
 
+@overload
+def jacobian(
+    func: WithAux[P, A], argnums: Argnums = 0, *, has_aux: Literal[True], **kw: Unpack[JacobianOptions]
+) -> WithAux[P, A]: ...
+@overload
+def jacobian(
+    func: Callable[P, Any], argnums: Argnums = 0, *, has_aux: bool = False, **kw: Unpack[JacobianOptions]
+) -> Callable[P, Any]: ...
 def jacobian(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -356,15 +385,14 @@ def jacobian(
     tensor([ 1.,  4., 12.])
 
     Args:
-        func: as for :func:`jacrev`.
-        argnums: as for :func:`jacrev`.
+        func: a function of trees that returns a tree of floating or complex tensors.
+        argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         mode: ``"auto"``, ``"reverse"`` (:func:`jacrev`) or ``"forward"`` (:func:`jacfwd`).
         has_aux: whether ``func`` returns ``(output, aux)``.
         chunk_size: how many rows or columns to compute in one batch; ``"auto"`` learns how many fit.
-        holomorphic: as for :func:`jacrev`.
+        holomorphic: differentiate a complex function of complex arguments, with one complex derivative.
         strict: raise where an output does not depend on a leaf, instead of giving zeros.
-        wrt: which leaves of these arguments to differentiate, by patterns of their places, as for
-            :func:`autodiff.grad`.
+        wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
         What :func:`jacrev` returns.

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 from autodiff import checks
 from autodiff.core.call import Call
 from autodiff.core.forward import push
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from autodiff.types import A, R, Trees
 
 
+@overload
+def jvp(func: Callable[..., R], primals: Trees, tangents: Trees, *, strict: bool = False) -> tuple[R, R]: ...
+@overload
+def jvp(
+    func: Callable[..., tuple[R, A]],
+    primals: Trees,
+    tangents: Trees,
+    *,
+    strict: bool = False,
+    has_aux: Literal[True],
+) -> tuple[R, R, A]: ...
+@overload
+def jvp(
+    func: Callable[..., Any], primals: Trees, tangents: Trees, *, strict: bool = False, has_aux: bool = False
+) -> Trees: ...
 def jvp(
     func: Callable[..., Any],
-    primals: tuple[Any, ...],
-    tangents: tuple[Any, ...],
+    primals: Trees,
+    tangents: Trees,
     *,
     strict: bool = False,
     has_aux: bool = False,
-) -> tuple[Any, ...]:
+) -> Trees:
     r"""Value of a function and its directional derivative, in one evaluation by forward mode.
 
     .. math:: \operatorname{jvp}(f, x, t) = (f(x),\; J_f(x)\, t)
@@ -29,8 +43,7 @@ def jvp(
     (tensor([ 9., 16.]), tensor([6., 4.]))
 
     Args:
-        func: a function of the primals that returns a tree of floating or complex tensors, or a pair
-            ``(output, aux)`` if ``has_aux``.
+        func: a function of the primals that returns a tree of floating or complex tensors.
         primals: a tuple of ``func``'s positional arguments, each any tree.
         tangents: a tuple of the same structure, with a tensor of the leaf's shape and dtype at every
             floating and complex leaf; what stands at other leaves is ignored.

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from autodiff import checks
 from autodiff.core.call import Call
 from autodiff.core.linearization import linearize as linearize_flat
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from autodiff.types import R
 
 
-def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+def linearize(func: Callable[..., R], *primals: Any) -> tuple[R, Callable[..., R]]:
     r"""Value of a function, and its derivative as a linear function of the tangents.
 
     .. math:: \operatorname{linearize}(f, x) = (f(x),\; t \mapsto J_f(x)\, t)
 
-    ``func`` runs once, and its Python control flow once with it; each product then costs about one
-    backward pass. The pullback of a function is linear in its cotangent, so the pullback of the
-    pullback is the derivative itself (J. Townsend, "A new trick for calculating Jacobian vector
-    products", 2017).
+    ``func`` runs once, and its Python control flow once with it; each product then costs about one backward pass. The
+    pullback of a function is linear in its cotangent, so the pullback of the pullback is the derivative itself (J.
+    Townsend, "A new trick for calculating Jacobian vector products", 2017).
 
     >>> import torch
     >>> value, pushforward = linearize(torch.sin, torch.zeros(2))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 from autodiff import checks
 from autodiff.core.call import Call
 from autodiff.core.reverse import record
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from autodiff.types import A, R, Trees
 
 
+@overload
+def vjp(func: Callable[..., R], *primals: Any, strict: bool = False) -> tuple[R, Callable[..., Any]]: ...
+@overload
 def vjp(
-    func: Callable[..., Any], *primals: Any, has_aux: bool = False, strict: bool = False
-) -> tuple[Any, ...]:
+    func: Callable[..., tuple[R, A]], *primals: Any, has_aux: Literal[True], strict: bool = False
+) -> tuple[R, Callable[..., Any], A]: ...
+@overload
+def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, strict: bool = False) -> Trees: ...
+def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, strict: bool = False) -> Trees:
     r"""Value of a function, and the pullback that takes cotangents of it to cotangents of its inputs.
 
     .. math:: \operatorname{vjp}(f, x) = (f(x),\; v \mapsto v^\top J_f(x))
@@ -25,19 +30,17 @@ def vjp(
     (tensor([1., 3.]),)
 
     Args:
-        func: a function of the primals that returns a tree of floating or complex tensors, or a pair
-            ``(output, aux)`` if ``has_aux``.
+        func: a function of the primals that returns a tree of floating or complex tensors.
         primals: ``func``'s positional arguments, each any tree.
         has_aux: whether ``func`` returns ``(output, aux)``.
         strict: let the pullback raise where no output depends on a leaf, instead of giving zeros.
 
     Returns:
         ``(output, pullback)``, and ``(output, pullback, aux)`` with ``has_aux``.
-        ``pullback(cotangents, retain_graph=True, create_graph=None)`` takes a tree like the output and
-        returns a tuple with a tree like each primal: the cotangent at floating and complex leaves, None
-        at others. It may be called any number of times, unless the last was with
-        ``retain_graph=False``. ``create_graph=None`` makes the result differentiable where somebody can
-        watch it.
+        ``pullback(cotangents, retain_graph=True, create_graph=None)`` takes a tree like the output and returns a
+        tuple with a tree like each primal: the cotangent at floating and complex leaves, None at others. It may be
+        called any number of times, unless the last was with ``retain_graph=False``. ``create_graph=None`` makes the
+        result differentiable where somebody can watch it.
 
     Raises:
         OutputError: the output is empty, or holds something else than floating or complex tensors.

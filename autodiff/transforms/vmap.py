@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -15,15 +16,8 @@ from autodiff.core import batch, trees
 from autodiff.core.call import parameter_names, wraps
 from autodiff.core.chunks import Chunks, Sizes, sizes_for
 from autodiff.core.randomness import has_drawn, random_state, remember_randomness, set_random_state
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from autodiff.core.batch import Randomness
-    from autodiff.core.chunks import ChunkSize
-    from autodiff.core.trees import Spec
-
-Fallback: TypeAlias = Literal["loop"] | None
+from autodiff.core.trees import Spec
+from autodiff.types import ChunkSize, Fallback, P, R, Randomness
 
 # By these words torch says that a function cannot be batched.
 _LOOP = (
@@ -33,14 +27,14 @@ _LOOP = (
 
 
 def vmap(
-    func: Callable[..., Any],
+    func: Callable[P, R],
     in_dims: Any = 0,
     out_dims: Any = 0,
     randomness: Randomness = "error",
     *,
     chunk_size: ChunkSize = None,
     fallback: Fallback = None,
-) -> Callable[..., Any]:
+) -> Callable[P, R]:
     r"""A function of one sample, made a function of a whole batch of them.
 
     .. math:: \operatorname{vmap}(f)(X)_n = f(X_n)
