@@ -34,7 +34,7 @@ from autodiff.transforms.vmap import vmap as vmap
 # Many samples, in bounded memory.
 from autodiff.samples.api import per_sample as per_sample
 
-# Derivatives of one's own, and memory for time.
+# Custom derivatives, and memory for time.
 from autodiff.transforms.custom import custom_vjp as custom_vjp
 from autodiff.transforms.custom import custom_jvp as custom_jvp
 from autodiff.transforms.checkpoint import checkpoint as checkpoint

@@ -146,7 +146,7 @@ def test_triple_equals_torch_func(names: tuple[str, ...], libraries: tuple[Any, 
 
 @pairs
 def test_pair_inside_plain_autograd(outer: str, inner: str) -> None:
-    """The result of a pair is watched by a backward() outside."""
+    """The result of a pair is tracked by a backward() outside."""
     x = X.clone().requires_grad_()
     result = OURS[outer](OURS[inner](base))(x)
     seed = weights(result.numel())

@@ -289,7 +289,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("wrapped", [False, True], ids=["on the ground", "in vmap"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["eagerly", "in vmap"])
 def test_torchs_jvp_that_leaves_the_level_first_is_an_error(wrapped: bool) -> None:
     """Never wrong numbers: torch's exit takes the tangents of every thread with it."""
     meeting = Meeting()

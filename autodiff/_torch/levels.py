@@ -63,7 +63,7 @@ def outside_transforms() -> Iterator[None]:
 def requires_grad_at_any_depth(tensor: Tensor) -> bool:
     """Whether the tensor, or any tensor inside its wrappers, requires grad.
 
-    A batched tensor's own ``requires_grad`` says False although the tensor under it is watched.
+    A batched tensor's own ``requires_grad`` says False although the tensor under it is tracked.
     """
     while not tensor.requires_grad:
         if not _functorch.is_functorch_wrapped_tensor(tensor):
@@ -148,7 +148,7 @@ def grad_level() -> Iterator[int]:
 
 
 def wrap(tensor: Tensor, level: int) -> Tensor:
-    """The tensor as a citizen of the level, not yet watched by it."""
+    """The tensor as a wrapper of the level, not yet tracked by it."""
     if _functorch.maybe_get_level(tensor) == level:
         return tensor
     return _functorch._wrap_for_grad(tensor, level)

@@ -116,7 +116,7 @@ def on_stack(kind: _functorch.TransformType) -> bool:
 def outside_inference_mode(tensor: Tensor) -> Tensor:
     """The tensor, or its clone where it was made in inference mode; call with that mode off.
 
-    Such a tensor can be neither watched nor saved for backward, and forward mode ignores it silently.
+    Such a tensor can be neither tracked nor saved for backward, and forward mode ignores it silently.
     """
     return tensor.clone() if tensor.is_inference() else tensor
 

@@ -183,7 +183,7 @@ class Chunks:
         """Keep a piece of result ``key``, for ``start`` to ``stop`` along ``dim``; None stands for zeros.
 
         Plain pieces go into one preallocated tensor, so that no second copy of the result is ever
-        made; pieces that are watched, wrapped, sparse, or unlike the first are concatenated in the end.
+        made; pieces that are tracked, wrapped, sparse, or unlike the first are concatenated in the end.
         """
         kept = self._pieces.setdefault(key, [])
         if piece is None:

@@ -1,4 +1,4 @@
-"""The API of ``torch.autograd.functional``, assembled from the transforms of floor 2.
+"""The API of ``torch.autograd.functional``, over linearizations and the transforms.
 
 >>> import torch
 >>> from autodiff.functional import hessian

@@ -74,7 +74,7 @@ class Contract:
         if not self.create_graph:
             return leaf.detach()
         # Without a leaf that requires grad, no result would carry a grad_fn. Inside a transform the
-        # transform decides what is watched.
+        # transform decides what is tracked.
         return leaf if leaf.requires_grad or not is_eager() else leaf.detach().requires_grad_()
 
     def call(self, func: Callable[..., Any]) -> Call:

@@ -32,6 +32,16 @@ class Fix(NamedTuple):
     mended: str | None = None
     thread: str | None = None
 
+    def tests_here(self) -> set[str]:
+        """The tests that fail without it on the installed torch: ``"name <2.15"`` is one up to a version."""
+        named = set()
+        for test in self.tests:
+            name, _, bound = test.partition(" ")
+            older = _torch.version < TorchVersion(bound.lstrip("<>="))
+            if not bound or older == bound.startswith("<"):
+                named.add(name)
+        return named
+
     @property
     def is_needed(self) -> bool:
         """Whether the installed torch needs it."""

@@ -100,6 +100,7 @@ FIXES = (
                 *(torch.linalg.solve, torch.linalg.solve_ex, torch.linalg.tensorsolve),
             ),
         ),
+        mended="2.15",
     ),
     Fix(
         "factors",
@@ -128,6 +129,7 @@ FIXES = (
         "the pullback of the pullback, inside other transforms",
         ("forward_over_reverse_of_eigenvalues_per_sample",),
         (_overrides(_inside_by_pullback, torch.linalg.eig, torch.linalg.eigvals),),
+        mended="2.15",
     ),
     Fix(
         "losses",
@@ -186,7 +188,7 @@ FIXES = (
         (
             "jvp_of_operations_without_forward_mode-index_reduce",
             "jvp_of_operations_without_forward_mode-cholesky",
-            "jvp_of_grid_sample",
+            "jvp_of_grid_sample <2.15",
         ),
         ((hooks.missing_forward_rule, {"override": _where_rule_is_missing}),),
     ),
@@ -205,11 +207,11 @@ FIXES = (
         "no rule in forward mode, nor for a second derivative",
         "a formula",
         (
-            "jvp_of_cdist",
+            "jvp_of_cdist <2.15",
             "hessian_of_cdist",
-            "another_order_of_modes-hessian-cdist",
-            "another_order_of_modes-hvp-cdist",
-            "jvp_of_operations_without_forward_mode-pdist",
+            "another_order_of_modes-hessian-cdist <2.15",
+            "another_order_of_modes-hvp-cdist <2.15",
+            "jvp_of_operations_without_forward_mode-pdist <2.15",
         ),
         (
             _overrides(_by_formula(formulas.cdist), torch.cdist),
@@ -280,6 +282,7 @@ FIXES = (
         (
             "jacrev_of_cdist",
             "jacrev_of_masked_select",
+            "another_order_of_modes-hessian-cdist >=2.15",
         ),
         (
             (

@@ -108,7 +108,7 @@ def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             if _torch.says(error, "a level that is gone"):
                 raise _captured_inside(func) from error
             raise
-        if not replaced.unused.isdisjoint(found.watched):
+        if not replaced.unused.isdisjoint(found.tracked):
             raise _captured_inside(func)
         return [leaf for leaf in result if is_differentiable(leaf)]
 
@@ -201,7 +201,7 @@ class _CapturedTensors(_ReplacedTensors):
         self.tensors: list[Tensor] = []
         self.shown: list[Tensor] = []
         self.versions: list[int] = []
-        self.watched: set[int] = set()
+        self.tracked: set[int] = set()
         self._around = [mode for mode in _torch.function_modes() if isinstance(mode, _ReplacedTensors)]
         self._levels = _torch.active_levels()
         self._token = object()
@@ -224,7 +224,7 @@ class _CapturedTensors(_ReplacedTensors):
         self.shown.append(shown)
         self.versions += inplace_counts([shown])
         if is_tracked(shown):
-            self.watched.add(id(tensor))
+            self.tracked.add(id(tensor))
         with _torch.WithoutFunctionModes():  # else those around would take what they show for captured
             constant = shown.detach()
         self._others[id(tensor)] = constant

@@ -1,4 +1,4 @@
-"""Functions with derivatives of one's own, at every order and under every transform.
+"""Functions with custom derivatives, at every order and under every transform.
 
 `Custom` lifts one custom_call of a function over trees; the two decorators say which rule there is, and how the
 other mode follows from it. Builds on `core` alone.
@@ -162,7 +162,7 @@ class Custom(ABC, Generic[P, R]):
         custom_call = CustomCall(self, self._positional(args, kwargs))
         if not any(map(is_tracked, custom_call.saved)):
             return self.func(*custom_call.args)
-        custom_call.refuse_watched_nondiff()
+        custom_call.refuse_tracked_nondiff()
         return self._differentiated(custom_call)
 
     @abstractmethod
@@ -243,7 +243,7 @@ class CustomCall:
             _vector(self.custom, "cotangent", value, tensor, self._spec, i) for value, tensor, i in pairs
         ] + [None] * len(self._constant)
 
-    def refuse_watched_nondiff(self) -> None:
+    def refuse_tracked_nondiff(self) -> None:
         """An argument that is not differentiated must not carry a derivative."""
         for position in self._constant:
             if is_tracked(self._leaves[position]):

@@ -62,7 +62,7 @@ def vmap(
             ``"same"`` draws once for all.
         chunk_size: how many samples to compute in one batch; None computes all, ``"auto"`` learns from
             the first samples how many fit in half of the free memory. Less takes less memory, unless the
-            results are watched: a captured parameter that requires grad keeps every graph.
+            results are tracked: a captured parameter that requires grad keeps every graph.
         fallback: ``"loop"`` runs a function that cannot be batched (it branches on data, or calls
             ``.item()``) sample by sample, also where that is the function of a transform inside, as in
             ``vmap(grad(f), fallback="loop")``, and where ``vmap`` itself is differentiated.
@@ -159,16 +159,16 @@ class Mapped:
 
     def blank(self) -> Mapped:
         """The same call with one sample of zeros."""
-        twin = copy.copy(self)
+        copied = copy.copy(self)
         pairs = zip(self.leaves, self.dims, strict=True)
-        twin.leaves = [
+        copied.leaves = [
             leaf
             if dim is None
             else leaf.new_zeros([1 if at == dim else n for at, n in enumerate(leaf.shape)])
             for leaf, dim in pairs
         ]
-        twin.size = 1
-        return twin
+        copied.size = 1
+        return copied
 
     def mapped_leaves(self) -> list[Any]:
         """The leaves that hold the samples, with the dimension where they are."""

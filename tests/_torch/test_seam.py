@@ -95,7 +95,7 @@ CONTRACTS = {
 
 
 def test_empty_stack_of_transforms_is_none() -> None:
-    """peek_interpreter_stack() is None on the ground: the tape rule's first question."""
+    """peek_interpreter_stack() is None eagerly: the tape rule's first question."""
     assert _functorch.peek_interpreter_stack() is None
     seen: list[Any] = []
     torch.func.vmap(lambda x: (seen.append(_functorch.peek_interpreter_stack()), x)[1])(X)
@@ -138,7 +138,7 @@ def test_stack_tells_the_sizes_of_its_batches() -> None:
 
 
 def test_wrappers_are_told_and_opened() -> None:
-    """is_functorch_wrapped_tensor() and get_unwrapped() lead to a watched tensor inside a wrapper."""
+    """is_functorch_wrapped_tensor() and get_unwrapped() lead to a tracked tensor inside a wrapper."""
     x = X.clone().requires_grad_()
     seen: list[Any] = []
 

@@ -131,10 +131,10 @@ def test_watched_unselected_argument_keeps_its_gradient() -> None:
         assert_close(by_y, 2 * X)
 
 
-@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("tracked", [False, True])
 @pytest.mark.parametrize("name", ["grad", "jacrev", "jacobian", "hessian"])
-def test_refused_write_to_an_argument_tells_the_way_out_once(name: str, watched: bool) -> None:
-    x = X.clone().requires_grad_(watched)
+def test_refused_write_to_an_argument_tells_the_way_out_once(name: str, tracked: bool) -> None:
+    x = X.clone().requires_grad_(tracked)
     with pytest.raises(RuntimeError, match="requires grad is being used in an in-place operation") as raised:
         getattr(ad, name)(lambda x: product(x.mul_(2)))(x)
     (note,) = raised.value.__notes__

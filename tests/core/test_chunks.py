@@ -31,9 +31,9 @@ def test_chunks_cover_the_batch_once(total: int, size: int | None, pieces: list[
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
-@pytest.mark.parametrize("watched", [False, True])
-def test_pieces_are_put_together_along_their_dim(dim: int, watched: bool) -> None:
-    whole = torch.arange(2.0 * 3 * 4).reshape(2, 3, 4).movedim(1, dim).contiguous().requires_grad_(watched)
+@pytest.mark.parametrize("tracked", [False, True])
+def test_pieces_are_put_together_along_their_dim(dim: int, tracked: bool) -> None:
+    whole = torch.arange(2.0 * 3 * 4).reshape(2, 3, 4).movedim(1, dim).contiguous().requires_grad_(tracked)
     chunks = Chunks(3, Sizes(2))
     chunks.each(
         lambda start, stop: whole.narrow(dim, start, stop - start),
@@ -41,7 +41,7 @@ def test_pieces_are_put_together_along_their_dim(dim: int, watched: bool) -> Non
     )
     result = chunks.assembled(7, dim)
     assert torch.equal(result, whole)
-    assert result.requires_grad is watched
+    assert result.requires_grad is tracked
 
 
 def test_result_without_pieces_is_none() -> None:
@@ -59,11 +59,11 @@ def test_chunked_result_is_written_in_place_once() -> None:
 
 
 def test_pieces_of_different_kinds_are_put_together_right() -> None:
-    """A plain piece, none, a watched one and one of another dtype: nothing is lost, nothing invented."""
+    """A plain piece, none, a tracked one and one of another dtype: nothing is lost, nothing invented."""
     rows = torch.arange(14.0).view(7, 2)
-    watched = rows[4:6].clone().requires_grad_()
+    tracked = rows[4:6].clone().requires_grad_()
     chunks = Chunks(7, Sizes(2))
-    for start, piece in ((0, rows[0:2]), (2, None), (4, watched), (6, rows[6:].double())):
+    for start, piece in ((0, rows[0:2]), (2, None), (4, tracked), (6, rows[6:].double())):
         chunks.add(0, start, min(start + 2, 7), piece)
     expected = torch.cat([rows[0:2], torch.zeros(2, 2), rows[4:]]).double()
     torch.testing.assert_close(chunks.assembled(0), expected, check_dtype=True)

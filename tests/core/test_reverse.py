@@ -1,4 +1,4 @@
-"""The tape rule: on the ground everything that works with backward() works inside a transform.
+"""The tape rule: eagerly everything that works with backward() works inside a transform.
 
 What torch.func refuses, and what these tests do, stands in docs/limitations.md.
 """

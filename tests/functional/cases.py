@@ -127,12 +127,12 @@ def _numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def one_tensor() -> dict[str, object]:
-    watched = _numbers(2).requires_grad_()
+    tracked = _numbers(2).requires_grad_()
     return {
         "plain": _numbers(2),
-        "requires grad": watched,
+        "requires grad": tracked,
         "tuple": (_numbers(2),),
-        "not a leaf": watched * 2,
+        "not a leaf": tracked * 2,
     }
 
 

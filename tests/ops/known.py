@@ -33,7 +33,7 @@ LEFT_OUT = {
 _SPARSE = "sparse.sampled_addmm sparse.mm.reduce"
 
 # A torch.library.custom_op, which torch runs as an autograd.Function of the old style: autodiff pulls
-# through it on the ground, and nothing can inside a level. Its pullback cannot be differentiated.
+# through it eagerly, and nothing can inside a level. Its pullback cannot be differentiated.
 _CUSTOM_OP = "nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none"
 
 # No forward-mode rule, and no second derivative that could serve instead; a sparse result.

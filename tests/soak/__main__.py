@@ -37,7 +37,7 @@ class Tally:
     """What is counted over all compositions."""
 
     returned: int = 0
-    watched: int = 0
+    tracked: int = 0
     by_differences: int = 0
     error: float = 0.0
     error_of_differences: float = 0.0
@@ -53,7 +53,7 @@ class Tally:
             self.raised[outcome.raised] += 1
             return
         self.returned += 1
-        self.watched += bool(outcome.composition.watched)
+        self.tracked += bool(outcome.composition.tracked)
         self.error = max(self.error, outcome.error)
         if outcome.by_differences is not None:
             self.by_differences += 1
@@ -110,7 +110,7 @@ def report(tally: Tally, grown: float, more: int, left: dict[str, object], secon
         f"transforms: {dict(tally.transforms.most_common())}",
         f"depths: {dict(sorted(tally.depths.items()))}",
         f"largest error: {tally.error:.1e} from raw autograd; {tally.error_of_differences:.1e} from differences, "
-        f"which checked {tally.by_differences}; {tally.watched} were watched from outside",
+        f"which checked {tally.by_differences}; {tally.tracked} were tracked from outside",
         f"memory: {grown:+.1f} MiB and {more:+d} tensors since the first tenth",
         f"left behind: {left or 'no level, no lock, no mode'}",
         f"failures: {tally.failures or 'none'}",

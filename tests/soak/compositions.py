@@ -58,7 +58,7 @@ class Composition:
     args: tuple[Tree, ...]
     mode: str
     by_keyword: int = 0
-    watched: list[Tensor] = field(default_factory=list)
+    tracked: list[Tensor] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
@@ -176,12 +176,12 @@ def _draw(draw: Draw, depth: int) -> Composition | None:
     without = _without(drawn, random=random, parameters=parameters)
     func = program(draw, kept, without, scalar=False)
     by_keyword = draw.integer(0, len(args)) if all(layer.keywords for layer in drawn) else 0
-    watched = [] if mode != "grad" or drawn[-1].detaches else _watched(func, args)
-    return Composition(func, drawn, needs, args, mode, by_keyword, watched)
+    tracked = [] if mode != "grad" or drawn[-1].detaches else _tracked(func, args)
+    return Composition(func, drawn, needs, args, mode, by_keyword, tracked)
 
 
-def _watched(func: Program, args: tuple[Tree, ...]) -> list[Tensor]:
-    return [*func.watched, *(leaf for leaf in active_leaves(args) if leaf.requires_grad)]
+def _tracked(func: Program, args: tuple[Tree, ...]) -> list[Tensor]:
+    return [*func.tracked, *(leaf for leaf in active_leaves(args) if leaf.requires_grad)]
 
 
 def _names(draw: Draw, depth: int) -> list[str]:
@@ -217,14 +217,14 @@ def _without(drawn: list[Layer], *, random: bool, parameters: bool) -> set[str]:
     names = [layer.name for layer in drawn]
     modes = "".join(layer.modes for layer in reversed(drawn))
     forward = "f" in modes
-    # These may take the pullback of a pullback for one derivative, and what is watched takes one more.
+    # These may take the pullback of a pullback for one derivative, and what is tracked takes one more.
     order = (
         len(modes) + sum(name in ("linearize", "jacobian", "functional.jvp") for name in names) + parameters
     )
     legal = {
         "random": random,
         "parameter": parameters,
-        # "Operations without a rule": a jvp on the ground, differentiated by a parameter in a closure.
+        # "Operations without a rule": a jvp eagerly, differentiated by a parameter in a closure.
         "softmax": not (forward and parameters),
         # "Silently wrong in torch": the third derivative in reverse mode.
         "layer_norm": order < 3,

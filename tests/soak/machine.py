@@ -106,14 +106,14 @@ def _what_comes_out(call: Callable[[], Tree]) -> BaseException | None:
 
 
 def _compared(draw: Draw, composition: Composition, result: Tree) -> Outcome:
-    """Compare with raw autograd, through what is watched too, and with differences where these are cheap."""
+    """Compare with raw autograd, through what is tracked too, and with differences where these are cheap."""
     expected = _plainly(composition, Rows())
     error = distance(result, expected)
     assert error < TOLERANCE, f"off by {error}"
     outcome = Outcome(composition, error=error)
-    if composition.watched:
-        error = _distance_of_gradients(result, expected, composition.watched)
-        assert error < TOLERANCE, f"the gradient by what is watched is off by {error}"
+    if composition.tracked:
+        error = _distance_of_gradients(result, expected, composition.tracked)
+        assert error < TOLERANCE, f"the gradient by what is tracked is off by {error}"
         outcome.error = max(outcome.error, error)
     elif not any(layer.options.get("create_graph") for layer in composition.layers):
         assert not any(leaf.requires_grad for leaf in active_leaves(result)), "a result requires grad"
@@ -144,16 +144,16 @@ def _distance_of_differences(composition: Composition, result: Tree) -> float | 
     raise AssertionError(f"off by {error} from differences")
 
 
-def _distance_of_gradients(result: Tree, expected: Tree, watched: Sequence[Tensor]) -> float:
+def _distance_of_gradients(result: Tree, expected: Tree, tracked: Sequence[Tensor]) -> float:
     """Of the gradients of both by what somebody outside watches."""
     gradients = []
     for tree in (result, expected):
         total = ravel(tree)
         total = total @ weights(tuple(total.shape))
         if not total.requires_grad:
-            gradients.append([None] * len(watched))
+            gradients.append([None] * len(tracked))
             continue
-        gradients.append(list(torch.autograd.grad(total, watched, allow_unused=True)))
-    pairs = zip(*gradients, watched, strict=True)
+        gradients.append(list(torch.autograd.grad(total, tracked, allow_unused=True)))
+    pairs = zip(*gradients, tracked, strict=True)
     filled = [tuple(torch.zeros_like(w) if g is None else g for g in (one, other)) for one, other, w in pairs]
     return distance([one for one, _ in filled], [other for _, other in filled], "gradients")

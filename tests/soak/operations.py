@@ -96,45 +96,45 @@ def _wide_vector(shape: Shape) -> bool:
 
 def _plain(func: Callable[[Tensor], Tensor]) -> Callable[..., Operation]:
     """An operation without constants."""
-    return lambda draw, shape, watched: lambda _, x: func(x)
+    return lambda draw, shape, tracked: lambda _, x: func(x)
 
 
-def _scaled(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _scaled(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     c = draw.normal(shape)
     return lambda _, x: (1 + c) * x
 
 
-def _affine(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _affine(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     c = draw.normal((shape[-1], draw.integer(1, 3)))
     return lambda _, x: x @ c
 
 
-def _contracted(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _contracted(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     c = draw.normal((draw.integer(1, 2), shape[0], shape[1]))
     return lambda _, x: torch.einsum("ij,kij->ki", x, c)
 
 
-def _outer(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _outer(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     c = draw.normal((2,))
     return lambda _, x: torch.einsum("i,j->ij", x, c)
 
 
-def _picked(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _picked(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     at: Any = draw.pick([0, -1, slice(None, None, 2), [0, -1, 0], slice(0, 1)])
     return lambda _, x: x[..., at]
 
 
-def _stacked(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _stacked(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     dim = draw.integer(-1, 0)
     return lambda _, x: torch.stack([x, x.sin()], dim)
 
 
-def _where(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _where(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     mask = draw.normal(shape) > 0
     return lambda _, x: torch.where(mask, x.cos(), 0.5 * x)
 
 
-def _normed(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _normed(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     weight, bias = draw.normal(shape[-1:]), draw.normal(shape[-1:])
 
     def operation(world: World, x: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _normed(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
     return operation
 
 
-def _solved(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _solved(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     matrix, right = _square(draw, shape[-1]), draw.normal((shape[-1],))
 
     def operation(_: World, x: Tensor) -> Tensor:
@@ -156,12 +156,12 @@ def _solved(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
     return operation
 
 
-def _logdet(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _logdet(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     matrix = _square(draw, shape[-1])
     return lambda _, x: torch.linalg.slogdet(matrix + torch.diag_embed(x.sin())).logabsdet
 
 
-def _in_place(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _in_place(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     c = draw.normal(shape)
 
     def operation(_: World, x: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def _in_place(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
     return operation
 
 
-def _copied(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _copied(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     def operation(_: World, x: Tensor) -> Tensor:
         fresh = x.new_zeros(x.shape)
         fresh.copy_(x)
@@ -182,7 +182,7 @@ def _copied(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
     return operation
 
 
-def _written(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _written(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     def operation(_: World, x: Tensor) -> Tensor:
         fresh = 2 * x
         fresh[..., 0] = x[..., -1].sin() + 1
@@ -192,7 +192,7 @@ def _written(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
     return operation
 
 
-def _without_grad(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _without_grad(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     c = draw.normal(shape)
 
     def operation(_: World, x: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def _without_grad(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
     return operation
 
 
-def _branched(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _branched(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     def operation(_: World, x: Tensor) -> Tensor:
         if x.dim() == 0:
             return x * x
@@ -215,18 +215,18 @@ def _branched(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
     return operation
 
 
-def _parametrised(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _parametrised(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     parameter = draw.normal(draw.pick([(), shape])).requires_grad_()
-    watched.append(parameter)
+    tracked.append(parameter)
     return lambda _, x: (x * parameter).sin() + parameter
 
 
-def _noisy(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _noisy(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     # Random numbers that do not show, so that the result can be checked.
     return lambda _, x: x + 0 * torch.rand_like(x)
 
 
-def _attended(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _attended(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     key = draw.normal((1, 1, 2, shape[1]))
 
     def operation(_: World, x: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def _attended(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
     return operation
 
 
-def _module(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _module(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     size = shape[-1]
     layer, weight = Layer(size, locked=draw.chance(0.5)).requires_grad_(False), draw.normal((size, size))
 
@@ -248,7 +248,7 @@ def _module(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
     return operation
 
 
-def _checkpointed(draw: Draw, shape: Shape, watched: list[Tensor]) -> Operation:
+def _checkpointed(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     c = draw.normal(shape)
     captured = draw.chance(0.5)
 
@@ -322,10 +322,10 @@ def _chained(one: Shape, other: Shape) -> bool:
 
 
 def _both(func: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Operation]:
-    return lambda draw, one, other, watched: lambda _, x, y: func(x, y)
+    return lambda draw, one, other, tracked: lambda _, x, y: func(x, y)
 
 
-def _mixed(draw: Draw, one: Shape, other: Shape, watched: list[Tensor]) -> Operation:
+def _mixed(draw: Draw, one: Shape, other: Shape, tracked: list[Tensor]) -> Operation:
     mask = draw.normal(one) > 0
     return lambda _, x, y: torch.where(mask, x, y.sin())
 

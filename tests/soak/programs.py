@@ -37,7 +37,7 @@ class Program:
     steps: list[Step]
     template: Tree
     returns: list[int]
-    watched: list[Tensor] = field(default_factory=list)
+    tracked: list[Tensor] = field(default_factory=list)
 
     def __call__(self, world: World, *args: Tree) -> Tree:
         registers = entered(args)
@@ -75,19 +75,19 @@ def entered(args: tuple[Tree, ...]) -> list[Tensor]:
 def program(draw: Draw, args: tuple[Tree, ...], without: set[str], *, scalar: bool) -> Program:
     """A random program for arguments like these, with none of the operations of a kind in ``without``."""
     world = World.plain()
-    registers, steps, watched = entered(args), [], []
+    registers, steps, tracked = entered(args), [], []
     for _ in range(draw.integer(3, 7)):
-        step, result = _step(draw, world, registers, without, watched)
+        step, result = _step(draw, world, registers, without, tracked)
         steps.append(step)
         registers.append(result)
     count = 1 if scalar else draw.weighted({1: 5, 2: 3, 3: 1})
     returns = _returned(draw, world, registers, steps, count, scalar=scalar)
     template = _template(draw, count)
-    return Program(steps, template, returns, watched)
+    return Program(steps, template, returns, tracked)
 
 
 def _step(
-    draw: Draw, world: World, registers: list[Tensor], without: set[str], watched: list[Tensor]
+    draw: Draw, world: World, registers: list[Tensor], without: set[str], tracked: list[Tensor]
 ) -> tuple[Step, Tensor]:
     while True:
         table = UNARY if draw.chance(0.65) or len(registers) < 3 else BINARY
@@ -102,7 +102,7 @@ def _step(
         read = [registers[i] for i in reads]
         if kind in without or not fits(*(tuple(r.shape) for r in read)):
             continue
-        operation = make(draw, *(tuple(r.shape) for r in read), watched)
+        operation = make(draw, *(tuple(r.shape) for r in read), tracked)
         result = operation(world, *read)
         if 0 < result.numel() <= MOST_NUMBERS and result.dim() < 4 and result.abs().max() < LARGEST_NUMBER:
             return Step(name, reads, operation), result

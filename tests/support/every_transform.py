@@ -1,6 +1,6 @@
 """Every public transform applied in one way to a scalar function of a vector, for what all promise.
 
-`EVERY` is parametrised over by tests of call counts, modes, watched parameters, threads and cleanup.
+`EVERY` is parametrised over by tests of call counts, modes, tracked parameters, threads and cleanup.
 The function is f_w(x) = sum w x^3, whose derivatives `GRADIENT` and `HESSIAN` are linear in w.
 """
 

@@ -482,11 +482,11 @@ def test_grad_mode_is_irrelevant(mode: Callable[[], Any]) -> None:
 
 
 def test_inputs_stay_as_they_were() -> None:
-    watched = X.double().requires_grad_()
+    tracked = X.double().requires_grad_()
     before = copy.deepcopy([TREE["block"].weight, *TREE["pair"].second])
-    check_grads(lambda x, p: of_tree(p)["y"][0] * x, (watched, TREE))
-    assert watched.grad is None
-    assert torch.equal(watched.detach(), X.double())
+    check_grads(lambda x, p: of_tree(p)["y"][0] * x, (tracked, TREE))
+    assert tracked.grad is None
+    assert torch.equal(tracked.detach(), X.double())
     assert_close([TREE["block"].weight, *TREE["pair"].second], before)
 
     def writes(x: Tensor, count: Tensor) -> Tensor:
@@ -499,7 +499,7 @@ def test_inputs_stay_as_they_were() -> None:
     assert count == 3
 
 
-# Rules of one's own.
+# Custom rules.
 
 
 def test_products_of_transforms_pass() -> None:

@@ -73,13 +73,13 @@ def test_copies_are_double_apart_and_like_the_tree() -> None:
         "single": torch.ones(2, dtype=torch.complex64),
         "int": torch.tensor([1, 2]),
         "other": ("text", None, 3),
-        "watched": torch.ones(2, dtype=torch.float64, requires_grad=True),
+        "tracked": torch.ones(2, dtype=torch.float64, requires_grad=True),
     }
     wide = in_double(tree)
-    kinds = {"half": torch.float64, "single": torch.complex128, "int": torch.int64, "watched": torch.float64}
+    kinds = {"half": torch.float64, "single": torch.complex128, "int": torch.int64, "tracked": torch.float64}
     assert {key: wide[key].dtype for key in kinds} == kinds
     assert wide["other"] == ("text", None, 3)
-    assert not wide["watched"].requires_grad
+    assert not wide["tracked"].requires_grad
     same = copied(wide)
     for key in kinds:
         assert wide[key].data_ptr() != tree[key].data_ptr()

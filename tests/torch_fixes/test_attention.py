@@ -345,11 +345,11 @@ def test_attention_that_was_fused_keeps_torchs_error() -> None:
 
 
 @pytest.mark.parametrize("transform", [ad.grad, ad.jacrev, ad.jacobian], ids=lambda t: t.__name__)
-@pytest.mark.parametrize("watched", [False, True])
-def test_checkpoint_finds_attention_as_it_was(transform: Any, watched: bool) -> None:
+@pytest.mark.parametrize("tracked", [False, True])
+def test_checkpoint_finds_attention_as_it_was(transform: Any, tracked: bool) -> None:
     """The pull runs the function again, and has to take the same kernel."""
     func = cubed(attending(scaled_dot_product_attention))
-    result = transform(lambda x: checkpoint(func, x, use_reentrant=False))(X.clone().requires_grad_(watched))
+    result = transform(lambda x: checkpoint(func, x, use_reentrant=False))(X.clone().requires_grad_(tracked))
     assert_close(result.detach(), legacy.jacobian(cubed(attending(by_hand)), X))
 
 

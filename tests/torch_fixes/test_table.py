@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ def can_run(trial: Trial) -> bool:
 
 
 def names(fix: Fix, trial: Trial) -> bool:
-    return trial.row.name in fix.tests or str(trial) in fix.tests
+    return bool({trial.row.name, str(trial)} & fix.tests_here())
 
 
 HERE = [trial for trial in TRIALS if trial.row.alone is None and can_run(trial)]
@@ -58,8 +59,9 @@ def test_that_ends_the_process_does_so_without_its_fix(fix: Fix, trial: Trial) -
 
 
 def test_every_fix_names_tests_that_there_are() -> None:
-    known = {trial.row.name for trial in TRIALS} | {str(trial) for trial in TRIALS}
-    assert {name for fix in FIXES for name in fix.tests} <= known
+    # Not every torch has every value that a row is run over.
+    named = {re.split("[ -]", name)[0] for fix in FIXES for name in fix.tests}
+    assert named <= {trial.row.name for trial in TRIALS}
     assert all(fix.tests for fix in FIXES)
     assert len({fix.name for fix in FIXES}) == len(FIXES)
 

@@ -18,7 +18,7 @@ from table.row import has_torch  # noqa: E402
 
 def is_needed(fix: Fix) -> bool:
     """Whether one of the fix's tests fails without it."""
-    trials = [t for t in TRIALS if t.row.name in fix.tests or str(t) in fix.tests]
+    trials = [trial for trial in TRIALS if {trial.row.name, str(trial)} & fix.tests_here()]
     for trial in trials:
         if has_torch(trial.row.needs):
             torch.manual_seed(20)

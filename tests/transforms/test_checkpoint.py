@@ -139,7 +139,7 @@ def test_function_runs_twice_and_only_for_a_derivative() -> None:
 
 
 def test_gradient_of_a_deep_network_in_segments_takes_less_memory() -> None:
-    """32 layers, 4 segments: at most 0.45 x, on the ground and inside vmap."""
+    """32 layers, 4 segments: at most 0.45 x, eagerly and inside vmap."""
     torch.manual_seed(0)
     layers = [nn.Linear(64, 64) for _ in range(32)]
     params = [(layer.weight.detach(), layer.bias.detach()) for layer in layers]

@@ -297,8 +297,8 @@ def test_gradient_of_the_laplacian(library: Any, chunk_size: int | None) -> None
     assert_close(slope, (24 * POINT + 30) @ POINT.flip(0))
     third = library.jacrev(ad.hessian_diagonal(quartic, chunk_size=chunk_size))(POINT)
     assert_close(third, torch.diag(24 * POINT) + 6)
-    watched = POINT.clone().requires_grad_()
-    (by_backward,) = torch.autograd.grad(laplacian(watched), watched)
+    tracked = POINT.clone().requires_grad_()
+    (by_backward,) = torch.autograd.grad(laplacian(tracked), tracked)
     assert_close(by_backward, 24 * POINT + 30)
 
 

@@ -158,7 +158,7 @@ def test_strict_refuses_a_linear_function_and_accepts_zero_times_a_square(mode: 
         ad.hessian(lambda x: x.sum(), mode=mode, strict=True)(X)
 
 
-# Is forward mode on while the function runs, is a reverse-mode level on the stack, is the input watched.
+# Is forward mode on while the function runs, is a reverse-mode level on the stack, is the input tracked.
 SEEN_BY_MODE = {
     "auto": (False, False, True),
     "reverse-over-reverse": (False, False, True),

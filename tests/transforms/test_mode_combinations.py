@@ -1,4 +1,4 @@
-"""Where one order of modes lacks a rule, hvp and hessian take another, and say so where all do."""
+"""Where one mode combination lacks a rule, hvp and hessian take another, and say so where all do."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_the_functions_own_missing_part_is_its_own_error() -> None:
 def test_an_order_that_failed_leaves_no_reference_cycle(func: Any) -> None:
     made: list[weakref.ref[Tensor]] = []
 
-    def watched(x: Tensor) -> Tensor:
+    def tracked(x: Tensor) -> Tensor:
         between = torch.sin(x)
         made.append(weakref.ref(between))
         result: Tensor = func(between)
@@ -142,7 +142,7 @@ def test_an_order_that_failed_leaves_no_reference_cycle(func: Any) -> None:
     gc.disable()
     try:
         with contextlib.suppress(MissingRuleError):
-            ad.hvp(watched, (X,), (T,))
+            ad.hvp(tracked, (X,), (T,))
         assert len(made) >= 2
         assert not any(ref() is not None for ref in made)
     finally:

@@ -58,9 +58,9 @@ def test_watched_input_gives_a_connected_result(every: Every) -> None:
 
 @each
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("watched", [True, False], ids=["watched", "unwatched"])
-def test_right_and_detached_where_grad_mode_is_off_outside(every: Every, mode: Any, watched: bool) -> None:
-    w, x = W.clone().requires_grad_(watched), X.clone().requires_grad_(watched)
+@pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "unwatched"])
+def test_right_and_detached_where_grad_mode_is_off_outside(every: Every, mode: Any, tracked: bool) -> None:
+    w, x = W.clone().requires_grad_(tracked), X.clone().requires_grad_(tracked)
     with mode():
         result = every.apply(lambda x: cubic(x, w), x)
         inside = torch.ones(1)
@@ -182,8 +182,8 @@ def test_meta_learning_gradient_over_vmapped_tasks(inner: str, library: Any, out
         return library.vmap(lambda m, t: adapted(INNER[inner], m, t), in_dims=(None, 0))(meta, TASKS).sum()
 
     if outer == "backward":
-        watched = meta.clone().requires_grad_()
-        (result,) = torch.autograd.grad(loss(watched), watched)
+        tracked = meta.clone().requires_grad_()
+        (result,) = torch.autograd.grad(loss(tracked), tracked)
     else:
         result = (ad if outer == "grad" else torch.func).grad(loss)(meta)
     assert_close(result, adapted_by_hand(meta, TASKS))
@@ -198,9 +198,9 @@ def test_batched_input_watched_below_its_wrapper() -> None:
 
 def test_aux_is_connected_only_where_it_is_watched() -> None:
     w = W.clone().requires_grad_()
-    _, aux = ad.grad(lambda x: (cubic(x), {"free": x * 2, "watched": x * w}), has_aux=True)(X)
+    _, aux = ad.grad(lambda x: (cubic(x), {"free": x * 2, "tracked": x * w}), has_aux=True)(X)
     assert not aux["free"].requires_grad
-    (by_w,) = torch.autograd.grad(aux["watched"].sum(), w)
+    (by_w,) = torch.autograd.grad(aux["tracked"].sum(), w)
     assert_close(by_w, X)
 
 

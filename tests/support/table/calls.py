@@ -147,7 +147,7 @@ def tripled_jvp(library: Any) -> Callable[[Tensor], Tensor]:
 
 
 @CALLS.row(
-    "`custom_vjp`, `custom_jvp`: a derivative of one's own in every transform",
+    "`custom_vjp`, `custom_jvp`: custom derivatives in every transform",
     torch="absent",
     fails="AttributeError: .*has no attribute 'custom_",
     ours="works",

@@ -65,7 +65,7 @@ def by_transform(funcs: dict[str, Function]) -> dict[str, Any]:
     "`torch.utils.checkpoint`, `save_on_cpu` inside `grad`, `jacrev`, `hessian`",
     torch="RuntimeError",
     fails="RuntimeError: (torch.func.*saved tensor hooks|You tried to vmap over _NoopSaveInputs)",
-    ours="right on the ground, where no other transform is active",
+    ours="right where no other transform is active",
     over=by_transform({"checkpoint": checkpointed, "save_on_cpu": on_cpu}),
     issue="pytorch#122729",
 )
@@ -75,7 +75,7 @@ def saved_tensor_hooks(library: Any, case: tuple[Function, str]) -> None:
 
 
 def checkpoint_of(library: Any) -> Any:
-    """torch's serves on the ground alone."""
+    """torch's works eagerly alone."""
     if hasattr(library, "checkpoint"):
         return library.checkpoint
     return lambda func: lambda x: checkpoint(func, x, use_reentrant=False)
@@ -105,7 +105,7 @@ def checkpoint_inside_other_transforms(library: Any, case: tuple[Any, Tensor]) -
     "an autograd Function without `setup_context` inside `grad`, `jacrev`, `hessian`",
     torch="RuntimeError",
     fails="RuntimeError: .*setup_context",
-    ours="right on the ground",
+    ours="right outside other transforms",
     over=by_transform({"Function": OldCubic.apply}),
     issue="pytorch#87222",
 )
@@ -134,7 +134,7 @@ def normed_by_hand(x: Tensor) -> Tensor:
     "BatchNorm in training mode inside `grad`, `jvp`, `hessian`",
     torch="RuntimeError: its buffers are written in place",
     fails="RuntimeError: .*in-place operation",
-    ours="right on the ground, the buffers updated",
+    ours="right outside other transforms, the buffers updated",
     over=ALONG,
     issue="pytorch#85533",
 )

@@ -169,10 +169,10 @@ SECOND: dict[str, Callable[[Any, Function, Tensor, Tensor], Tensor]] = {
 
 
 @OPERATIONS.row(
-    "`hvp`, `hessian` of cdist and hardsigmoid, which lack a rule in one order of modes",
+    "`hvp`, `hessian` of cdist and hardsigmoid, which lack a rule in one mode combination",
     torch="NotImplementedError",
     fails="(NotImplementedError|RuntimeError): ",
-    ours="right: another order is tried, from the same random numbers; where all lack a rule, the error says so",
+    ours="right: another combination is tried, from the same random numbers; where all lack a rule, the error says so",
     over={
         "hvp-cdist": ("hvp", lambda x: (torch.cdist(x[:, None], x[:2, None] + 1) ** 3).sum(), _normal(5)),
         "hessian-cdist": (

@@ -185,7 +185,9 @@ def linearize_inside_grad(library: Any) -> None:
     assert_close(slope, -x.sin() * t)
 
 
-@TWICE.row("`vmap(jacfwd(grad(f)))` through eigvals", torch="wrong numbers", fails=WRONG, ours="right")
+@TWICE.row(
+    "`vmap(jacfwd(grad(f)))` through eigvals", torch="wrong numbers", fails=WRONG, ours="right", mended="2.15"
+)
 def forward_over_reverse_of_eigenvalues_per_sample(library: Any) -> None:
     # The sum of their cubes is the trace of A^3, whose gradient is 3 A^2, transposed.
     func = lambda a: (torch.linalg.eigvals(a) ** 3).sum().real
