@@ -285,7 +285,7 @@ class Meeting:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "_PATIENCE", 0.01)
+    monkeypatch.setattr(forward, "_MAX_WAIT", 0.01)
 
 
 @pytest.mark.usefixtures("impatient")
