@@ -4,13 +4,13 @@ The first parameter of each is the public name that the user called. A message h
 path, what was expected, what came, and the way out. Phrases by which programs know torch.func's errors are kept.
 """
 
+from autodiff.checks.jacobians import jacobian_block as jacobian_block
+from autodiff.checks.jacobians import raise_jacobian_of_other_inputs as raise_jacobian_of_other_inputs
+from autodiff.checks.jacobians import shape as shape
 from autodiff.checks.leaves import holomorphic_dtypes as holomorphic_dtypes
 from autodiff.checks.leaves import raise_no_differentiable_leaf as raise_no_differentiable_leaf
 from autodiff.checks.leaves import raise_not_a_tensor as raise_not_a_tensor
 from autodiff.checks.leaves import real_tensors as real_tensors
-from autodiff.checks.matrices import jacobian_block as jacobian_block
-from autodiff.checks.matrices import raise_jacobian_of_other_inputs as raise_jacobian_of_other_inputs
-from autodiff.checks.matrices import shape as shape
 from autodiff.checks.options import argnums as argnums
 from autodiff.checks.options import choice as choice
 from autodiff.checks.options import chunk_size as chunk_size

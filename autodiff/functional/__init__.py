@@ -9,7 +9,7 @@ tensor([[ 6.,  0.],
 
 from autodiff.functional.matrices import hessian as hessian
 from autodiff.functional.matrices import jacobian as jacobian
-from autodiff.functional.products import hvp as hvp
-from autodiff.functional.products import jvp as jvp
-from autodiff.functional.products import vhp as vhp
-from autodiff.functional.products import vjp as vjp
+from autodiff.functional.vector_products import hvp as hvp
+from autodiff.functional.vector_products import jvp as jvp
+from autodiff.functional.vector_products import vhp as vhp
+from autodiff.functional.vector_products import vjp as vjp

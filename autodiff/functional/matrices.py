@@ -16,7 +16,7 @@ from autodiff.errors import OptionError, StrategyError, StrictModeError
 from autodiff.functional.backward_only import HookDetector
 from autodiff.functional.bounded_rows import BoundedHessian, BoundedJacobian
 from autodiff.functional.contract import Contract
-from autodiff.functional.products import GRADIENT_CONSTANT, JACOBIAN_CONSTANT
+from autodiff.functional.vector_products import GRADIENT_CONSTANT, JACOBIAN_CONSTANT
 
 _STRATEGIES = ("forward-mode", "reverse-mode")
 _OUTPUT_INDEPENDENT = (
