@@ -9,7 +9,6 @@ docs/where_torch_is_wrong.md; messages that are recognised by their text are in 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,62 +22,20 @@ from autodiff.torch_fixes.attention import plain_attention
 from autodiff.torch_fixes.by_pullback import by_pullback
 from autodiff.torch_fixes.fix import Fix
 from autodiff.torch_fixes.functions import with_nesting_jvp
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from autodiff.core.hooks import Override
-
-_OVERLOAD, _PACKET = type(torch.ops.aten.sin.default), type(torch.ops.aten.sin)
-_BUILTIN_NAMESPACES = ("aten", "prims", "prim", "higher_order")
-
-
-def _by_formula(formula: Callable[..., Any]) -> Override:
-    return lambda _, args, kwargs: formula(*args, **kwargs)
-
-
-def _inside_levels(override: Override) -> Override:
-    """The override where another transform is active; eager forward mode is right, and faster."""
-
-    def overridden(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return override(func, args, kwargs) if _torch.functorch_active() else func(*args, **kwargs)
-
-    return overridden
-
-
-def _in_place(override: Override, out_of_place: Callable[..., Any]) -> Override:
-    return lambda _, args, kwargs: args[0].copy_(override(out_of_place, args, kwargs))
-
-
-def _products_by_pullback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    is_product = "prod" in (*args[4:], kwargs.get("reduce"))
-    return by_pullback(func, args, kwargs) if is_product else func(*args, **kwargs)
-
-
-def _chunked_by_pullback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    is_chunked = kwargs.get("options") is not None
-    return by_pullback(func, args, kwargs) if is_chunked else func(*args, **kwargs)
-
-
-def _custom_by_pullback(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    namespace = func.namespace if isinstance(func, _OVERLOAD) else str(func).split(".", maxsplit=1)[0]
-    return func(*args, **kwargs) if namespace in _BUILTIN_NAMESPACES else by_pullback(func, args, kwargs)
-
-
-def _where_rule_is_missing(func: Callable[..., Any], error: NotImplementedError) -> Override | None:
-    in_place = str(getattr(func, "__name__", "")).endswith("_")
-    return by_pullback if _torch.says(error, "no forward rule") and not in_place else None
-
-
-def _zeros_with_memory(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return torch.zeros_like(args[0]) if _torch.is_zero_tensor(args[0]) else func(*args, **kwargs)
-
-
-def _overrides(override: Override, *operations: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    return hooks.forward_overrides, dict.fromkeys(operations, override)
-
-
-_inside_by_pullback = _inside_levels(by_pullback)
+from autodiff.torch_fixes.overrides import (
+    OVERLOAD,
+    PACKET,
+    by_formula,
+    by_pullback_inside,
+    chunked_by_pullback,
+    custom_by_pullback,
+    forward_overrides,
+    in_place,
+    inside_transforms,
+    products_by_pullback,
+    where_rule_is_missing,
+    zeros_with_memory,
+)
 
 FIXES = (
     Fix(
@@ -92,8 +49,8 @@ FIXES = (
             "jvp_of_jvp_of_solvers",
         ),
         (
-            _overrides(
-                _inside_by_pullback,
+            forward_overrides(
+                by_pullback_inside,
                 *(Tensor.det, torch.det, torch.linalg.det),
                 *(Tensor.slogdet, torch.slogdet, torch.linalg.slogdet),
                 *(Tensor.logdet, torch.logdet),
@@ -113,13 +70,13 @@ FIXES = (
             "jvp_of_jvp_of_other_operations-householder_product",
         ),
         (
-            _overrides(
-                _inside_by_pullback,
+            forward_overrides(
+                by_pullback_inside,
                 *(Tensor.cholesky_inverse, torch.cholesky_inverse),
                 *(Tensor.orgqr, torch.orgqr, torch.linalg.householder_product),
                 *(Tensor.cumprod, torch.cumprod),
             ),
-            _overrides(_in_place(_inside_by_pullback, Tensor.cumprod), Tensor.cumprod_),
+            forward_overrides(in_place(by_pullback_inside, Tensor.cumprod), Tensor.cumprod_),
         ),
     ),
     Fix(
@@ -128,7 +85,7 @@ FIXES = (
         "wrong numbers in forward mode inside vmap and inside forward mode",
         "the pullback of the pullback, inside other transforms",
         ("forward_over_reverse_of_eigenvalues_per_sample",),
-        (_overrides(_inside_by_pullback, torch.linalg.eig, torch.linalg.eigvals),),
+        (forward_overrides(by_pullback_inside, torch.linalg.eig, torch.linalg.eigvals),),
         mended="2.15",
     ),
     Fix(
@@ -141,7 +98,7 @@ FIXES = (
             "both_combinations_of_losses_and_activations-huber_loss",
             "reverse_over_forward_of_glu",
         ),
-        (_overrides(_inside_by_pullback, functional.mse_loss, functional.huber_loss, functional.glu),),
+        (forward_overrides(by_pullback_inside, functional.mse_loss, functional.huber_loss, functional.glu),),
         thread="pytorch PR#197723",
     ),
     Fix(
@@ -150,7 +107,7 @@ FIXES = (
         "forward mode takes the wrong triangle",
         "the pullback of the pullback",
         ("jvp_of_jvp_of_other_operations-triangular_solve",),
-        (_overrides(by_pullback, Tensor.triangular_solve, torch.triangular_solve),),
+        (forward_overrides(by_pullback, Tensor.triangular_solve, torch.triangular_solve),),
     ),
     Fix(
         "scatter_reduce",
@@ -159,8 +116,8 @@ FIXES = (
         "the pullback of the pullback",
         ("jvp_of_scatter_reduce_prod",),
         (
-            _overrides(_products_by_pullback, Tensor.scatter_reduce, torch.scatter_reduce),
-            _overrides(_in_place(_products_by_pullback, Tensor.scatter_reduce), Tensor.scatter_reduce_),
+            forward_overrides(products_by_pullback, Tensor.scatter_reduce, torch.scatter_reduce),
+            forward_overrides(in_place(products_by_pullback, Tensor.scatter_reduce), Tensor.scatter_reduce_),
         ),
     ),
     Fix(
@@ -169,7 +126,7 @@ FIXES = (
         "zero in forward mode",
         "the pullback of the pullback",
         ("jvp_of_a_custom_op",),
-        ((hooks.forward_overrides_by_type, dict.fromkeys((_OVERLOAD, _PACKET), _custom_by_pullback)),),
+        ((hooks.forward_overrides_by_type, dict.fromkeys((OVERLOAD, PACKET), custom_by_pullback)),),
     ),
     Fix(
         "linear_cross_entropy",
@@ -177,7 +134,7 @@ FIXES = (
         "zero in forward mode: it is made of an operator of torch.library",
         "the pullback of the pullback",
         ("jvp_of_linear_cross_entropy",),
-        (_overrides(_chunked_by_pullback, getattr(functional, "linear_cross_entropy", None)),),
+        (forward_overrides(chunked_by_pullback, getattr(functional, "linear_cross_entropy", None)),),
         since="2.13",
     ),
     Fix(
@@ -190,7 +147,7 @@ FIXES = (
             "jvp_of_operations_without_forward_mode-cholesky",
             "jvp_of_grid_sample <2.15",
         ),
-        ((hooks.missing_forward_rule, {"override": _where_rule_is_missing}),),
+        ((hooks.missing_forward_rule, {"override": where_rule_is_missing}),),
     ),
     Fix(
         "functions",
@@ -198,7 +155,7 @@ FIXES = (
         "zeros, where an outer forward mode differentiates the jvp",
         "the jvp runs with forward mode on, on tensors without this level's tangents",
         ("jacfwd_of_jacfwd_of_a_function",),
-        (_overrides(with_nesting_jvp, _torch.custom_function_call),),
+        (forward_overrides(with_nesting_jvp, _torch.custom_function_call),),
         thread="pytorch#197867",
     ),
     Fix(
@@ -214,8 +171,8 @@ FIXES = (
             "jvp_of_operations_without_forward_mode-pdist <2.15",
         ),
         (
-            _overrides(_by_formula(formulas.cdist), torch.cdist),
-            _overrides(_by_formula(formulas.pdist), functional.pdist),
+            forward_overrides(by_formula(formulas.cdist), torch.cdist),
+            forward_overrides(by_formula(formulas.pdist), functional.pdist),
         ),
     ),
     Fix(
@@ -225,11 +182,13 @@ FIXES = (
         "a formula, inside other transforms",
         ("jvp_of_jvp_of_normalisations",),
         (
-            _overrides(
-                _inside_levels(_by_formula(formulas.layer_norm)), functional.layer_norm, torch.layer_norm
+            forward_overrides(
+                inside_transforms(by_formula(formulas.layer_norm)), functional.layer_norm, torch.layer_norm
             ),
-            _overrides(_inside_levels(_by_formula(formulas.batch_norm)), functional.batch_norm),
-            _overrides(_inside_levels(_by_formula(formulas.instance_norm)), functional.instance_norm),
+            forward_overrides(inside_transforms(by_formula(formulas.batch_norm)), functional.batch_norm),
+            forward_overrides(
+                inside_transforms(by_formula(formulas.instance_norm)), functional.instance_norm
+            ),
         ),
     ),
     Fix(
@@ -243,8 +202,10 @@ FIXES = (
             "another_order_of_modes-hessian-hardsigmoid",
         ),
         (
-            _overrides(_inside_levels(_by_formula(formulas.hardsigmoid)), functional.hardsigmoid),
-            _overrides(_inside_levels(_by_formula(formulas.soft_margin_loss)), functional.soft_margin_loss),
+            forward_overrides(inside_transforms(by_formula(formulas.hardsigmoid)), functional.hardsigmoid),
+            forward_overrides(
+                inside_transforms(by_formula(formulas.soft_margin_loss)), functional.soft_margin_loss
+            ),
         ),
     ),
     Fix(
@@ -254,8 +215,8 @@ FIXES = (
         "a formula, inside other transforms",
         ("attention_with_dropout_per_sample",),
         (
-            _overrides(
-                _inside_levels(_by_formula(formulas.attention)), functional.scaled_dot_product_attention
+            forward_overrides(
+                inside_transforms(by_formula(formulas.attention)), functional.scaled_dot_product_attention
             ),
         ),
     ),
@@ -367,7 +328,7 @@ FIXES = (
         "inside a dispatch mode, multiplying one by a number ends the process",
         "zeros with memory, where memory is measured",
         ("measured_zeros",),
-        ((hooks.dispatch_overrides, {torch.ops.aten.mul.Scalar: _zeros_with_memory}),),
+        ((hooks.dispatch_overrides, {torch.ops.aten.mul.Scalar: zeros_with_memory}),),
     ),
 )
 

@@ -1,0 +1,76 @@
+"""Overrides of operations, of which the rows of the table are put together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from autodiff import _torch
+from autodiff.core import hooks
+from autodiff.torch_fixes.by_pullback import by_pullback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from autodiff.core.hooks import Override
+
+# The two types of operators that are called through torch.ops.
+OVERLOAD, PACKET = type(torch.ops.aten.sin.default), type(torch.ops.aten.sin)
+_BUILTIN_NAMESPACES = ("aten", "prims", "prim", "higher_order")
+
+
+def forward_overrides(override: Override, *operations: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """The entries of a fix that overrides operations in forward mode."""
+    return hooks.forward_overrides, dict.fromkeys(operations, override)
+
+
+def by_formula(formula: Callable[..., Any]) -> Override:
+    """The formula in place of the operation."""
+    return lambda _, args, kwargs: formula(*args, **kwargs)
+
+
+def inside_transforms(override: Override) -> Override:
+    """The override where another transform is active; eager forward mode is right, and faster."""
+
+    def overridden(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return override(func, args, kwargs) if _torch.functorch_active() else func(*args, **kwargs)
+
+    return overridden
+
+
+def in_place(override: Override, out_of_place: Callable[..., Any]) -> Override:
+    """The override of an operation that writes in place, by that of the one that does not."""
+    return lambda _, args, kwargs: args[0].copy_(override(out_of_place, args, kwargs))
+
+
+by_pullback_inside = inside_transforms(by_pullback)
+
+
+def products_by_pullback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A reduction, by its pullback where it is a product."""
+    is_product = "prod" in (*args[4:], kwargs.get("reduce"))
+    return by_pullback(func, args, kwargs) if is_product else func(*args, **kwargs)
+
+
+def chunked_by_pullback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A loss, by its pullback where it is computed in chunks."""
+    is_chunked = kwargs.get("options") is not None
+    return by_pullback(func, args, kwargs) if is_chunked else func(*args, **kwargs)
+
+
+def custom_by_pullback(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operator, by its pullback where torch.library made it."""
+    namespace = func.namespace if isinstance(func, OVERLOAD) else str(func).split(".", maxsplit=1)[0]
+    return func(*args, **kwargs) if namespace in _BUILTIN_NAMESPACES else by_pullback(func, args, kwargs)
+
+
+def where_rule_is_missing(func: Callable[..., Any], error: NotImplementedError) -> Override | None:
+    """The pullback, where torch says that a forward rule is missing."""
+    writes = str(getattr(func, "__name__", "")).endswith("_")
+    return by_pullback if _torch.says(error, "no forward rule") and not writes else None
+
+
+def zeros_with_memory(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation, whose result is zeros with memory where its argument is zeros without."""
+    return torch.zeros_like(args[0]) if _torch.is_zero_tensor(args[0]) else func(*args, **kwargs)
