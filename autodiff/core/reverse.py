@@ -291,6 +291,14 @@ class _EagerTape(Tape):
             self._tracked = requires_grad or None
             if views:
                 _refuse_written(views, versions)
+        if recording and self._tracked is None:
+            # One walk for all of it: mostly nothing is tracked from outside.
+            of_aux = [leaf for leaf in aux if isinstance(leaf, Tensor) and leaf.requires_grad]
+            tracked, nodes = self._depends_on_outer_leaf([*self.graph_outputs, *of_aux])
+            if not tracked:
+                self._tracked, recording = False, False
+            if not of_aux:
+                self._tracked, self._nodes = tracked, nodes
         if recording and self._is_tracked():
             self.outputs, self.aux = self.graph_outputs, aux
         else:

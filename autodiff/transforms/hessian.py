@@ -18,6 +18,7 @@ from autodiff.core.forward import push
 from autodiff.core.linearization import Linearization, derivative, gradient, linearize, linearize_derivative
 from autodiff.core.products import Blocks
 from autodiff.core.reverse import FlatFunction, Tape, lifted_by
+from autodiff.core.seeds import StandardBasis
 from autodiff.transforms.jacobian import Jacobian
 from autodiff.transforms.mode_combinations import Mode, first_supported
 from autodiff.types import A, Argnums, ChunkSize, HessianMode, HessianOptions, HvpMode, P, Trees, WithAux, Wrt
@@ -177,7 +178,9 @@ class Hessian(Jacobian):
         self.check_dependence(call, linearized, call.path_of_output)
         if self.inner == "reverse" and len(linearized.outputs) == 1 and linearized.outputs[0].dim() == 0:
             pull = self.puller(linearized)
-            return call.dense_cotangents(pull([torch.ones_like(linearized.outputs[0])], last=True))
+            # Not ones_like: of a batched tensor that would be a one for every sample, and a pull that keeps 10 % more.
+            (one,) = StandardBasis(linearized.outputs).vectors(0, 1)
+            return call.dense_cotangents(pull([one[0]], last=True))
         blocks = self.blocks_of(linearized, call.primals, self.inner, Sizes(None))
         return [block for of_output in blocks for block in of_output]
 
