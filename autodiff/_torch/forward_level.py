@@ -43,7 +43,7 @@ _BETWEEN = (
 
 
 class _ThreadState(threading.local):
-    """What this thread has entered; a level of its own for every thread."""
+    """What this thread has entered."""
 
     pushes = 0
     hidden = False  # forward mode is on, but not for what runs here
@@ -59,7 +59,7 @@ class _DualLevel:
     leaves it while another computes, memory is corrupted. Here the first user enters it and the last one leaves it,
     under a lock that is never held while user code runs. A level of another thread's torch.func.jvp is waited for. One
     that stays, or a level by torch.autograd.forward_ad, which may be the caller's own, is shared: it may be left
-    under our feet, and a probe, a dual tensor of our own, tells.
+    while we use it, which a probe, a dual tensor of our own, shows.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class _DualLevel:
         except RuntimeError:
             if not stale:
                 raise
-            # Nobody takes so long on the way in or out: a torch.compile that failed has left the level.
+            # Entering and leaving never take so long: a torch.compile that failed has left the level open.
             torch._C._exit_dual_level(level=0)
             forward_ad.enter_dual_level()
 
@@ -186,9 +186,9 @@ def _a_dual() -> Tensor:
 
 
 def _is_gone(probe: Tensor) -> bool:
-    """Whether the level that the probe was made in is no more.
+    """Whether the level in which the probe was made has been left.
 
-    Tangents go a moment after their level, when the last thread that is using it lets go.
+    Tangents are cleared a moment after their level is left, when the last thread that is using it is done.
     """
     try:
         _a_dual()

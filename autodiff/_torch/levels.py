@@ -55,8 +55,8 @@ def _foreign_forward_level() -> bool:
 @contextmanager
 def outside_transforms() -> Iterator[None]:
     """Outside of all transforms that are active, for what has run there before and runs again."""
-    apart = forward.ForwardModeIgnored() if forward_level_active() else nullcontext()
-    with pyfunctorch.temporarily_clear_interpreter_stack(), apart:
+    without_forward_mode = forward.ForwardModeIgnored() if forward_level_active() else nullcontext()
+    with pyfunctorch.temporarily_clear_interpreter_stack(), without_forward_mode:
         yield
 
 
@@ -96,7 +96,7 @@ def active_levels() -> set[int]:
 
 
 def level_of(tensor: Tensor) -> int | None:
-    """The number of the level whose wrapper the tensor wears."""
+    """The number of the level that wraps the tensor."""
     return _functorch.maybe_get_level(tensor)
 
 

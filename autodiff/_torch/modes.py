@@ -27,7 +27,7 @@ F = TypeVar("F", bound="Callable[..., Any]")
 # Whether torch.compile or torch.export traces the caller.
 compiling = torch.compiler.is_compiling
 
-# What torch.no_grad and its kin call, as a torch function mode sees it.
+# What torch.no_grad and torch.enable_grad call, as a torch function mode sees it.
 set_grad_enabled = torch._C._set_grad_enabled
 # Off with torch function modes: operations run as they are.
 WithoutFunctionModes = torch._C.DisableTorchFunction

@@ -78,7 +78,7 @@ class Call:
         self._primal_positions = [
             i
             for i, leaf in enumerate(self._leaves)
-            # `is_differentiable`, written out: every leaf comes by.
+            # `is_differentiable`, inlined: this loop is hot.
             if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
         ]
         if not self._primal_positions:
@@ -86,13 +86,16 @@ class Call:
         if wrt is not None:
             several = isinstance(self._selected, list)
             self._primal_positions = _matching(
-                name, wrt, trees.places(self.spec, skip=several), self._primal_positions
+                name, wrt, trees.dotted_paths(self.spec, skip=several), self._primal_positions
             )
         self.primals: list[Tensor] = [self._leaves[i] for i in self._primal_positions]
 
     @property
     def root(self) -> str:
-        """What the selected arguments are called, written as code. Made for errors: no tracer writes a number."""
+        """What the selected arguments are called, written as code.
+
+        Made only for errors: to format a number under torch.compile would add a guard.
+        """
         if self._selected is None:
             return "primals"
         if isinstance(self._selected, list):
@@ -127,7 +130,7 @@ class Call:
         else:
             aux_leaves = []
         out_leaves, self.out_spec = trees.flatten(output)
-        # A gradient holds None where its primal was no tensor to differentiate, and stays composable.
+        # None is not an output, as in a gradient, where it stands for what is not differentiated: so grad composes.
         self._output_positions = [i for i, leaf in enumerate(out_leaves) if leaf is not None]
         return [out_leaves[i] for i in self._output_positions], aux_leaves
 

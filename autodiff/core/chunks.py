@@ -80,7 +80,7 @@ class Sizes:
             room.append(self._room(seen, 2, _ENOUGH_PER_OPERATION * operations))
         self._seen = seen
         size = max(1, int(min(*room, _GROWTH * count)))
-        # What has been settled only shrinks.
+        # After learning, the size only shrinks.
         self.size = size if self.learning else min(size, self.size)
         self.learning = self.learning and size >= 2 * count
 

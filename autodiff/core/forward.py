@@ -78,7 +78,7 @@ def push(
         return _push_traced(func, primals, tangents)
     # Plain forward AD may write over what the pullback of a tangent needs.
     eager = _torch.is_eager() and not recorded_outside((*primals, *tangents))
-    on = _push_eagerly if eager else _push_on_level
+    push_impl = _push_eagerly if eager else _push_on_level
 
     def in_mode(leaves: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
         # Around the function alone: the mode would also intercept how dual tensors are made and opened.
@@ -86,7 +86,7 @@ def push(
             return func(leaves, lift)
 
     with hooks.higher_order.get("eager", hooks.NOTHING):
-        pushed = on(in_mode, primals, tangents)
+        pushed = push_impl(in_mode, primals, tangents)
     if torch.is_grad_enabled() or _torch.forward_level_active():
         return pushed
     # A pull inside made a graph, since tangents need one, but grad mode is off out here.

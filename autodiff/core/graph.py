@@ -22,18 +22,18 @@ def walk(outputs: Iterable[Any]) -> tuple[list[Any], set[Any]]:
     stack: list[Any] = [o.grad_fn for o in outputs if isinstance(o, Tensor) and o.grad_fn is not None]
     # None stands for an input that needs no gradient. 0.14 us for each node: every gradient walks its graph.
     seen: set[Any] = {None, *stack}
-    first: list[Any] = []
+    leaf_nodes: list[Any] = []
     while stack:
         node = stack.pop()
-        following = node.next_functions
-        if not following:
-            first.append(node)
-        for one, _ in following:
-            if one not in seen:
-                seen.add(one)
-                stack.append(one)
+        parents = node.next_functions
+        if not parents:
+            leaf_nodes.append(node)
+        for parent, _ in parents:
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
     seen.discard(None)
-    return first, seen
+    return leaf_nodes, seen
 
 
 def policies_of(nodes: Iterable[Any]) -> dict[PullPolicy, set[str]]:

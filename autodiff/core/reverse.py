@@ -96,9 +96,9 @@ class Tape(ABC):
         """
         # The thread's own dict: attributes of a threading.local take three times as long.
         thread = _thread.__dict__
-        outside = thread.get("recording", 0)
+        depth = thread.get("recording", 0)
         self._higher_order = False
-        thread["recording"] = outside + 1
+        thread["recording"] = depth + 1
         try:
             if higher_order:
                 with hooks.higher_order.get("eager", hooks.NOTHING):
@@ -109,10 +109,10 @@ class Tape(ABC):
             else:  # without a context that does nothing: a gradient of four numbers takes 1 % longer in it
                 self.graph_outputs, aux = func(self.inputs, lift)
         finally:
-            thread["recording"] = outside
-        # A pull runs again what stands in torch.utils.checkpoint, and has to do so under the same hook. What a nested
-        # tape recorded runs again outside of it too, where nothing can be done for it.
-        self._higher_order = higher_order and outside == 0
+            thread["recording"] = depth
+        # A pull runs again what is in torch.utils.checkpoint, and has to do so under the same hook. It does not reach
+        # what a nested tape recorded, which runs again after this one is left.
+        self._higher_order = higher_order and depth == 0
         return aux
 
     def pull(
@@ -139,32 +139,32 @@ class Tape(ABC):
                 f"torch pulls a batch of cotangents of {' or '.join(sorted(wrong))} back wrongly. Expected one "
                 f"cotangent at a time: pull them back in a loop."
             )
-        ends, seeds = [], []
-        for end, cotangent in zip(self.graph_outputs, cotangents, strict=True):
-            if cotangent is not None and end.requires_grad:
-                ends.append(end)
-                seeds.append(cotangent)
-        if not ends:
+        roots, grad_outputs = [], []
+        for root, cotangent in zip(self.graph_outputs, cotangents, strict=True):
+            if cotangent is not None and root.requires_grad:
+                roots.append(root)
+                grad_outputs.append(cotangent)
+        if not roots:
             return [None] * len(inputs)
-        forced = False
+        detach_result = False
         if create_graph is None:
             create_graph = torch.is_grad_enabled() and (
-                self._is_tracked() or any(map(_torch.requires_grad_at_any_depth, seeds))
+                self._is_tracked() or any(map(_torch.requires_grad_at_any_depth, grad_outputs))
             )
             if not create_graph and self._needs_graph():
                 create_graph = True
                 # A push detaches what it gives when it is done.
-                forced = not torch.is_grad_enabled() and not _torch.forward_level_active()
-        if create_graph and any(map(torch.is_inference, seeds)):
+                detach_result = not torch.is_grad_enabled() and not _torch.forward_level_active()
+        if create_graph and any(map(torch.is_inference, grad_outputs)):
             with _torch.OutsideInferenceMode():
-                seeds = [_torch.outside_inference_mode(seed) for seed in seeds]
-        arguments = ends, seeds, inputs, retain_graph or create_graph, create_graph
+                grad_outputs = [_torch.outside_inference_mode(seed) for seed in grad_outputs]
+        arguments = roots, grad_outputs, inputs, retain_graph or create_graph, create_graph
         if self._higher_order:
             with hooks.higher_order.get("eager", hooks.NOTHING):
                 pulled = _torch.backward(*arguments)
         else:
             pulled = _torch.backward(*arguments)
-        return [_torch.detached(one) for one in pulled] if forced else pulled
+        return [_torch.detached(one) for one in pulled] if detach_result else pulled
 
     def _is_batch(self, cotangents: Sequence[Tensor | None]) -> bool:
         """Whether the cotangents carry a batch that the inputs do not."""

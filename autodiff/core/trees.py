@@ -134,7 +134,7 @@ def difference(came: Spec, came_root: str, wanted: Spec, wanted_root: str) -> st
     """The first place where two structures differ, in a sentence."""
     path = ""
     while True:
-        one, other = _kind(came), _kind(wanted)
+        one, other = _described(came), _described(wanted)
         if one != other:
             return f"{came_root}{path} is {one}, but {wanted_root}{path} is {other}."
         for entry, child, model in zip(wanted.entries(), came.children(), wanted.children(), strict=True):
@@ -145,7 +145,7 @@ def difference(came: Spec, came_root: str, wanted: Spec, wanted_root: str) -> st
             return f"{came_root} and {wanted_root} differ."
 
 
-def _kind(spec: Spec) -> str:
+def _described(spec: Spec) -> str:
     if spec.is_leaf() or spec.type is None:
         return "a leaf"
     entries = spec.entries()
@@ -159,7 +159,7 @@ def paths(spec: Spec, root: str) -> list[str]:
     return [accessor.codify(root) for accessor in spec.accessors()]
 
 
-def places(spec: Spec, *, skip: bool = False) -> list[str]:
+def dotted_paths(spec: Spec, *, skip: bool = False) -> list[str]:
     """Each leaf's place, written with dots: ``layers.0.weight``; without the first step if ``skip``."""
     return [".".join(map(str, path[skip:])) for path in spec.paths()]
 

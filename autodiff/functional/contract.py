@@ -82,7 +82,7 @@ class Contract:
         return Call(self.name, self.checked(func), self.args, {}, None if self.several else 0, has_aux=False)
 
     def call_of_scalar(self, func: Callable[..., Any]) -> Call:
-        """The call of a function of one number, as a scalar; the output as it is rides along."""
+        """The call of a function of one number, as a scalar; the output as it is becomes aux."""
         return Call(self.name, self.scalar(func), self.args, {}, None if self.several else 0, has_aux=True)
 
     def checked(self, func: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,7 +98,7 @@ class Contract:
         return returning
 
     def scalar(self, func: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
-        """``func``, checked to return one number, as a scalar; the output as it is rides along."""
+        """``func``, checked to return one number, as a scalar; the output as it is becomes aux."""
         checked = self.checked(func)
 
         def returning(*args: Any) -> tuple[Tensor, Tensor]:

@@ -180,7 +180,7 @@ class Template(NamedTuple):
 
     def paths(self) -> list[str]:
         """The places of the tensors, written with dots; empty for one that is the whole result."""
-        places = trees.places(self.spec)
+        places = trees.dotted_paths(self.spec)
         return [
             place for place, leaf in zip(places, self.leaves, strict=True) if isinstance(leaf, TensorSpec)
         ]

@@ -257,7 +257,7 @@ class Run:
         if sink.template is not None:
             return
         # Where there is no sample, one of zeros gives the template.
-        batch = self._first if self._first.size else self._first.blank()
+        batch = self._first if self._first.size else self._first.with_zero_sample()
         finite = next((at for at in range(batch.size) if at not in self.report.failed), None)
         if finite is None:
             self._all_failed()
@@ -290,7 +290,7 @@ class Run:
     @contextmanager
     def _sizes_kept(self) -> Iterator[None]:
         """Begin with the chunk sizes learnt in an earlier run on such samples, and keep those of this one."""
-        kind, plan = (self._in_memory, *self._first.kind()), self._engine.plan
+        kind, plan = (self._in_memory, *self._first.memory_signature()), self._engine.plan
         if kind in self._learnt:
             plan.continue_from(self._learnt[kind])
         yield

@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 class Fix(NamedTuple):
     """One row.
 
-    ``torch`` says where torch errs, ``remedy`` what is done instead. ``tests`` name rows of tests/support/table, which
-    fail without the fix. torch versions from ``since`` on need it, those from ``mended`` on no longer do. ``hooks``
-    are pairs of a registry of `autodiff.core.hooks` and its new entries.
+    ``operations`` and ``symptom`` say where torch errs, ``remedy`` what is done instead. ``tests`` name rows of
+    tests/support/table, which fail without the fix. torch versions from ``needed_since`` to before ``fixed_in`` need
+    it. ``hooks`` are pairs of a registry of `autodiff.core.hooks` and its new entries.
     """
 
     name: str
     operations: str
-    torch: str
+    symptom: str
     remedy: str
     tests: tuple[str, ...]
     hooks: tuple[tuple[dict[Any, Any], Mapping[Any, Any]], ...]
-    since: str = "2.11"
-    mended: str | None = None
-    thread: str | None = None
+    needed_since: str = "2.11"
+    fixed_in: str | None = None
+    issue: str | None = None
 
     def tests_here(self) -> set[str]:
         """The tests that fail without it on the installed torch: ``"name <2.15"`` is one up to a version."""
@@ -45,8 +45,8 @@ class Fix(NamedTuple):
     @property
     def is_needed(self) -> bool:
         """Whether the installed torch needs it."""
-        return TorchVersion(self.since) <= _torch.version and (
-            self.mended is None or TorchVersion(self.mended) > _torch.version
+        return TorchVersion(self.needed_since) <= _torch.version and (
+            self.fixed_in is None or TorchVersion(self.fixed_in) > _torch.version
         )
 
     def install(self) -> None:

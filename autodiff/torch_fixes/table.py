@@ -1,7 +1,7 @@
 """The table of fixes: a row for each thing that torch does wrongly, slowly or not at all, and that is mended here.
 
 A row is active where the installed torch needs it. `nox -s unneeded_fixes` says which rows the newest torch has made
-unnecessary; such a row gets the version as ``mended``, and goes when that is the lower bound. The versions were
+unnecessary; such a row gets the version as ``fixed_in``, and goes when that is the lower bound. The versions were
 measured on torch 2.11, 2.13 and 2.15. What is guarded inside the seam itself, and cannot be switched off, is listed in
 docs/where_torch_is_wrong.md; messages that are recognised by their text are in `autodiff/_torch/messages.py`.
 """
@@ -57,7 +57,7 @@ FIXES = (
                 *(torch.linalg.solve, torch.linalg.solve_ex, torch.linalg.tensorsolve),
             ),
         ),
-        mended="2.15",
+        fixed_in="2.15",
     ),
     Fix(
         "factors",
@@ -86,7 +86,7 @@ FIXES = (
         "the pullback of the pullback, inside other transforms",
         ("forward_over_reverse_of_eigenvalues_per_sample",),
         (forward_overrides(by_pullback_inside, torch.linalg.eig, torch.linalg.eigvals),),
-        mended="2.15",
+        fixed_in="2.15",
     ),
     Fix(
         "losses",
@@ -99,7 +99,7 @@ FIXES = (
             "reverse_over_forward_of_glu",
         ),
         (forward_overrides(by_pullback_inside, functional.mse_loss, functional.huber_loss, functional.glu),),
-        thread="pytorch PR#197723",
+        issue="pytorch PR#197723",
     ),
     Fix(
         "triangular_solve",
@@ -135,7 +135,7 @@ FIXES = (
         "the pullback of the pullback",
         ("jvp_of_linear_cross_entropy",),
         (forward_overrides(chunked_by_pullback, getattr(functional, "linear_cross_entropy", None)),),
-        since="2.13",
+        needed_since="2.13",
     ),
     Fix(
         "missing_rules",
@@ -156,7 +156,7 @@ FIXES = (
         "the jvp runs with forward mode on, on tensors without this level's tangents",
         ("jacfwd_of_jacfwd_of_a_function",),
         (forward_overrides(with_nesting_jvp, _torch.custom_function_call),),
-        thread="pytorch#197867",
+        issue="pytorch#197867",
     ),
     Fix(
         "distances",
@@ -233,7 +233,7 @@ FIXES = (
             (hooks.higher_order, {"eager": plain_attention}),
             (hooks.higher_order_traced, {"make": partial(sdpa_kernel, SDPBackend.MATH)}),
         ),
-        thread="pytorch#128971",
+        issue="pytorch#128971",
     ),
     Fix(
         "batched_pulls",

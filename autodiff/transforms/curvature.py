@@ -16,7 +16,7 @@ from autodiff.core.products import products, restricted_to_outputs, split_rows
 from autodiff.core.seeds import StandardBasis, zeros
 from autodiff.types import Argnums, ChunkSize, P, Wrt
 
-# Rows of a Hessian that are pulled at a time where nobody says.
+# How many rows of a Hessian are pulled at a time by default.
 _ROWS = 64
 
 

@@ -52,7 +52,7 @@ def hessian_eigenvalues(
     eigenvalues", 1977), whose basis is kept orthonormal in full. A matrix of at most twice the size of that
     space, with 20 iterations one of P up to 40 (k + 2), is dense, and the result exact.
 
-    The result is from within: no eigenvalue is thought larger than the largest, or smaller than the smallest.
+    The result lies inside the spectrum: none of it is larger than the largest eigenvalue, or smaller than the smallest.
     With 20 iterations, eigenvalues that stand apart from the others, such as the largest of a network's
     loss, have errors of 1e-9 of the Hessian's norm or less (some 1e-6 in float32), whatever their multiplicity,
     and those at the edge of a dense spectrum some 1e-3; 40 iterations gain one digit to several. Every

@@ -88,7 +88,7 @@ def vmap(
     def sizes_of(mapped: Mapped) -> Sizes:
         if chunk_size != "auto":
             return Sizes(chunk_size)
-        kind = mapped.kind()
+        kind = mapped.memory_signature()
         if kind not in learnt:
             learnt.clear()
             learnt[kind] = sizes_for(chunk_size, mapped.leaves)
@@ -157,7 +157,7 @@ class Mapped:
         self._consistency: OutputConsistency | None = None
         self._where = ""
 
-    def blank(self) -> Mapped:
+    def with_zero_sample(self) -> Mapped:
         """The same call with one sample of zeros."""
         copied = copy.copy(self)
         pairs = zip(self.leaves, self.dims, strict=True)
@@ -178,7 +178,7 @@ class Mapped:
         """The leaves that all samples share."""
         return [leaf for leaf, dim in zip(self.leaves, self.dims, strict=True) if dim is None]
 
-    def kind(self) -> tuple[Any, ...]:
+    def memory_signature(self) -> tuple[Any, ...]:
         """What the memory that one sample takes depends on: shapes without the batch, and dtypes."""
         pairs = zip(self.leaves, self.dims, strict=True)
         return tuple(

@@ -50,10 +50,14 @@ def fixes() -> str:
 
 
 def _line_of_fix(fix: Fix) -> str:
-    versions = f"{fix.since} and newer" if fix.mended is None else f"{fix.since} to before {fix.mended}"
+    versions = (
+        f"{fix.needed_since} and newer"
+        if fix.fixed_in is None
+        else f"{fix.needed_since} to before {fix.fixed_in}"
+    )
     tests = ", ".join(f"`{name}`" for name in fix.tests)
-    thread = "" if fix.thread is None else f", {_link(fix.thread)}"
-    return f"| {fix.name} | {fix.operations} | {fix.torch} | {versions} | {fix.remedy} | {tests}{thread} |"
+    thread = "" if fix.issue is None else f", {_link(fix.issue)}"
+    return f"| {fix.name} | {fix.operations} | {fix.symptom} | {versions} | {fix.remedy} | {tests}{thread} |"
 
 
 def _line(row: Row) -> str:
