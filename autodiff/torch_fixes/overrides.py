@@ -31,12 +31,20 @@ def by_formula(formula: Callable[..., Any]) -> Override:
 
 
 def inside_transforms(override: Override) -> Override:
-    """The override where another transform is active; eager forward mode is right, and faster."""
+    """The override where another transform is active, or a captured tensor requires grad.
+
+    Elsewhere eager forward mode is right, and faster.
+    """
 
     def overridden(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return override(func, args, kwargs) if _torch.functorch_active() else func(*args, **kwargs)
+        is_nested = _torch.functorch_active() or (torch.is_grad_enabled() and any(map(_requires_grad, args)))
+        return override(func, args, kwargs) if is_nested else func(*args, **kwargs)
 
     return overridden
+
+
+def _requires_grad(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
 
 
 def in_place(override: Override, out_of_place: Callable[..., Any]) -> Override:

@@ -128,3 +128,28 @@ def test_gradient_of_a_directional_derivative_by_rules_that_write_in_place(func:
     for result in (by_x, ad.grad(lambda x: ad.jvp(func, (x,), (T,))[1])(X)):
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-8)
     assert_close(by_t, ad.grad(func)(X))
+
+
+MATRIX = torch.tensor([[3.0, 0.4], [-0.2, 2.0]], dtype=torch.float64)
+OF_A_PARAMETER = {
+    "solve": lambda y: torch.linalg.solve(MATRIX + torch.diag(y), y.cos()),
+    "slogdet": lambda y: torch.linalg.slogdet(MATRIX + torch.diag(y))[1],
+    "cumprod": lambda y: y.cumprod(0),
+    "layer_norm": lambda y: torch.nn.functional.layer_norm(torch.cat([y, y.exp()]), (4,)),
+    "mse_loss": lambda y: torch.nn.functional.mse_loss(y.sin(), y**2),
+}
+
+
+@pytest.mark.parametrize("func", OF_A_PARAMETER.values(), ids=OF_A_PARAMETER)
+def test_tangent_is_differentiated_by_a_captured_parameter(func: Any) -> None:
+    x, t = torch.tensor([0.5, -0.8], dtype=torch.float64), torch.tensor([1.0, 0.3], dtype=torch.float64)
+
+    def tangent(p: Tensor) -> Tensor:
+        return ad.jvp(lambda x: func((x * p).sin() + p), (x,), (t,))[1].sum()
+
+    p = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(tangent(p), p)
+    step = 1e-5
+    with torch.no_grad():
+        expected = (tangent(p + step) - tangent(p - step)) / (2 * step)
+    torch.testing.assert_close(slope, expected, rtol=1e-6, atol=1e-8)
