@@ -3,7 +3,7 @@
 A row is active where the installed torch needs it. `nox -s unneeded_fixes` says which rows the newest torch has made
 unnecessary; such a row gets the version as ``fixed_in``, and goes when that is the lower bound. The versions were
 measured on torch 2.11, 2.13 and 2.15. What is guarded inside the seam itself, and cannot be switched off, is listed in
-docs/where_torch_is_wrong.md; messages that are recognised by their text are in `autodiff/_torch/messages.py`.
+docs/architecture.md; messages that are recognised by their text are in `autodiff/_torch/messages.py`.
 """
 
 from __future__ import annotations
