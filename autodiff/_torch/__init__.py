@@ -9,8 +9,10 @@ from autodiff._torch.autograd import copy_of_scripted as copy_of_scripted
 from autodiff._torch.autograd import cotangent_sizes as cotangent_sizes
 from autodiff._torch.autograd import custom_function_call as custom_function_call
 from autodiff._torch.autograd import is_zero_tensor as is_zero_tensor
+from autodiff._torch.autograd import next_sequence_number as next_sequence_number
 from autodiff._torch.autograd import rearrange as rearrange
 from autodiff._torch.autograd import register_with_torch as register_with_torch
+from autodiff._torch.autograd import sequence_number as sequence_number
 from autodiff._torch.autograd import torch_registry as torch_registry
 from autodiff._torch.autograd import version as version
 from autodiff._torch.autograd import versions as versions

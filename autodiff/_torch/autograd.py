@@ -60,6 +60,18 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor._version for tensor in tensors]
 
 
+def next_sequence_number() -> int:
+    """What the next node that this thread makes is numbered by."""
+    number: int = torch._C._autograd._get_sequence_nr()
+    return number
+
+
+def sequence_number(node: Any) -> int:
+    """What its thread numbered a node by; of a leaf's node the largest number there is."""
+    number: int = node._sequence_nr()
+    return number
+
+
 def is_zero_tensor(tensor: Tensor) -> bool:
     """Whether the tensor is a zero without memory, such as the tangent of a constant."""
     return tensor._is_zerotensor()

@@ -74,25 +74,34 @@ class Linearization:
 
     def bytes_of_a_pull(self) -> tuple[int, int]:
         """The bytes of all the cotangents that a pull makes, and of the largest of them."""
-        return graph.bytes_of_a_pull(self._tape.graph_outputs)
+        return graph.bytes_of_a_pull(self._tape.nodes())
 
     def has_custom_gradient(self) -> bool:
         """Whether an autograd Function is in the graph: what it gives need not be the gradient of anything."""
-        return not _torch.compiling() and graph.has_custom_gradient(self._tape.graph_outputs)
+        return not _torch.compiling() and graph.has_custom_gradient(self._tape.nodes())
 
     def first_constant(self) -> int | None:
         """The first output that does not depend on any tensor that requires grad, None where all do."""
         return next((i for i, one in enumerate(self._tape.graph_outputs) if not one.requires_grad), None)
 
 
-def linearize(func: FlatFunction, primals: Sequence[Tensor], *, higher_order: bool = False) -> Linearization:
-    """Evaluate the function once; ``higher_order`` says that its pullback will be differentiated as well."""
-    return Linearization(record(func, primals, higher_order=higher_order))
+def linearize(
+    func: FlatFunction,
+    primals: Sequence[Tensor],
+    *,
+    higher_order: bool = False,
+    origin: Callable[..., Any] | None = None,
+) -> Linearization:
+    """Evaluate the function once; ``higher_order`` says that its pullback will be differentiated as well.
+
+    ``origin`` is the user's function inside, for `record`.
+    """
+    return Linearization(record(func, primals, higher_order=higher_order, origin=origin))
 
 
 def linearize_derivative(call: Call, differentiate: Differentiate) -> Linearization:
     """What ``differentiate`` makes of the tape of a call, such as its gradient, evaluated once itself."""
-    tape = record_derivative(call.evaluate, call.primals, _of_tape(differentiate))
+    tape = record_derivative(call.evaluate, call.primals, _of_tape(differentiate), origin=call.func)
     result, count = Linearization(tape), call.output_count
     result.values, result.aux = tape.aux[:count], tape.aux[count:]
     return result

@@ -95,6 +95,7 @@ class Contract:
                 self._refuse_independent_outputs(output)
             return output
 
+        returning.__wrapped__ = func  # type: ignore[attr-defined]
         return returning
 
     def scalar(self, func: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -106,6 +107,7 @@ class Contract:
             self._refuse_several_numbers(output)
             return (output if output.dim() == 0 else output.squeeze()), output
 
+        returning.__wrapped__ = func  # type: ignore[attr-defined]
         return returning
 
     def _refuse_bare_leaves(self, what: str, tree: Any) -> None:
