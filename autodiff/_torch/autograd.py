@@ -5,6 +5,7 @@ Imports `modes`.
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 from torch._functorch import autograd_function
 from torch.autograd import Variable
 from torch.autograd import graph as autograd_graph
+from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.torch_version import TorchVersion
 from torch.utils import _python_dispatch
 from torch.utils import _pytree as torch_pytree
@@ -20,7 +22,7 @@ from torch.utils import _pytree as torch_pytree
 from autodiff._torch.modes import OutsideInferenceMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -72,6 +74,39 @@ def sequence_number(node: Any) -> int:
     return number
 
 
+def is_function_node(node: Any) -> bool:
+    """Whether a node of a graph belongs to an autograd Function."""
+    return isinstance(node, BackwardCFunction)
+
+
+def user_function(node: Any) -> type:
+    """The autograd Function that a node belongs to: inside a level torch makes one of its own around the user's."""
+    cls: type = node._forward_cls
+    backward: Any = cls.__dict__.get("backward")
+    backward = getattr(backward, "__func__", backward)
+    if cls.__name__.endswith("Generated") and "autograd_function" in backward.__code__.co_freevars:
+        cls = inspect.getclosurevars(backward).nonlocals["autograd_function"]
+    return cls
+
+
+def is_differentiable_once(node: Any) -> bool:
+    """Whether the backward of an autograd Function is marked so: torch forgets what its result depends on."""
+    backward = getattr(user_function(node), "backward", None)
+    return getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE
+
+
+def scales_by_frequency(nodes: Iterable[Any]) -> bool:
+    """Whether an embedding among the nodes divides gradients by how often a word occurs."""
+    embeddings = (node for node in nodes if type(node).__name__.startswith("Embedding"))
+    return any(getattr(node, "_saved_scale_grad_by_freq", False) for node in embeddings)
+
+
+def hooks_registered() -> int:
+    """How many hooks on tensors, nodes and modules have been registered in this process."""
+    count: int = torch.utils.hooks.RemovableHandle.next_id
+    return count
+
+
 def is_zero_tensor(tensor: Tensor) -> bool:
     """Whether the tensor is a zero without memory, such as the tangent of a constant."""
     return tensor._is_zerotensor()
@@ -80,6 +115,10 @@ def is_zero_tensor(tensor: Tensor) -> bool:
 def cotangent_sizes(node: Any) -> list[int]:
     """The bytes of the cotangents that come into a node of a graph."""
     return [prod(metadata.shape) * metadata.dtype.itemsize for metadata in node._input_metadata]
+
+
+# What every backward that is marked by once_differentiable runs.
+_ONCE_DIFFERENTIABLE: Any = once_differentiable(repr).__code__
 
 
 # Trees that torch flattens itself.

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from autodiff import _torch
 from autodiff.core import hooks
-from autodiff.core.reverse import record, recorded_outside
+from autodiff.core.reverse import record
+from autodiff.core.tape import recorded_outside
 from autodiff.core.transpose import transpose
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from autodiff.core.call import Lift
-    from autodiff.core.reverse import FlatFunction
+    from autodiff.core.tape import FlatFunction
 
 
 class Pushed(NamedTuple):

@@ -6,7 +6,6 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 
 from autodiff import _torch
 from autodiff.core import hooks
@@ -56,11 +55,6 @@ def _policies_of(name: str) -> list[tuple[PullPolicy, str]]:
 
 
 hooks.when_changed.append(_policies_of.cache_clear)
-
-
-def has_custom_gradient(nodes: Iterable[Any]) -> bool:
-    """Whether an ``autograd.Function`` is among the nodes: what it gives need not be the gradient of anything."""
-    return any(isinstance(node, BackwardCFunction) for node in nodes)
 
 
 def bytes_of_a_pull(nodes: Iterable[Any]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from autodiff.core.reverse import Tape
+    from autodiff.core.tape import Tape
 
 
 def transpose(

@@ -13,13 +13,15 @@ from torch import Tensor
 from autodiff import _torch, checks
 from autodiff.core import trees
 from autodiff.core.call import spread
-from autodiff.core.rules import Rules, attach, rerecord
+from autodiff.core.reverse import rerecord
+from autodiff.core.rules import Rules, attach
 from autodiff.core.transpose import transpose
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from autodiff.core.rules import Flat
+    from autodiff.core.reverse import Flat
+
 
 _WAY_OUT = (
     "has no correct rule for forward mode in torch. The derivative of its pullback was used instead, and failed. Use "

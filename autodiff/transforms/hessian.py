@@ -17,8 +17,9 @@ from autodiff.core.chunks import Sizes
 from autodiff.core.forward import push
 from autodiff.core.linearization import Linearization, derivative, gradient, linearize, linearize_derivative
 from autodiff.core.products import Blocks
-from autodiff.core.reverse import FlatFunction, Tape, lifted_by
+from autodiff.core.reverse import lifted_by
 from autodiff.core.seeds import StandardBasis
+from autodiff.core.tape import FlatFunction, Tape
 from autodiff.transforms.jacobian import Jacobian
 from autodiff.transforms.mode_combinations import Mode, first_supported
 from autodiff.types import A, Argnums, ChunkSize, HessianMode, HessianOptions, HvpMode, P, Trees, WithAux, Wrt
