@@ -41,6 +41,7 @@ from autodiff._torch.levels import is_batched_at as is_batched_at
 from autodiff._torch.levels import is_eager as is_eager
 from autodiff._torch.levels import is_wrapper as is_wrapper
 from autodiff._torch.levels import level_of as level_of
+from autodiff._torch.levels import may_overlap as may_overlap
 from autodiff._torch.levels import outside_transforms as outside_transforms
 from autodiff._torch.levels import remove_batch as remove_batch
 from autodiff._torch.levels import requires_grad_at_any_depth as requires_grad_at_any_depth

@@ -5,7 +5,6 @@ Imports `modes`.
 
 from __future__ import annotations
 
-import inspect
 from importlib import import_module
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -81,12 +80,11 @@ def is_function_node(node: Any) -> bool:
 
 def user_function(node: Any) -> type:
     """The autograd Function that a node belongs to: inside a level torch makes one of its own around the user's."""
-    cls: type = node._forward_cls
-    backward: Any = cls.__dict__.get("backward")
-    backward = getattr(backward, "__func__", backward)
-    if cls.__name__.endswith("Generated") and "autograd_function" in backward.__code__.co_freevars:
-        cls = inspect.getclosurevars(backward).nonlocals["autograd_function"]
-    return cls
+    cls: Any = node._forward_cls
+    if issubclass(cls, torch.autograd.Function):
+        return cls  # type: ignore[no-any-return]
+    around = cls.backward.__closure__[cls.backward.__code__.co_freevars.index("autograd_function")]
+    return around.cell_contents  # type: ignore[no-any-return]
 
 
 def is_differentiable_once(node: Any) -> bool:

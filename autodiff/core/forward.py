@@ -124,9 +124,15 @@ def _push_traced(func: FlatFunction, primals: Sequence[Tensor], tangents: Sequen
 
 def _duals(primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
     return [
-        _torch.make_dual(_torch.outside_inference_mode(primal), _torch.outside_inference_mode(tangent))
+        _torch.make_dual(_prepared(primal), _torch.outside_inference_mode(tangent))
         for primal, tangent in zip(primals, tangents, strict=True)
     ]
+
+
+def _prepared(primal: Tensor) -> Tensor:
+    """A primal that can carry a tangent. It gets the strides: elements in one place, as in unfold, would share it."""
+    primal = _torch.outside_inference_mode(primal)
+    return primal.clone() if _torch.may_overlap(primal) else primal
 
 
 def _split(leaf: Any) -> tuple[Any, Tensor | None]:

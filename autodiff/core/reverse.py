@@ -221,7 +221,11 @@ class _EagerTape(Tape):
         return False, nodes
 
     def _cut_where_untracked(self, pulled: list[Tensor | None]) -> list[Tensor | None]:
-        return [one if self._depends_on_outer_leaf([one])[0] else _torch.detached(one) for one in pulled]
+        def is_tracked(one: Tensor | None) -> bool:
+            # A batched tensor's graph is that of the tensor under it.
+            return one is not None and self._depends_on_outer_leaf([_torch.fully_unwrapped(one)])[0]
+
+        return [one if is_tracked(one) else _torch.detached(one) for one in pulled]
 
     def nodes(self) -> set[Any]:
         nodes = super().nodes()

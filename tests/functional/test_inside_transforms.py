@@ -27,8 +27,14 @@ NUMBERS = {
     "hessian": (lambda x, f, **kw: functional.hessian(f, x, **kw).sum(), torch.full_like(X, 6)),
     "vjp": (lambda x, f, **kw: functional.vjp(f, x, **kw)[1].sum(), 6 * X),
     "jvp": (lambda x, f, **kw: functional.jvp(f, x, torch.ones_like(x), **kw)[1], 6 * X),
-    "vhp": (lambda x, f, **kw: functional.vhp(f, x, torch.ones_like(x), **kw)[1].sum(), torch.full_like(X, 6)),
-    "hvp": (lambda x, f, **kw: functional.hvp(f, x, torch.ones_like(x), **kw)[1].sum(), torch.full_like(X, 6)),
+    "vhp": (
+        lambda x, f, **kw: functional.vhp(f, x, torch.ones_like(x), **kw)[1].sum(),
+        torch.full_like(X, 6),
+    ),
+    "hvp": (
+        lambda x, f, **kw: functional.hvp(f, x, torch.ones_like(x), **kw)[1].sum(),
+        torch.full_like(X, 6),
+    ),
 }
 OUTER = {
     "grad": lambda f: ad.grad(f)(X),
@@ -76,7 +82,6 @@ def test_a_constant_is_a_constant(name):
     # Nothing is differentiated here, though a parameter requires grad.
     batched = ad.vmap(lambda x: number(x, cubes))(torch.nn.Parameter(X).expand(3, 2))
     torch.testing.assert_close(batched, constant.expand(3))
-
 
     def product(x):
         with torch.no_grad():
