@@ -31,7 +31,11 @@ PullPolicy: TypeAlias = Literal[
     "with a graph",
     # The pullback is transposed at a cotangent of ones, not of zeros.
     "transposed at ones",
+    # The pullback holds code of the user's: it may do anything at zeros, and need not be linear.
+    "transposed with a check",
 ]
+# How the name of an autograd Function begins that has no code of the user's.
+LINEAR_FUNCTION = "_LinearRule"
 
 # How a graph is pulled back that holds nodes whose names begin so, with the operation that they belong to.
 pull_policies: dict[PullPolicy, dict[str, str]] = {

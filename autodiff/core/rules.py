@@ -37,6 +37,9 @@ class Rules(ABC):
     None stands for a zero vector, and for that of a tensor that is not differentiated.
     """
 
+    # Whether the rules are the user's, and need not be linear where they should be.
+    of_user = False
+
     @abstractmethod
     def pull(
         self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
@@ -57,9 +60,15 @@ def attach(rules: Rules, values: Sequence[Any], saved: Sequence[Tensor]) -> list
     values = [value.detach() if isinstance(value, Tensor) else value for value in values]
     where = [i for i, value in enumerate(values) if is_differentiable(value)]
     specs = [TensorSpec.of(values[i]) for i in where]
-    for i, zero in zip(where, _RuleFunction.apply(_RulesAndSpecs(rules, specs), *saved), strict=True):
+    for i, zero in zip(where, _zeros(_RulesAndSpecs(rules, specs), saved), strict=True):
         values[i] = values[i] + zero
     return values
+
+
+def _zeros(ruled: _RulesAndSpecs, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    function = _CustomRule if ruled.rules.of_user else _LinearRule
+    zeros: tuple[Tensor, ...] = function.apply(ruled, *saved)
+    return zeros
 
 
 def is_tracked(tensor: Tensor) -> bool:
@@ -105,7 +114,7 @@ class _RulesAndSpecs(NamedTuple):
     specs: Sequence[TensorSpec]
 
 
-class _RuleFunction(torch.autograd.Function):
+class _CustomRule(torch.autograd.Function):
     """Zeros with the derivatives that the rules give.
 
     torch dispatches a Function level by level. Forward mode is off inside its jvp, for all levels, and the
@@ -145,7 +154,11 @@ class _RuleFunction(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], ruled: _RulesAndSpecs, *saved: Tensor) -> Any:
         rules = _Batched(ruled.rules, in_dims[1:], info.batch_size, info.randomness)
         specs = [one._replace(shape=(info.batch_size, *one.shape)) for one in ruled.specs]
-        return _RuleFunction.apply(_RulesAndSpecs(rules, specs), *saved), (0,) * len(specs)
+        return _zeros(_RulesAndSpecs(rules, specs), saved), (0,) * len(specs)
+
+
+class _LinearRule(_CustomRule):
+    """The same, known by its name in a graph."""
 
 
 class _Batched(Rules):
@@ -153,6 +166,7 @@ class _Batched(Rules):
 
     def __init__(self, rules: Rules, dims: Sequence[int | None], size: int, randomness: Randomness) -> None:
         self._rules, self._dims, self._size, self._randomness = rules, dims, size, randomness
+        self.of_user = rules.of_user
 
     def pull(
         self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
