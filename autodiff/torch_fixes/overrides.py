@@ -8,7 +8,7 @@ import torch
 
 from autodiff import _torch
 from autodiff.core import hooks
-from autodiff.torch_fixes.by_pullback import by_pullback
+from autodiff.torch_fixes.by_pullback import by_pullback, by_pullback_of_same_draw
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,13 +70,15 @@ def chunked_by_pullback(func: Callable[..., Any], args: tuple[Any, ...], kwargs:
 def custom_by_pullback(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operator, by its pullback where torch.library made it."""
     namespace = func.namespace if isinstance(func, OVERLOAD) else str(func).split(".", maxsplit=1)[0]
-    return func(*args, **kwargs) if namespace in _BUILTIN_NAMESPACES else by_pullback(func, args, kwargs)
+    if namespace in _BUILTIN_NAMESPACES:
+        return func(*args, **kwargs)
+    return by_pullback_of_same_draw(func, args, kwargs)
 
 
 def where_rule_is_missing(func: Callable[..., Any], error: NotImplementedError) -> Override | None:
     """The pullback, where torch says that a forward rule is missing."""
     writes = str(getattr(func, "__name__", "")).endswith("_")
-    return by_pullback if _torch.says(error, "no forward rule") and not writes else None
+    return by_pullback_of_same_draw if _torch.says(error, "no forward rule") and not writes else None
 
 
 def zeros_with_memory(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

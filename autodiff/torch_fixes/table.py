@@ -141,11 +141,12 @@ FIXES = (
         "missing_rules",
         "whatever raises for want of a forward rule",
         "NotImplementedError in forward mode",
-        "the pullback of the pullback",
+        "the pullback of the pullback; of the same draw, where it is random",
         (
             "jvp_of_operations_without_forward_mode-index_reduce",
             "jvp_of_operations_without_forward_mode-cholesky",
             "jvp_of_grid_sample <2.15",
+            "forward_mode_of_random_draws",
         ),
         ((hooks.missing_forward_rule, {"override": where_rule_is_missing}),),
     ),
