@@ -11,6 +11,7 @@ from autodiff._torch.autograd import custom_function_call as custom_function_cal
 from autodiff._torch.autograd import is_zero_tensor as is_zero_tensor
 from autodiff._torch.autograd import rearrange as rearrange
 from autodiff._torch.autograd import register_with_torch as register_with_torch
+from autodiff._torch.autograd import saved_by as saved_by
 from autodiff._torch.autograd import torch_registry as torch_registry
 from autodiff._torch.autograd import version as version
 from autodiff._torch.autograd import versions as versions

@@ -11,6 +11,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -34,9 +35,9 @@ ONE_BY_ONE: PullPolicy = "one cotangent at a time"
 
 
 class _Thread(threading.local):
-    """How many functions this thread is recording, each inside the one before."""
+    """How many functions this thread is recording, each inside the one before; how many pulls have made a graph."""
 
-    recording = 0
+    recording, graphs = 0, 0
 
 
 _thread = _Thread()
@@ -61,6 +62,7 @@ class Tape(ABC):
 
     __slots__ = (
         "__weakref__",
+        "_graphs_before",
         "_higher_order",
         "_nodes",
         "_policies",
@@ -77,6 +79,7 @@ class Tape(ABC):
 
     def __init__(self) -> None:
         self._nodes: set[Any] | None = None
+        self._graphs_before = 0
         self._policies: dict[PullPolicy, set[str]] | None = None
 
     def policies(self) -> dict[PullPolicy, set[str]]:
@@ -97,6 +100,7 @@ class Tape(ABC):
         # The thread's own dict: attributes of a threading.local take three times as long.
         thread = _thread.__dict__
         depth = thread.get("recording", 0)
+        self._graphs_before = thread.get("graphs", 0)
         self._higher_order = False
         thread["recording"] = depth + 1
         try:
@@ -106,6 +110,7 @@ class Tape(ABC):
                     if differentiate is not None:
                         self.outputs, self.aux = self.graph_outputs, aux
                         self.graph_outputs, aux = differentiate(self)
+                        self._policies = None  # of another graph
             else:  # without a context that does nothing: a gradient of four numbers takes 1 % longer in it
                 self.graph_outputs, aux = func(self.inputs, lift)
         finally:
@@ -159,11 +164,21 @@ class Tape(ABC):
             with _torch.OutsideInferenceMode():
                 grad_outputs = [_torch.outside_inference_mode(seed) for seed in grad_outputs]
         arguments = roots, grad_outputs, inputs, retain_graph or create_graph, create_graph
+        run = _torch.backward
+        if create_graph:
+            thread = _thread.__dict__
+            graphs = thread.get("graphs", 0)
+            # What a fix replaces are pullbacks of pullbacks: none is here before a pull has made a graph.
+            if graphs > self._graphs_before and hooks.node_pullbacks:
+                nodes = graph.walk(roots)[1] if self._nodes is None else self._nodes
+                if replaced := graph.replaced_pullbacks(nodes):
+                    run = partial(graph.backward_with, replaced)
+            thread["graphs"] = graphs + 1
         if self._higher_order:
             with hooks.higher_order.get("eager", hooks.NOTHING):
-                pulled = _torch.backward(*arguments)
+                pulled = run(*arguments)
         else:
-            pulled = _torch.backward(*arguments)
+            pulled = run(*arguments)
         return [_torch.detached(one) for one in pulled] if detach_result else pulled
 
     def _is_batch(self, cotangents: Sequence[Tensor | None]) -> bool:

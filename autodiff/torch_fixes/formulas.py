@@ -28,7 +28,7 @@ def layer_norm(
     """As torch.nn.functional.layer_norm and torch.layer_norm."""
     del cudnn_enable
     dims = list(range(input.dim() - len(normalized_shape), input.dim()))
-    return _affine(_standardised(_upcast(input), dims, eps)[0], weight, bias).to(input.dtype)
+    return _affine(_standardised(upcast(input), dims, eps)[0], weight, bias).to(input.dtype)
 
 
 def batch_norm(
@@ -72,14 +72,14 @@ def _by_channel(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    dtype, x = x.dtype, _upcast(x)
+    dtype, x = x.dtype, upcast(x)
     channels = [1, -1, *[1] * (x.dim() - 2)]
     weight, bias = (None if one is None else one.view(channels) for one in (weight, bias))
     if not by_batch:
         assert running_mean is not None
         assert running_var is not None
         centred = x - running_mean.view(channels)
-        return _affine(centred * (_upcast(running_var).view(channels) + eps).rsqrt(), weight, bias).to(dtype)
+        return _affine(centred * (upcast(running_var).view(channels) + eps).rsqrt(), weight, bias).to(dtype)
     y, mean, variance = _standardised(x, dims, eps)
     count = 1
     for dim in dims:
@@ -92,7 +92,7 @@ def _by_channel(
     return _affine(y, weight, bias).to(dtype)
 
 
-def _upcast(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """The tensor as torch computes with it: the square of 256 is infinite in half precision."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 

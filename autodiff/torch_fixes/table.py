@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autodiff import _torch
 from autodiff.core import hooks
-from autodiff.torch_fixes import formulas
+from autodiff.torch_fixes import formulas, norm_pullbacks
 from autodiff.torch_fixes.attention import plain_attention
 from autodiff.torch_fixes.by_pullback import by_pullback
 from autodiff.torch_fixes.fix import Fix
@@ -189,6 +189,22 @@ FIXES = (
             forward_overrides(inside_transforms(by_formula(formulas.batch_norm)), functional.batch_norm),
             forward_overrides(
                 inside_transforms(by_formula(formulas.instance_norm)), functional.instance_norm
+            ),
+        ),
+    ),
+    Fix(
+        "third_derivatives_of_norms",
+        "third derivatives of layer_norm, batch_norm, instance_norm",
+        "mean and deviation are taken for constants, in pure reverse mode",
+        "the pullback of the pullback's node is a formula, where it makes a graph",
+        ("third_derivatives_of_normalisations",),
+        (
+            (
+                hooks.node_pullbacks,
+                {
+                    "NativeLayerNormBackwardBackward0": norm_pullbacks.of_layer_norm,
+                    "NativeBatchNormBackwardBackward0": norm_pullbacks.of_batch_norm,
+                },
             ),
         ),
     ),

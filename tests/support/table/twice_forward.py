@@ -106,6 +106,23 @@ def jvp_of_jvp_of_normalisations(library: Any, case: tuple[Function, Tensor]) ->
     torch.testing.assert_close(pushed_twice(library, func, x, t), expected, rtol=1e-6, atol=1e-6)
 
 
+@TWICE.row(
+    "third derivatives of layer_norm, instance_norm, batch_norm in pure reverse mode",
+    torch="wrong numbers: mean and deviation are taken for constants",
+    fails=WRONG,
+    ours="right",
+    over=NORMALISED,
+)
+def third_derivatives_of_normalisations(library: Any, case: tuple[Function, Tensor]) -> None:
+    func, x = case
+    t = x.flip(0).cos()
+    scalar = lambda x: (func(x) ** 3).sum()
+    for _ in range(3):
+        scalar = lambda x, scalar=scalar: (library.grad(scalar)(x) * t).sum()
+    expected = difference(lambda x: differed_twice(lambda x: (func(x) ** 3).sum(), x, t), x, t)
+    torch.testing.assert_close(scalar(x), expected, rtol=1e-5, atol=1e-5)
+
+
 SAVING: dict[str, tuple[Function, Tensor]] = {
     "triangular_solve": (lambda a: torch.triangular_solve(SIDE, a).solution, A),
     "cumprod": (lambda a: (a - A[0, 0]).cumprod(0), A),
