@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import is_tensor_like
 
 from autodiff import _torch
 from autodiff.core import hooks
+from autodiff.core.forward import ForwardMode
 from autodiff.torch_fixes.by_pullback import by_pullback, by_pullback_of_same_draw
 
 if TYPE_CHECKING:
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 # The two types of operators that are called through torch.ops.
 OVERLOAD, PACKET = type(torch.ops.aten.sin.default), type(torch.ops.aten.sin)
+_PLAIN = torch.Tensor, torch.nn.Parameter
 _BUILTIN_NAMESPACES = ("aten", "prims", "prim", "higher_order")
 
 
@@ -50,6 +54,26 @@ def _requires_grad(leaf: object) -> bool:
 def in_place(override: Override, out_of_place: Callable[..., Any]) -> Override:
     """The override of an operation that writes in place, by that of the one that does not."""
     return lambda _, args, kwargs: args[0].copy_(override(out_of_place, args, kwargs))
+
+
+def body_in_forward_mode(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function that torch has in Python, with every operation in it sent to its override.
+
+    Such a function asks whether a torch function mode is active, and hands itself over to that as a whole: what it
+    calls is not seen. Here it runs without the question.
+    """
+    if any(is_tensor_like(one) and type(one) not in _PLAIN for one in (*args, *kwargs.values())):
+        return func(*args, **kwargs)  # the class of an argument may answer
+    asks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    names = func.__globals__ | dict.fromkeys(asks, _no)
+    body = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+    body.__kwdefaults__ = func.__kwdefaults__
+    with ForwardMode():
+        return body(*args, **kwargs)
+
+
+def _no(*_: object) -> bool:
+    return False
 
 
 by_pullback_inside = inside_transforms(by_pullback)

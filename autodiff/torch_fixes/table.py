@@ -25,6 +25,7 @@ from autodiff.torch_fixes.functions import with_nesting_jvp
 from autodiff.torch_fixes.overrides import (
     OVERLOAD,
     PACKET,
+    body_in_forward_mode,
     by_formula,
     by_pullback_inside,
     chunked_by_pullback,
@@ -234,6 +235,20 @@ FIXES = (
         (
             forward_overrides(
                 inside_transforms(by_formula(formulas.attention)), functional.scaled_dot_product_attention
+            ),
+        ),
+    ),
+    Fix(
+        "functions_in_python",
+        "multi_head_attention_forward, triplet_margin_with_distance_loss",
+        "torch hands them to a function mode as a whole: overrides of what they call are not seen",
+        "their bodies run inside forward mode's function mode",
+        ("attention_with_dropout_in_an_encoder_layer", "jvp_of_jvp_inside_a_triplet_loss"),
+        (
+            forward_overrides(
+                body_in_forward_mode,
+                functional.multi_head_attention_forward,
+                functional.triplet_margin_with_distance_loss,
             ),
         ),
     ),

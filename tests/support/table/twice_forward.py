@@ -107,6 +107,26 @@ def jvp_of_jvp_of_normalisations(library: Any, case: tuple[Function, Tensor]) ->
 
 
 @TWICE.row(
+    "`jvp` of `jvp` through a distance of triplet_margin_with_distance_loss that has a layer_norm",
+    torch="wrong numbers",
+    fails=WRONG,
+    ours="right",
+)
+def jvp_of_jvp_inside_a_triplet_loss(library: Any) -> None:
+    anchor, positive, negative = _normal(3, 2, 4).unbind(0)
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        return ((functional.layer_norm(x, (4,)) - y) ** 2).sum(-1)
+
+    def func(x: Tensor) -> Tensor:
+        return functional.triplet_margin_with_distance_loss(
+            x, positive, negative, distance_function=distance, margin=20.0
+        )
+
+    jvp_of_jvp_of_normalisations(library, (func, anchor))
+
+
+@TWICE.row(
     "third derivatives of layer_norm, instance_norm, batch_norm in pure reverse mode",
     torch="wrong numbers: mean and deviation are taken for constants",
     fails=WRONG,
