@@ -6,6 +6,7 @@ in forward mode; the others lack a rule. Imports nothing from the package.
 
 from __future__ import annotations
 
+from math import isinf, prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,10 +81,10 @@ def _by_channel(
         assert running_var is not None
         centred = x - running_mean.view(channels)
         return _affine(centred * (upcast(running_var).view(channels) + eps).rsqrt(), weight, bias).to(dtype)
+    count = prod(x.shape[dim] for dim in dims)
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value for each mean when training, got input size {x.shape}")
     y, mean, variance = _standardised(x, dims, eps)
-    count = 1
-    for dim in dims:
-        count *= x.shape[dim]
     with torch.no_grad():
         for running, new in ((running_mean, mean), (running_var, variance * count / max(count - 1, 1))):
             if running is not None:
@@ -130,6 +131,66 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
     return input.copy_(result) if inplace else result
 
 
+def mse_loss(
+    input: Tensor,  # noqa: A002
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """As torch.nn.functional.mse_loss: of torch's own, only the mean cannot be pushed forward twice."""
+    reduction = _reduction(size_average, reduce, reduction)
+    if weight is not None:
+        return functional.mse_loss(input, target, None, None, reduction, weight)  # type: ignore[call-arg]
+    if reduction != "mean":
+        return functional.mse_loss(input, target, reduction=reduction)
+    loss = functional.mse_loss(upcast(input), upcast(target), reduction="sum")
+    return _of_torch_dtype(loss / _pairs(input, target), input, target)
+
+
+def huber_loss(
+    input: Tensor,  # noqa: A002
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """As torch.nn.functional.huber_loss: a smooth L1 loss, which torch differentiates in every mode."""
+    if weight is not None:
+        weighted = huber_loss(input, target, "none", delta) * weight
+        return {"none": weighted, "sum": weighted.sum(), "mean": weighted.mean()}[reduction]
+    if isinf(delta):
+        return 0.5 * mse_loss(input, target, reduction=reduction)
+    loss = delta * functional.smooth_l1_loss(upcast(input), upcast(target), reduction=reduction, beta=delta)
+    return _of_torch_dtype(loss, input, target)
+
+
+def _pairs(one: Tensor, other: Tensor) -> int:
+    return prod(torch.broadcast_shapes(one.shape, other.shape))
+
+
+def _of_torch_dtype(loss: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """The loss in the dtype of its arguments; under autocast it stays in float32."""
+    autocast = torch.is_autocast_enabled(one.device.type)
+    return loss if autocast else loss.to(torch.promote_types(one.dtype, other.dtype))
+
+
+def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """What the two deprecated options mean."""
+    if size_average is None and reduce is None:
+        return reduction
+    return "none" if reduce is False else "sum" if size_average is False else "mean"
+
+
+def glu(input: Tensor, dim: int = -1) -> Tensor:  # noqa: A002
+    """As torch.nn.functional.glu."""
+    if input.dim() == 0 or input.size(dim) % 2:
+        return functional.glu(input, dim)  # raises
+    values, gates = upcast(input).chunk(2, dim)
+    return (values * gates.sigmoid()).to(input.dtype)
+
+
 def soft_margin_loss(
     input: Tensor,  # noqa: A002
     target: Tensor,
@@ -138,9 +199,9 @@ def soft_margin_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """As torch.nn.functional.soft_margin_loss."""
-    if size_average is not None or reduce is not None:
-        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
-    loss = functional.softplus(-target * input)
+    reduction = _reduction(size_average, reduce, reduction)
+    margin = (target.expand_as(input) * input).to(input.dtype)
+    loss = torch.log1p(torch.exp(-margin)) if input.is_complex() else functional.softplus(-margin)
     match reduction:
         case "mean":
             return loss.mean()

@@ -12,6 +12,7 @@ from autodiff import _torch
 from autodiff.core import hooks
 from autodiff.core.forward import ForwardMode
 from autodiff.torch_fixes.by_pullback import by_pullback, by_pullback_of_same_draw
+from autodiff.torch_fixes.formulas import upcast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,9 +30,26 @@ def forward_overrides(override: Override, *operations: Any) -> tuple[dict[Any, A
     return hooks.forward_overrides, dict.fromkeys(operations, override)
 
 
-def by_formula(formula: Callable[..., Any]) -> Override:
-    """The formula in place of the operation."""
-    return lambda _, args, kwargs: formula(*args, **kwargs)
+def by_formula(formula: Callable[..., Any], float32_under_autocast: tuple[str, ...] = ()) -> Override:
+    """The formula in place of the operation.
+
+    On the named devices autocast has the operation compute in float32 where it is given less.
+    """
+
+    def overridden(_: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        device = args[0].device.type if args and isinstance(args[0], torch.Tensor) else ""
+        if device not in float32_under_autocast or not torch.is_autocast_enabled(device):
+            return formula(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return formula(
+                *map(_in_float32, args), **{key: _in_float32(leaf) for key, leaf in kwargs.items()}
+            )
+
+    return overridden
+
+
+def _in_float32(leaf: Any) -> Any:
+    return upcast(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def inside_transforms(override: Override) -> Override:

@@ -93,13 +93,20 @@ FIXES = (
         "losses",
         "mse_loss, huber_loss, glu",
         "forward over reverse: an error, or no rule",
-        "the pullback of the pullback, inside other transforms",
+        "a formula, inside other transforms",
         (
             "forward_over_reverse_of_mse_loss",
             "both_combinations_of_losses_and_activations-huber_loss",
             "reverse_over_forward_of_glu",
         ),
-        (forward_overrides(by_pullback_inside, functional.mse_loss, functional.huber_loss, functional.glu),),
+        tuple(
+            forward_overrides(inside_transforms(by_formula(formula)), operation)
+            for operation, formula in (
+                (functional.mse_loss, formulas.mse_loss),
+                (functional.huber_loss, formulas.huber_loss),
+                (functional.glu, formulas.glu),
+            )
+        ),
         issue="pytorch PR#197723",
     ),
     Fix(
@@ -173,8 +180,8 @@ FIXES = (
             "jvp_of_operations_without_forward_mode-pdist <2.15",
         ),
         (
-            forward_overrides(by_formula(formulas.cdist), torch.cdist),
-            forward_overrides(by_formula(formulas.pdist), functional.pdist),
+            forward_overrides(by_formula(formulas.cdist, ("cpu", "cuda")), torch.cdist),
+            forward_overrides(by_formula(formulas.pdist, ("cuda",)), functional.pdist),
         ),
     ),
     Fix(
@@ -185,7 +192,9 @@ FIXES = (
         ("jvp_of_jvp_of_normalisations",),
         (
             forward_overrides(
-                inside_transforms(by_formula(formulas.layer_norm)), functional.layer_norm, torch.layer_norm
+                inside_transforms(by_formula(formulas.layer_norm, ("cuda",))),
+                functional.layer_norm,
+                torch.layer_norm,
             ),
             forward_overrides(inside_transforms(by_formula(formulas.batch_norm)), functional.batch_norm),
             forward_overrides(
@@ -222,7 +231,8 @@ FIXES = (
         (
             forward_overrides(inside_transforms(by_formula(formulas.hardsigmoid)), functional.hardsigmoid),
             forward_overrides(
-                inside_transforms(by_formula(formulas.soft_margin_loss)), functional.soft_margin_loss
+                inside_transforms(by_formula(formulas.soft_margin_loss, ("cpu", "cuda"))),
+                functional.soft_margin_loss,
             ),
         ),
     ),
