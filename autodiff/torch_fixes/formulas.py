@@ -125,6 +125,30 @@ def pdist(input: Tensor, p: float = 2.0) -> Tensor:  # noqa: A002
     return distances
 
 
+def cumprod(
+    input: Tensor,  # noqa: A002
+    dim: int,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As torch.cumprod: products of ever longer windows, in n log n; there is no division, so a zero is a number.
+
+    A window's product may overflow where what stands before it has become zero: then NaN, where torch has zero.
+    """
+    x = input if dtype is None else input.to(dtype)
+    if out is not None or not (x.is_floating_point() or x.is_complex()):
+        return torch.cumprod(input, dim, dtype=dtype, out=out)
+    x, result = upcast(x), x.dtype
+    count = x.size(dim) if x.dim() else 1
+    shift = 1
+    while shift < count:
+        longer = x.narrow(dim, shift, count - shift) * x.narrow(dim, 0, count - shift)
+        x = torch.cat([x.narrow(dim, 0, shift), longer], dim)
+        shift *= 2
+    return x.to(result) if count > 1 else x.to(result).clone()
+
+
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
     """As torch.nn.functional.hardsigmoid."""
     result = functional.relu6(input + 3) / 6

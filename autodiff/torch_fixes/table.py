@@ -38,6 +38,8 @@ from autodiff.torch_fixes.overrides import (
     zeros_with_memory,
 )
 
+_cumprod = inside_transforms(by_formula(formulas.cumprod, ("cuda",)))
+
 FIXES = (
     Fix(
         "solvers",
@@ -62,11 +64,10 @@ FIXES = (
     ),
     Fix(
         "factors",
-        "cholesky_inverse, linalg.householder_product, cumprod",
+        "cholesky_inverse, linalg.householder_product",
         "wrong numbers in forward mode inside forward mode",
         "the pullback of the pullback, inside other transforms",
         (
-            "jvp_of_jvp_of_other_operations-cumprod",
             "jvp_of_jvp_of_other_operations-cholesky_inverse",
             "jvp_of_jvp_of_other_operations-householder_product",
         ),
@@ -75,9 +76,18 @@ FIXES = (
                 by_pullback_inside,
                 *(Tensor.cholesky_inverse, torch.cholesky_inverse),
                 *(Tensor.orgqr, torch.orgqr, torch.linalg.householder_product),
-                *(Tensor.cumprod, torch.cumprod),
             ),
-            forward_overrides(in_place(by_pullback_inside, Tensor.cumprod), Tensor.cumprod_),
+        ),
+    ),
+    Fix(
+        "cumprod",
+        "cumprod",
+        "wrong numbers in forward mode inside forward mode; time and memory square in reverse mode inside transforms",
+        "a formula, inside other transforms",
+        ("jvp_of_jvp_of_other_operations-cumprod",),
+        (
+            forward_overrides(_cumprod, Tensor.cumprod, torch.cumprod),
+            forward_overrides(in_place(_cumprod, Tensor.cumprod), Tensor.cumprod_),
         ),
     ),
     Fix(
