@@ -66,6 +66,7 @@ class Tape(ABC):
         "_higher_order",
         "_nodes",
         "_policies",
+        "_without_tangents",
         "aux",
         "graph_outputs",
         "inputs",
@@ -80,6 +81,8 @@ class Tape(ABC):
     def __init__(self) -> None:
         self._nodes: set[Any] | None = None
         self._graphs_before = 0
+        # What is recorded outside of all forward modes is a constant inside of them.
+        self._without_tangents = True
         self._policies: dict[PullPolicy, set[str]] | None = None
 
     def policies(self) -> dict[PullPolicy, set[str]]:
@@ -134,6 +137,15 @@ class Tape(ABC):
         ``create_graph=None`` makes a graph only where the result can be differentiated from outside. A pull
         that makes a graph keeps the one that it reads, since the two share saved tensors.
         """
+        if self._without_tangents and _torch.forward_level_active():
+            primals, tangents = zip(*map(_split, cotangents), strict=True)
+            if any(tangent is not None for tangent in tangents):
+                # Linear in its cotangents. Torch's pullbacks need not have a rule for forward mode.
+                one = self.pull(primals, wanted=wanted, retain_graph=True, create_graph=create_graph)
+                other = self.pull(
+                    tangents, wanted=wanted, retain_graph=retain_graph, create_graph=create_graph
+                )
+                return [_joined(p, t) for p, t in zip(one, other, strict=True)]
         inputs = self.inputs if wanted is ALL else self.inputs[wanted]
         if (
             _torch.functorch_active()
@@ -259,6 +271,14 @@ def recorded_outside(leaves: Sequence[Tensor]) -> bool:
     )
 
 
+def _split(cotangent: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if cotangent is None else _torch.unpack_dual(cotangent)
+
+
+def _joined(primal: Tensor | None, tangent: Tensor | None) -> Tensor | None:
+    return primal if primal is None or tangent is None else _torch.make_dual(primal, tangent)
+
+
 class _EagerTape(Tape):
     """Plain autograd, where no transform is active around this one."""
 
@@ -360,11 +380,12 @@ class _LevelTape(Tape):
 
     def __init__(self, func: FlatFunction, primals: Sequence[Tensor], higher_order: bool) -> None:
         super().__init__()
+        self._without_tangents = not _torch.forward_level_active()
         higher_order = (
             higher_order
             or recorded_outside(primals)
             or _torch.grad_level_active()
-            or _torch.forward_level_active()
+            or not self._without_tangents
         )
         with _torch.grad_level() as level:
             self.inputs = [_torch.wrap_tracked(primal, level) for primal in primals]

@@ -6,7 +6,7 @@ in forward mode; the others lack a rule. Imports nothing from the package.
 
 from __future__ import annotations
 
-from math import isinf, prod
+from math import isinf, log, pi, prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -149,6 +149,16 @@ def cumprod(
     return x.to(result) if count > 1 else x.to(result).clone()
 
 
+def mvlgamma(input: Tensor, p: int, *, out: Tensor | None = None) -> Tensor:  # noqa: A002
+    """As torch.mvlgamma, which writes in place to what may have fewer batches."""
+    if out is not None or not input.is_floating_point():
+        return torch.mvlgamma(input, p) if out is None else torch.special.multigammaln(input, p, out=out)
+    x = upcast(input)
+    steps = torch.arange(p, dtype=x.dtype, device=x.device) / 2
+    logarithms = (x.unsqueeze(-1) - steps).lgamma().sum(-1)
+    return (logarithms + p * (p - 1) / 4 * log(pi)).to(input.dtype)
+
+
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
     """As torch.nn.functional.hardsigmoid."""
     result = functional.relu6(input + 3) / 6
@@ -226,6 +236,23 @@ def soft_margin_loss(
     reduction = _reduction(size_average, reduce, reduction)
     margin = (target.expand_as(input) * input).to(input.dtype)
     loss = torch.log1p(torch.exp(-margin)) if input.is_complex() else functional.softplus(-margin)
+    return _reduced(loss, reduction)
+
+
+def hinge_embedding_loss(
+    input: Tensor,  # noqa: A002
+    target: Tensor,
+    margin: float = 1.0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """As torch.nn.functional.hinge_embedding_loss, which writes in place to what may have fewer batches."""
+    apart = (margin - input).clamp_min(0).where(target != 1, 0)
+    return _reduced(apart + input.where(target != -1, 0), _reduction(size_average, reduce, reduction))
+
+
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
     match reduction:
         case "mean":
             return loss.mean()

@@ -247,6 +247,23 @@ FIXES = (
         ),
     ),
     Fix(
+        "writes_in_place",
+        "mvlgamma, hinge_embedding_loss",
+        "an error in vmap of vmap of forward mode: torch writes in place to a tensor that has fewer batches",
+        "a formula, inside other transforms",
+        ("hessians_by_columns_per_sample",),
+        (
+            forward_overrides(
+                inside_transforms(by_formula(formulas.mvlgamma)),
+                *(Tensor.mvlgamma, torch.mvlgamma, torch.special.multigammaln),
+            ),
+            forward_overrides(
+                inside_transforms(by_formula(formulas.hinge_embedding_loss, ("cpu", "cuda"))),
+                functional.hinge_embedding_loss,
+            ),
+        ),
+    ),
+    Fix(
         "attention_with_dropout",
         "scaled_dot_product_attention with dropout",
         "a segmentation fault in vmap of forward mode",

@@ -49,13 +49,16 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "glu": (functional.glu, (normal(3, 4),), {}),
     "glu of an odd size": (functional.glu, (normal(3, 4), 0), {}),
     "glu of a number": (functional.glu, (normal(),), {}),
+    "mvlgamma": (torch.mvlgamma, (4 + normal(2, 3).exp(), 3), {}),
+    "mvlgamma of a number": (torch.mvlgamma, (1 + normal().exp(), 1), {}),
+    "mvlgamma of nothing": (torch.special.multigammaln, (normal(0), 2), {}),
     "cumprod": (torch.cumprod, (normal(3, 4), 1), {}),
     "cumprod of nothing": (torch.cumprod, (normal(0, 4), 0), {}),
     "cumprod in float64": (torch.cumprod, (normal(3), 0), {"dtype": torch.float64}),
     "cumprod of a number": (torch.cumprod, (normal(), 0), {}),
 }
 for _reduction in ("mean", "sum", "none"):
-    for _name in ("mse_loss", "huber_loss", "soft_margin_loss"):
+    for _name in ("mse_loss", "huber_loss", "soft_margin_loss", "hinge_embedding_loss"):
         _loss = getattr(functional, _name)
         CASES |= {
             f"{_name} {_reduction}": (_loss, (normal(3, 4), signs(3, 4)), {"reduction": _reduction}),

@@ -289,6 +289,34 @@ def hessians_of_layer_norm_per_sample(library: Any) -> None:
     torch.testing.assert_close(hessians @ t @ t, expected, rtol=1e-6, atol=1e-6)
 
 
+SIDES = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
+WRITING: dict[str, tuple[Function, Function]] = {
+    # Each with its second derivative.
+    "mvlgamma": (
+        lambda x: torch.mvlgamma(x + 4, 2).sum(),
+        lambda x: torch.polygamma(1, x + 4) + torch.polygamma(1, x + 3.5),
+    ),
+    "hinge_embedding_loss": (
+        lambda x: functional.hinge_embedding_loss(x, SIDES, reduction="none").square().sum(),
+        lambda x: 2 * ((SIDES == 1) | (x < 1)).to(x),
+    ),
+}
+
+
+@TWICE.row(
+    "`vmap(jacfwd(grad(f)))` through mvlgamma, hinge_embedding_loss",
+    torch="right",
+    fails=None,
+    ours="right",
+    over=WRITING,
+)
+def hessians_by_columns_per_sample(library: Any, case: tuple[Function, Function]) -> None:
+    func, second = case
+    x = torch.tensor([[0.3, -0.6, 1.7, 3.5], [1.2, 0.4, -0.3, 2.0]], dtype=torch.float64)
+    hessians = library.vmap(library.jacfwd(library.grad(func)))(x)
+    assert_close(hessians, torch.diag_embed(second(x)))
+
+
 @TWICE.row(
     "`jvp` of a gradient of silu, mish, group_norm that is taken without grad mode",
     torch="right",
