@@ -8,11 +8,18 @@ from autodiff._torch.autograd import backward as backward
 from autodiff._torch.autograd import copy_of_scripted as copy_of_scripted
 from autodiff._torch.autograd import cotangent_sizes as cotangent_sizes
 from autodiff._torch.autograd import custom_function_call as custom_function_call
+from autodiff._torch.autograd import hooks_registered as hooks_registered
+from autodiff._torch.autograd import is_differentiable_once as is_differentiable_once
+from autodiff._torch.autograd import is_function_node as is_function_node
 from autodiff._torch.autograd import is_zero_tensor as is_zero_tensor
+from autodiff._torch.autograd import next_sequence_number as next_sequence_number
 from autodiff._torch.autograd import rearrange as rearrange
 from autodiff._torch.autograd import register_with_torch as register_with_torch
 from autodiff._torch.autograd import saved_by as saved_by
+from autodiff._torch.autograd import scales_by_frequency as scales_by_frequency
+from autodiff._torch.autograd import sequence_number as sequence_number
 from autodiff._torch.autograd import torch_registry as torch_registry
+from autodiff._torch.autograd import user_function as user_function
 from autodiff._torch.autograd import version as version
 from autodiff._torch.autograd import versions as versions
 from autodiff._torch.forward_level import ForwardModeIgnored as ForwardModeIgnored
@@ -35,6 +42,7 @@ from autodiff._torch.levels import is_batched_at as is_batched_at
 from autodiff._torch.levels import is_eager as is_eager
 from autodiff._torch.levels import is_wrapper as is_wrapper
 from autodiff._torch.levels import level_of as level_of
+from autodiff._torch.levels import may_overlap as may_overlap
 from autodiff._torch.levels import outside_transforms as outside_transforms
 from autodiff._torch.levels import remove_batch as remove_batch
 from autodiff._torch.levels import requires_grad_at_any_depth as requires_grad_at_any_depth

@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch import predispatch, pyfunctorch
@@ -116,6 +117,13 @@ def fully_unwrapped(tensor: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
+
+
+def may_overlap(tensor: Tensor) -> bool:
+    """Whether elements of the tensor may share their memory."""
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
+        return False
+    return torch._debug_has_internal_overlap(fully_unwrapped(tensor)) != 0
 
 
 def unwrapped_if_dead(tensor: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ pull_policies: dict[PullPolicy, dict[str, str]] = {
     "transposed at ones": {},
 }
 
-# How a node of this name, which belongs to a pullback, is pulled back in turn where that makes a graph: from the node
-# and its cotangents to a cotangent for each of its inputs, or to None where the node's own are right.
+# How a node of this name is pulled back where that makes a graph: from the node and its cotangents to a cotangent for
+# each of its inputs, or to None where the node's own are right.
 NodePullback: TypeAlias = Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None] | None]
 node_pullbacks: dict[str, NodePullback] = {}
 

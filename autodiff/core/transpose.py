@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from autodiff.core.reverse import Tape
+    from autodiff.core.tape import Tape
 
 
 def transpose(
@@ -42,7 +42,9 @@ def transpose(
         inspect(pulled)
         return pulled
 
-    return transposed(pull, [at(output) for output in tape.outputs], internal_leaves=tape.inputs)
+    return transposed(
+        pull, [at(output) for output in tape.outputs], internal_leaves=tape.inputs, at_level=tape.at_level
+    )
 
 
 def transposed(
@@ -50,6 +52,7 @@ def transposed(
     point: Sequence[Tensor],
     *,
     internal_leaves: Sequence[Tensor] = (),
+    at_level: bool = False,
 ) -> Callable[[Sequence[Tensor | None]], list[Tensor | None]]:
     """The conjugate transpose of a linear function; None stands for zero, before and after.
 
@@ -62,5 +65,5 @@ def transposed(
         reached[:] = [i for i, image in enumerate(images) if image is not None]
         return [images[i] for i in reached], []
 
-    tape = record(apply, point, internal_leaves=internal_leaves)
+    tape = record(apply, point, internal_leaves=internal_leaves, at_level=at_level)
     return lambda vectors: tape.pull([vectors[i] for i in reached], retain_graph=True)

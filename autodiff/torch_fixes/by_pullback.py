@@ -16,7 +16,8 @@ from autodiff import _torch, checks
 from autodiff.core import trees
 from autodiff.core.call import is_differentiable, spread
 from autodiff.core.randomness import has_drawn, random_numbers_from, random_state
-from autodiff.core.rules import Rules, attach, rerecord
+from autodiff.core.reverse import rerecord
+from autodiff.core.rules import Rules, attach
 from autodiff.core.transpose import transpose
 from autodiff.errors import ForwardRuleError
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from autodiff.core.randomness import RandomState
-    from autodiff.core.rules import Flat
+    from autodiff.core.reverse import Flat
+
 
 _WAY_OUT = (
     "has no correct rule for forward mode in torch. The derivative of its pullback was used instead, and failed. Use "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from autodiff import _torch
 from autodiff.core.call import spread
-from autodiff.core.rules import rerecord
+from autodiff.core.reverse import rerecord
 from autodiff.torch_fixes.formulas import upcast
 
 if TYPE_CHECKING:

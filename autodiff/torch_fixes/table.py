@@ -385,7 +385,7 @@ FIXES = (
                 dict.fromkeys(
                     (
                         *(Tensor.cholesky, torch.cholesky, torch.linalg.cholesky, torch.linalg.cholesky_ex),
-                        functional.embedding,
+                        *(torch.linalg.eigh, torch.linalg.eigvalsh, functional.embedding),
                     )
                 ),
             ),

@@ -343,6 +343,9 @@ class _ByPullback(Rules):
         self._where = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.residuals: list[Tensor] = [self._leaves[i].detach() for i in self._where]
 
+    def reached(self) -> Sequence[Any]:
+        return self._custom.fwd, self._custom.bwd
+
     def pull(self, saved: Sequence[Tensor], cotangents: Vectors, wanted: Sequence[bool]) -> Vectors:
         del wanted  # JAX's rules give all
         assert self._custom.bwd is not None
@@ -405,6 +408,9 @@ class CustomJvp(Custom[P, R]):
 class _ByPushforward(Rules):
     def __init__(self, custom: CustomJvp[..., Any], custom_call: CustomCall, output: Output) -> None:
         self._custom, self._custom_call, self._output = custom, custom_call, output
+
+    def reached(self) -> Sequence[Any]:
+        return (self._custom.rule,)
 
     def push(self, saved: Sequence[Tensor], tangents: Vectors) -> Vectors:
         assert self._custom.rule is not None

@@ -26,8 +26,9 @@ from autodiff.core.products import (
     restricted_to_outputs,
 )
 from autodiff.core.randomness import remember_randomness
-from autodiff.core.reverse import FlatFunction, conjugated
+from autodiff.core.reverse import conjugated
 from autodiff.core.seeds import StandardBasis, size_of, zeros
+from autodiff.core.tape import FlatFunction
 from autodiff.types import (
     A,
     Argnums,
@@ -142,7 +143,9 @@ class Jacobian:
 
     def linearization(self, call: Call) -> Linearization:
         """That function, evaluated once."""
-        linearized = linearize(self.flat_function(call), call.primals, higher_order=self.mode == "auto")
+        linearized = linearize(
+            self.flat_function(call), call.primals, higher_order=self.mode == "auto", origin=call.func
+        )
         self.check_dependence(call, linearized, call.path_of_output)
         return linearized
 
@@ -160,7 +163,8 @@ class Jacobian:
         self, linearized: Linearization, primals: Sequence[Tensor], mode: JacobianMode, sizes: Sizes
     ) -> Blocks:
         """As `by_rows`: "auto" takes whichever needs fewer products. Traced, forward mode is here too; see `push`."""
-        if mode == "forward" or (mode == "auto" and size_of(primals) < size_of(linearized.outputs)):
+        fewer_inputs = mode == "auto" and size_of(primals) < size_of(linearized.outputs)
+        if mode == "forward" or (fewer_inputs and not linearized.is_differentiable_once()):
             pushforward = linearized.jvp()
 
             def pushed(tangents: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:

@@ -22,6 +22,7 @@ from torch._C._dynamo import eval_frame
 from torch._functorch import autograd_function, eager_transforms, predispatch, pyfunctorch
 from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.torch_version import TorchVersion
 from torch.utils import _pytree as torch_pytree
@@ -88,6 +89,10 @@ CONTRACTS = {
     "tensor._version": "test_writes_are_counted",
     "tensor._is_zerotensor": "test_zeros_without_memory_are_told",
     "node._input_metadata": "test_nodes_know_the_shapes_of_their_cotangents",
+    "node._sequence_nr": "test_nodes_are_numbered_in_the_order_of_their_making",
+    "torch._C._autograd": "test_nodes_are_numbered_in_the_order_of_their_making",
+    "node._forward_cls": "test_nodes_of_functions_know_their_class",
+    "torch._debug_has_internal_overlap": "test_overlap_is_seen",
     "torch_pytree._private_register_pytree_node": "test_torchs_own_trees_learn_a_class",
     "torch_pytree.SUPPORTED_NODES": "test_torchs_registry_holds_its_dataclasses",
     "_python_dispatch.TorchDispatchMode": "test_dispatch_mode_sees_operations_beneath_transforms",
@@ -588,6 +593,66 @@ def test_dispatch_mode_sees_operations_beneath_transforms() -> None:
         torch.func.vmap(torch.func.grad(lambda x: x.sin().sum()))(torch.ones(5, 3))
     assert shapes["aten::sin"] == (5, 3)
     assert shapes["aten::cos"] == (5, 3)
+
+
+def test_nodes_are_numbered_in_the_order_of_their_making() -> None:
+    """Older nodes have smaller numbers, and the thread tells the next one; a leaf's node has the largest there is."""
+    x = X.clone().requires_grad_()
+    first = (x * 2).grad_fn
+    following = torch._C._autograd._get_sequence_nr()
+    second = (x * 3).grad_fn
+    assert first is not None
+    assert second is not None
+    assert first._sequence_nr() < following <= second._sequence_nr()  # type: ignore[attr-defined]
+    assert second.next_functions[0][0]._sequence_nr() > 2**60  # type: ignore[union-attr]
+
+
+def test_nodes_of_functions_know_their_class() -> None:
+    """_forward_cls is the user's Function; inside a level it is one of torch's, whose backward encloses the user's."""
+    seen = []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return 2 * g
+
+    def func(x: Tensor) -> Tensor:
+        y = Double.apply(x)
+        seen.append(y.grad_fn)
+        return y.sum()
+
+    func(X.clone().requires_grad_())
+    torch.func.grad(func)(X)
+    assert seen[0]._forward_cls is Double
+    assert not issubclass(seen[1]._forward_cls, torch.autograd.Function)
+    assert [_torch.user_function(node) for node in seen] == [Double, Double]
+    assert all(map(_torch.is_differentiable_once, seen))
+
+
+def test_hooks_are_counted() -> None:
+    """Every hook on a tensor or a node takes a number: so it is noticed that a function registers one."""
+    y = X.clone().requires_grad_() * 2
+    assert y.grad_fn is not None
+    before = _torch.hooks_registered()
+    y.register_hook(lambda g: g)
+    y.grad_fn.register_hook(lambda inputs, outputs: None)
+    y.grad_fn.register_prehook(lambda outputs: None)
+    assert _torch.hooks_registered() == before + 3
+
+
+def test_overlap_is_seen() -> None:
+    """_debug_has_internal_overlap is 0 where elements cannot share memory, and not 0 where they may."""
+    overlaps = [X, X.unfold(0, 2, 1), X.expand(2, 3), torch.ones(3, 4).t()]
+    assert [torch._debug_has_internal_overlap(x) != 0 for x in overlaps] == [False, True, True, False]
 
 
 def private_names(tree: ast.AST) -> set[str]:

@@ -114,6 +114,13 @@ def test_jacobians_of_jacobians_with_weights(name: str) -> None:
     assert_close([[one[0] for one in row] for row in of_samples], [list(row) for row in expected])
 
 
+def test_a_gradient_by_torch_inside() -> None:
+    norm, formula = NORMS["layer_norm"]
+    slope = lambda x: (torch.func.grad(mixed(norm))(x) * T).sum()
+    product = ad.hvp(slope, (X,), (T,))[1]
+    assert_close((product * T).sum(), derivative_by_formula(mixed(formula), 3))
+
+
 def test_parameters_captured_and_half_precision() -> None:
     weight = normal(3).requires_grad_()
     func = lambda x: (functional.layer_norm(x, (3,), weight) ** 3).sum()
