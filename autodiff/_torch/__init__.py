@@ -15,6 +15,7 @@ from autodiff._torch.autograd import is_zero_tensor as is_zero_tensor
 from autodiff._torch.autograd import next_sequence_number as next_sequence_number
 from autodiff._torch.autograd import rearrange as rearrange
 from autodiff._torch.autograd import register_with_torch as register_with_torch
+from autodiff._torch.autograd import saved_by as saved_by
 from autodiff._torch.autograd import scales_by_frequency as scales_by_frequency
 from autodiff._torch.autograd import sequence_number as sequence_number
 from autodiff._torch.autograd import torch_registry as torch_registry

@@ -10,6 +10,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch._C import _functorch
 from torch._functorch import autograd_function
 from torch.autograd import Variable
 from torch.autograd import graph as autograd_graph
@@ -22,8 +24,6 @@ from autodiff._torch.modes import OutsideInferenceMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-
-    from torch import Tensor
 
 # Without the local part, as in 2.13.0+cpu.
 version = TorchVersion(torch.__version__.split("+")[0])
@@ -113,6 +113,12 @@ def is_zero_tensor(tensor: Tensor) -> bool:
 def cotangent_sizes(node: Any) -> list[int]:
     """The bytes of the cotangents that come into a node of a graph."""
     return [prod(metadata.shape) * metadata.dtype.itemsize for metadata in node._input_metadata]
+
+
+def saved_by(node: Any, name: str) -> Any:
+    """What a node of a graph has saved; a tensor without the wrapper of a level that has been left."""
+    value = getattr(node, f"_saved_{name}")
+    return _functorch.unwrap_if_dead(value) if isinstance(value, Tensor) else value
 
 
 # What every backward that is marked by once_differentiable runs.

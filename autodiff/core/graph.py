@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,7 +15,7 @@ from autodiff.core import hooks
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from autodiff.core.hooks import PullPolicy
+    from autodiff.core.hooks import NodePullback, PullPolicy
 
 
 def walk(outputs: Iterable[Any], inputs: Iterable[Any] = ()) -> tuple[list[Any], set[Any]]:
@@ -46,6 +48,33 @@ def policies_of(nodes: Iterable[Any]) -> dict[PullPolicy, set[str]]:
         for policy, operation in _policies_of(cls.__name__):
             found.setdefault(policy, set()).add(operation)
     return found
+
+
+def backward_with(replaced: Iterable[tuple[Any, NodePullback]], *arguments: Any) -> list[Tensor | None]:
+    """The engine, which gets what some nodes give from other functions."""
+    with ExitStack() as hooked:
+        for node, pullback in replaced:
+            hooked.callback(node.register_hook(partial(_replacing, node, pullback)).remove)
+        return _torch.backward(*arguments)
+
+
+def _replacing(
+    node: Any, pullback: NodePullback, own: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...] | None:
+    pulled = pullback(node, cotangents)
+    if pulled is None:
+        return None
+    # The engine wants nothing for an input that needs no cotangent.
+    return tuple(None if was is None else one for was, one in zip(own, pulled, strict=True))
+
+
+def replaced_pullbacks(nodes: Iterable[Any]) -> list[tuple[Any, NodePullback]]:
+    """The nodes that are pulled back otherwise where the pull makes a graph, and how."""
+    # First a look at the types: every pull that makes a graph asks.
+    if hooks.node_pullbacks.keys().isdisjoint([cls.__name__ for cls in set(map(type, nodes))]):
+        return []
+    pairs = [(node, hooks.node_pullbacks.get(type(node).__name__)) for node in nodes]
+    return [(node, pullback) for node, pullback in pairs if pullback is not None]
 
 
 @functools.cache  # bounded by the number of torch's operations and of the user's Functions

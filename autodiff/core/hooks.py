@@ -5,9 +5,11 @@ Imports nothing from the package.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
 
 # Called with the operation, its arguments and its keywords, in place of the operation.
 Override: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -40,6 +42,11 @@ pull_policies: dict[PullPolicy, dict[str, str]] = {
     "with a graph": {},
     "transposed at ones": {},
 }
+
+# How a node of this name is pulled back where that makes a graph: from the node and its cotangents to a cotangent for
+# each of its inputs, or to None where the node's own are right.
+NodePullback: TypeAlias = Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None] | None]
+node_pullbacks: dict[str, NodePullback] = {}
 
 # Operations whose pullback carries tangents only where it makes a graph: if there are any, every pull in forward mode
 # makes one.

@@ -247,11 +247,12 @@ class _LevelTape(Tape):
 
     def __init__(self, func: FlatFunction, primals: Sequence[Tensor], higher_order: bool) -> None:
         super().__init__()
+        self._without_tangents = not _torch.forward_level_active()
         higher_order = (
             higher_order
             or recorded_outside(primals)
             or _torch.grad_level_active()
-            or _torch.forward_level_active()
+            or not self._without_tangents
         )
         with _torch.grad_level() as level:
             self.inputs = [_torch.wrap_tracked(primal, level) for primal in primals]

@@ -9,6 +9,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
@@ -22,7 +23,7 @@ from autodiff.core.rules import Rules, attach
 from autodiff.errors import BatchedPullError, MissingRuleError
 
 if TYPE_CHECKING:
-    from autodiff.core.hooks import PullPolicy
+    from autodiff.core.hooks import NodePullback, PullPolicy
 
 # From the inputs, and what to do with every other tensor among the arguments, to the outputs and the leaves of aux.
 FlatFunction: TypeAlias = Callable[[Sequence[Tensor], Lift | None], tuple[list[Any], list[Any]]]
@@ -79,6 +80,8 @@ class Tape(ABC):
         "_higher_order",
         "_nodes",
         "_policies",
+        "_replaced",
+        "_without_tangents",
         "aux",
         "graph_outputs",
         "has_hooks",
@@ -96,6 +99,9 @@ class Tape(ABC):
         self._functions: list[Any] | None = None
         self.has_hooks = False
         self._policies: dict[PullPolicy, set[str]] | None = None
+        self._replaced: list[tuple[Any, NodePullback]] | None = None
+        # What is recorded outside of all forward modes is a constant inside of them.
+        self._without_tangents = True
 
     def nodes(self) -> set[Any]:
         """The nodes of the graph between the outputs and the inputs."""
@@ -104,9 +110,19 @@ class Tape(ABC):
     def functions(self) -> list[Any]:
         """The nodes of autograd Functions: what these give need not be the gradient of anything."""
         if self._functions is None:
-            nodes = self.nodes() if self._nodes is None else self._nodes
-            self._functions = [node for node in nodes if _torch.is_function_node(node)]
+            self._functions = [node for node in self._known_nodes() if _torch.is_function_node(node)]
         return self._functions
+
+    def _replaced_pullbacks(self) -> list[tuple[Any, NodePullback]]:
+        """The nodes that a fix pulls back otherwise where the pull makes a graph."""
+        if self._replaced is None:
+            self._replaced = graph.replaced_pullbacks(self._known_nodes())
+        return self._replaced
+
+    def _known_nodes(self) -> set[Any]:
+        if self._nodes is None:
+            self._nodes = self.nodes()
+        return self._nodes
 
     def policies(self) -> dict[PullPolicy, set[str]]:
         """How the graph is to be pulled back, with the operations that ask for it."""
@@ -136,6 +152,7 @@ class Tape(ABC):
                     if differentiate is not None:
                         self.outputs, self.aux = self.graph_outputs, aux
                         self.graph_outputs, aux = differentiate(self)
+                        self._nodes = self._policies = self._replaced = None  # those of another graph
             else:  # without a context that does nothing: a gradient of four numbers takes 1 % longer in it
                 self.graph_outputs, aux = func(self.inputs, lift)
                 self.has_hooks = _torch.hooks_registered() != hook_count
@@ -160,6 +177,15 @@ class Tape(ABC):
         ``create_graph=None`` makes a graph only where the result can be differentiated from outside. A pull
         that makes a graph keeps the one that it reads, since the two share saved tensors.
         """
+        if self._without_tangents and _torch.forward_level_active():
+            primals, tangents = zip(*map(_split, cotangents), strict=True)
+            if any(tangent is not None for tangent in tangents):
+                # Linear in its cotangents. Torch's pullbacks need not have a rule for forward mode.
+                one = self.pull(primals, wanted=wanted, retain_graph=True, create_graph=create_graph)
+                other = self.pull(
+                    tangents, wanted=wanted, retain_graph=retain_graph, create_graph=create_graph
+                )
+                return [_joined(p, t) for p, t in zip(one, other, strict=True)]
         inputs = self.inputs if wanted is ALL else self.inputs[wanted]
         if (
             _torch.functorch_active()
@@ -184,11 +210,13 @@ class Tape(ABC):
             with _torch.OutsideInferenceMode():
                 grad_outputs = [_torch.outside_inference_mode(seed) for seed in grad_outputs]
         arguments = roots, grad_outputs, inputs, retain_graph or create_graph, create_graph
+        replaced = self._replaced_pullbacks() if create_graph else ()
+        run = partial(graph.backward_with, replaced) if replaced else _torch.backward
         if self._higher_order:
             with hooks.higher_order.get("eager", hooks.NOTHING):
-                pulled = _torch.backward(*arguments)
+                pulled = run(*arguments)
         else:
-            pulled = _torch.backward(*arguments)
+            pulled = run(*arguments)
         if cut is not None:
             pulled = cut(pulled)
         return self._refusing_more(pulled, inputs, grad_outputs) if create_graph else pulled
@@ -237,6 +265,14 @@ class Tape(ABC):
     @abstractmethod
     def is_tracked(self) -> bool:
         """Whether what this tape gives can be differentiated from outside."""
+
+
+def _split(cotangent: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if cotangent is None else _torch.unpack_dual(cotangent)
+
+
+def _joined(primal: Tensor | None, tangent: Tensor | None) -> Tensor | None:
+    return primal if primal is None or tangent is None else _torch.make_dual(primal, tangent)
 
 
 class _NotTwice(Rules):

@@ -567,6 +567,23 @@ def test_nodes_know_the_shapes_of_their_cotangents() -> None:
     assert (tuple(metadata.shape), metadata.dtype) == ((3,), torch.float64)
 
 
+def test_nodes_of_norms_show_what_they_saved() -> None:
+    """The pullback of layer_norm's pullback has grad_out, input, rstd; its inputs are six, in this order."""
+    x, weight, bias = (
+        torch.randn(2, 3).requires_grad_(),
+        X.float().requires_grad_(),
+        X.float().requires_grad_(),
+    )
+    norm = torch.nn.functional.layer_norm(x, (3,), weight, bias)
+    (slope,) = torch.autograd.grad(norm, x, torch.ones(2, 3, requires_grad=True), create_graph=True)
+    node = slope.grad_fn
+    assert type(node).__name__ == "NativeLayerNormBackwardBackward0"
+    assert [parent is not None for parent, _ in node.next_functions] == [True, True, False, False, True, True]
+    saved = [_torch.saved_by(node, name) for name in ("grad_out", "input", "rstd", "weight")]
+    assert [tuple(one.shape) for one in saved] == [(2, 3), (2, 3), (2, 1), (3,)]
+    assert saved[1] is x
+
+
 def test_torch_registers_its_classes_with_optree_under_its_namespace() -> None:
     """torch.utils._cxx_pytree puts torch's own containers into optree's namespace "torch"."""
     result = torch.max(X, 0)
