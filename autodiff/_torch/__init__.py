@@ -14,6 +14,7 @@ from autodiff._torch.autograd import register_with_torch as register_with_torch
 from autodiff._torch.autograd import torch_registry as torch_registry
 from autodiff._torch.autograd import version as version
 from autodiff._torch.autograd import versions as versions
+from autodiff._torch.compiled import uncompiled as uncompiled
 from autodiff._torch.forward_level import ForwardModeIgnored as ForwardModeIgnored
 from autodiff._torch.forward_level import eager_forward_level as eager_forward_level
 from autodiff._torch.forward_level import functorch_forward_level as functorch_forward_level

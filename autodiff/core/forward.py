@@ -85,7 +85,10 @@ def push(
         with mode():
             return func(leaves, lift)
 
-    with hooks.higher_order.get("eager", hooks.NOTHING):
+    with (
+        hooks.higher_order.get("attention", hooks.NOTHING),
+        hooks.higher_order.get("compiled", hooks.NOTHING),
+    ):
         pushed = push_impl(in_mode, primals, tangents)
     if torch.is_grad_enabled() or _torch.forward_level_active():
         return pushed

@@ -48,7 +48,7 @@ needs_graph_in_forward_mode: dict[str, None] = {}
 # What is entered around operations that are differentiated forward, or more than once. While torch.compile traces, it
 # is made anew each time.
 NOTHING = nullcontext()
-higher_order: dict[Literal["eager"], AbstractContextManager[Any]] = {}
+higher_order: dict[Literal["attention", "compiled"], AbstractContextManager[Any]] = {}
 higher_order_traced: dict[Literal["make"], Callable[[], AbstractContextManager[Any]]] = {}
 
 # Called when a registry has changed.

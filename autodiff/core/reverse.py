@@ -101,7 +101,10 @@ class Tape(ABC):
         thread["recording"] = depth + 1
         try:
             if higher_order:
-                with hooks.higher_order.get("eager", hooks.NOTHING):
+                with (
+                    hooks.higher_order.get("attention", hooks.NOTHING),
+                    hooks.higher_order.get("compiled", hooks.NOTHING),
+                ):
                     self.graph_outputs, aux = func(self.inputs, lift)
                     if differentiate is not None:
                         self.outputs, self.aux = self.graph_outputs, aux
@@ -160,7 +163,10 @@ class Tape(ABC):
                 grad_outputs = [_torch.outside_inference_mode(seed) for seed in grad_outputs]
         arguments = roots, grad_outputs, inputs, retain_graph or create_graph, create_graph
         if self._higher_order:
-            with hooks.higher_order.get("eager", hooks.NOTHING):
+            with (
+                hooks.higher_order.get("attention", hooks.NOTHING),
+                hooks.higher_order.get("compiled", hooks.NOTHING),
+            ):
                 pulled = _torch.backward(*arguments)
         else:
             pulled = _torch.backward(*arguments)

@@ -230,10 +230,31 @@ FIXES = (
             "hessians_of_attention_modules",
         ),
         (
-            (hooks.higher_order, {"eager": plain_attention}),
+            (hooks.higher_order, {"attention": plain_attention}),
             (hooks.higher_order_traced, {"make": partial(sdpa_kernel, SDPBackend.MATH)}),
         ),
         issue="pytorch#128971",
+    ),
+    Fix(
+        "compiled_functions",
+        "functions made by torch.compile, called inside a transform",
+        "no second derivative, or zeros; in forward mode the fixes of this table are not seen",
+        "they run uncompiled, wherever more than a gradient may be asked for, in this thread alone",
+        ("compiled_functions_inside",),
+        ((hooks.higher_order, {"compiled": _torch.uncompiled}),),
+    ),
+    Fix(
+        "compiled_pullbacks",
+        "Jacobians of functions made by torch.compile",
+        "an error: a compiled pullback cannot be batched",
+        "Jacobians pull their rows one by one; another batch of cotangents is an error",
+        ("jacrev_of_a_compiled_function",),
+        (
+            (
+                hooks.pull_policies["one cotangent at a time"],
+                {"CompiledFunctionBackward": "a function made by torch.compile"},
+            ),
+        ),
     ),
     Fix(
         "batched_pulls",

@@ -11,6 +11,7 @@ import dataclasses
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optree
@@ -72,6 +73,7 @@ CONTRACTS = {
     "torch._C._is_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._set_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._dynamo": "test_graph_can_be_broken_with_words",
+    "tracer._stance": "test_stance_is_asked_at_every_call_of_a_compiled_function",
     "eval_frame._FrameAction": "test_code_can_be_kept_from_being_compiled_alone",
     "eval_frame._FrameExecStrategy": "test_code_can_be_kept_from_being_compiled_alone",
     "eval_frame.set_code_exec_strategy": "test_code_can_be_kept_from_being_compiled_alone",
@@ -459,6 +461,26 @@ def test_graph_can_be_broken_with_words() -> None:
     assert torch.equal(broken(X), X.sin())
     with pytest.raises(torch._dynamo.exc.Unsupported, match="our words"):
         torch.compile(broken, backend="eager", fullgraph=True)(X)
+    torch.compiler.reset()
+
+
+def test_stance_is_asked_at_every_call_of_a_compiled_function() -> None:
+    """torch._dynamo.eval_frame._stance is a global, whose ``stance`` decides whether the call is compiled."""
+    graphs: list[Any] = []
+    compiled = torch.compile(
+        torch.sin, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True
+    )
+    tracer: Any = torch._dynamo.eval_frame
+    before = tracer._stance
+    tracer._stance = SimpleNamespace(stance="force_eager", skip_guard_eval_unsafe=False, backend=None)
+    try:
+        assert torch.equal(compiled(X), X.sin())
+        assert graphs == []
+        tracer._stance.stance = "default"
+        compiled(X)
+    finally:
+        tracer._stance = before
+    assert len(graphs) == 1
     torch.compiler.reset()
 
 
