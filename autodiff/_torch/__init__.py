@@ -60,3 +60,6 @@ from autodiff._torch.modes import set_grad_enabled as set_grad_enabled
 from autodiff._torch.modes import silenced_fallback_warning as silenced_fallback_warning
 from autodiff._torch.modes import stop_tracing as stop_tracing
 from autodiff._torch.modes import traced_inline_only as traced_inline_only
+from autodiff._torch.operators import higher_order_operators as higher_order_operators
+from autodiff._torch.operators import intercept as intercept
+from autodiff._torch.operators import plain_kernel as plain_kernel

@@ -15,6 +15,11 @@ _TRACER, _modules = "torch._dynamo.eval_frame", sys.modules
 _inside: list[int] = []
 
 
+def is_uncompiled() -> bool:
+    """Whether this thread is inside `uncompiled`."""
+    return get_ident() in _inside
+
+
 class _StanceByThread:
     """torch's stance, which belongs to the process: in a thread inside `uncompiled` it is to compile nothing."""
 
@@ -23,7 +28,7 @@ class _StanceByThread:
 
     @property
     def stance(self) -> Any:
-        return "force_eager" if get_ident() in _inside else self._of_process.stance
+        return "force_eager" if is_uncompiled() else self._of_process.stance
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._of_process, name)
@@ -35,7 +40,7 @@ class _Uncompiled(AbstractContextManager[None]):
     __slots__ = ()
 
     def __enter__(self) -> None:
-        # Whoever has compiled a function has imported the tracer, which takes a second.
+        # Again each time: torch.compiler.set_stance may have put another in its place.
         if _TRACER in _modules:
             _set_stance()
         _inside.append(get_ident())
@@ -51,4 +56,30 @@ def _set_stance() -> None:
         tracer._stance = _StanceByThread(stance)
 
 
+class _TracerFinder:
+    """Finds the tracer as the other finders do, and sets its stance when it is imported, which takes a second.
+
+    The first call of torch.compile or torch.cond imports it, and may come inside a transform.
+    """
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _TRACER:
+            return None
+        sys.meta_path.remove(cls)
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path)
+        spec: Any = next((one for one in specs if one is not None), None)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_set(module: Any) -> None:
+                execute(module)
+                _set_stance()
+
+            spec.loader.exec_module = execute_and_set
+        return spec
+
+
 uncompiled = _Uncompiled()
+if _TRACER not in _modules:
+    sys.meta_path.insert(0, _TracerFinder)

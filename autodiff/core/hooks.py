@@ -17,6 +17,8 @@ forward_overrides: dict[Any, Override] = {}
 forward_overrides_by_type: dict[type, Override] = {}
 # What runs an operation instead where torch raises a NotImplementedError in forward mode; None where it cannot help.
 missing_forward_rule: dict[Literal["override"], Callable[..., Override | None]] = {}
+# What runs inside transforms in place of a higher-order operator of torch's, which calls functions.
+control_flow: dict[Any, Callable[..., Any]] = {}
 # Operations whose derivative in forward mode is not that in reverse mode, though neither is wrong.
 differ_by_mode: dict[Any, None] = {}
 # An operation's override beneath all transforms, where memory is measured.

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autodiff import _torch
 from autodiff.core import hooks
-from autodiff.torch_fixes import formulas
+from autodiff.torch_fixes import control_flow, formulas
 from autodiff.torch_fixes.attention import plain_attention
 from autodiff.torch_fixes.by_pullback import by_pullback
 from autodiff.torch_fixes.fix import Fix
@@ -242,6 +242,14 @@ FIXES = (
         "they run uncompiled, wherever more than a gradient may be asked for, in this thread alone",
         ("compiled_functions_inside",),
         ((hooks.higher_order, {"compiled": _torch.uncompiled}),),
+    ),
+    Fix(
+        "control_flow",
+        "torch.cond, while_loop, scan, map, associative_scan, flex_attention",
+        "zeros in forward mode and for second derivatives, or an error",
+        "the branch and the loop themselves, inside transforms",
+        ("derivatives_of_control_flow",),
+        ((hooks.control_flow, control_flow.FORMULAS),),
     ),
     Fix(
         "compiled_pullbacks",

@@ -73,6 +73,8 @@ CONTRACTS = {
     "torch._C._is_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._set_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._dynamo": "test_graph_can_be_broken_with_words",
+    "operator._dispatch_cache": "test_kernels_of_higher_order_operators_are_in_tables",
+    "torch._C._len_torch_dispatch_stack": "test_stack_of_dispatch_modes_has_a_length",
     "tracer._stance": "test_stance_is_asked_at_every_call_of_a_compiled_function",
     "eval_frame._FrameAction": "test_code_can_be_kept_from_being_compiled_alone",
     "eval_frame._FrameExecStrategy": "test_code_can_be_kept_from_being_compiled_alone",
@@ -482,6 +484,38 @@ def test_stance_is_asked_at_every_call_of_a_compiled_function() -> None:
         tracer._stance = before
     assert len(graphs) == 1
     torch.compiler.reset()
+
+
+def test_kernels_of_higher_order_operators_are_in_tables() -> None:
+    """``py_kernels`` and ``functorch_table`` are asked by dispatch key and by transform, unless the cache knows."""
+    operator: Any = torch.ops.higher_order.cond
+    key = torch._C.DispatchKey.Autograd
+    assert {key, torch._C.DispatchKey.CompositeExplicitAutograd} <= set(operator.py_kernels)
+    before, levels = operator.py_kernels[key], dict(operator.functorch_table)
+    operator.py_kernels[key] = lambda *_: "a kernel"
+    operator.functorch_table[_functorch.TransformType.Grad] = lambda *_: X
+    operator._dispatch_cache.clear()
+    try:
+        assert operator(torch.tensor(True), torch.sin, torch.cos, (X,)) == "a kernel"
+        seen = torch.func.grad(
+            lambda x: (operator(torch.tensor(True), torch.sin, torch.cos, (x,)) * x).sum()
+        )(X)
+    finally:
+        operator.py_kernels[key] = before
+        operator.functorch_table.clear()
+        operator.functorch_table.update(levels)
+        operator._dispatch_cache.clear()
+    assert torch.equal(seen, X)
+
+
+def test_stack_of_dispatch_modes_has_a_length() -> None:
+    """_len_torch_dispatch_stack() counts the tracers' own modes too."""
+    count = torch._C._len_torch_dispatch_stack
+    assert count() == 0
+    with _torch.DispatchMode():
+        assert count() == 1
+    with torch._subclasses.FakeTensorMode():
+        assert count() == 1
 
 
 def test_saved_tensor_hooks_can_be_forbidden() -> None:

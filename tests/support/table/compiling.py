@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import scan
 from torch.nn.functional import mse_loss
 
 from scenarios import assert_close
@@ -104,3 +105,24 @@ def compiled_functions_inside(library: Any, name: str) -> None:
 def jacrev_of_a_compiled_function(library: Any) -> None:
     compiled = torch.compile(lambda x: x**3 + x.sum(), fullgraph=True, backend="aot_eager")
     assert_close(library.jacrev(compiled)(W), torch.diag(3 * W**2) + 1, loose=True)
+
+
+@COMPILING.row(
+    "`jvp` or `hessian` of `torch.cond`, `while_loop` or `scan`",
+    torch="raises",
+    fails="UncapturedHigherOrderOpError|AssertionError: Expected FakeTensor|AssertionError: ",
+    ours="right",
+    over={"cond": "cond", "while_loop": "while_loop", "scan": "scan"},
+    alone=(),
+)
+def derivatives_of_control_flow(library: Any, name: str) -> None:
+    def func(x: Tensor) -> Tensor:
+        if name == "cond":
+            return torch.cond(x.sum() > 0, lambda y: y**3, lambda y: y**2, (x,)).sum()
+        if name == "while_loop":
+            start = torch.tensor(0), torch.ones_like(x)
+            return torch.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, y * x), start)[1].sum()
+        return scan(lambda c, row: (c + row**3, c.clone()), torch.zeros(()), x * 1.0)[0]
+
+    assert_close(library.jvp(func, (W,), (X[0],))[1], (3 * W**2 * X[0]).sum(), loose=True)
+    assert_close(library.hessian(func)(W), torch.diag(6 * W), loose=True)
