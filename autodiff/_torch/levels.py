@@ -1,6 +1,6 @@
 """Torch's levels and the wrappers around tensors at each of them, reverse mode and batching.
 
-Provides where this thread stands, and levels to enter by `with`. Imports `modes` and `forward`.
+Provides where this thread stands, and levels to enter by `with`. Imports `modes`, `forward` and `compiled`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd import graph as autograd_graph
 
 from autodiff._torch import forward_level as forward
+from autodiff._torch.compiled import uncompiled
 from autodiff._torch.modes import GradMode, OutsideInferenceMode, on_stack
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def grad_level() -> Iterator[int]:
     with OutsideInferenceMode(), autograd_graph.disable_saved_tensors_hooks(_SAVED_TENSOR_HOOKS):
         level = _functorch._grad_increment_nesting()
         try:
-            with GradMode():
+            with GradMode(), uncompiled:
                 yield level
         finally:
             _functorch._grad_decrement_nesting()
@@ -191,7 +192,8 @@ def batch_level(size: int, randomness: str) -> Iterator[int]:
     predispatch.lazy_load_decompositions()
     level = _functorch._vmap_increment_nesting(size, randomness)
     try:
-        yield level
+        with uncompiled:
+            yield level
     finally:
         _functorch._vmap_decrement_nesting()
 

@@ -11,6 +11,7 @@ import dataclasses
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optree
@@ -77,6 +78,9 @@ CONTRACTS = {
     "torch._C._get_dispatch_mode": "test_tracers_and_fake_tensors_are_modes_of_their_own",
     "torch._C._TorchDispatchModeKey": "test_tracers_and_fake_tensors_are_modes_of_their_own",
     "torch._dynamo": "test_graph_can_be_broken_with_words",
+    "operator._dispatch_cache": "test_kernels_of_higher_order_operators_are_in_tables",
+    "torch._C._len_torch_dispatch_stack": "test_stack_of_dispatch_modes_has_a_length",
+    "tracer._stance": "test_stance_is_asked_at_every_call_of_a_compiled_function",
     "eval_frame._FrameAction": "test_code_can_be_kept_from_being_compiled_alone",
     "eval_frame._FrameExecStrategy": "test_code_can_be_kept_from_being_compiled_alone",
     "eval_frame.set_code_exec_strategy": "test_code_can_be_kept_from_being_compiled_alone",
@@ -489,6 +493,58 @@ def test_graph_can_be_broken_with_words() -> None:
     with pytest.raises(torch._dynamo.exc.Unsupported, match="our words"):
         torch.compile(broken, backend="eager", fullgraph=True)(X)
     torch.compiler.reset()
+
+
+def test_stance_is_asked_at_every_call_of_a_compiled_function() -> None:
+    """torch._dynamo.eval_frame._stance is a global, whose ``stance`` decides whether the call is compiled."""
+    graphs: list[Any] = []
+    compiled = torch.compile(
+        torch.sin, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True
+    )
+    tracer: Any = torch._dynamo.eval_frame
+    before = tracer._stance
+    tracer._stance = SimpleNamespace(stance="force_eager", skip_guard_eval_unsafe=False, backend=None)
+    try:
+        assert torch.equal(compiled(X), X.sin())
+        assert graphs == []
+        tracer._stance.stance = "default"
+        compiled(X)
+    finally:
+        tracer._stance = before
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+def test_kernels_of_higher_order_operators_are_in_tables() -> None:
+    """``py_kernels`` and ``functorch_table`` are asked by dispatch key and by transform, unless the cache knows."""
+    operator: Any = torch.ops.higher_order.cond
+    key = torch._C.DispatchKey.Autograd
+    assert {key, torch._C.DispatchKey.CompositeExplicitAutograd} <= set(operator.py_kernels)
+    before, levels = operator.py_kernels[key], dict(operator.functorch_table)
+    operator.py_kernels[key] = lambda *_: "a kernel"
+    operator.functorch_table[_functorch.TransformType.Grad] = lambda *_: X
+    operator._dispatch_cache.clear()
+    try:
+        assert operator(torch.tensor(True), torch.sin, torch.cos, (X,)) == "a kernel"
+        seen = torch.func.grad(
+            lambda x: (operator(torch.tensor(True), torch.sin, torch.cos, (x,)) * x).sum()
+        )(X)
+    finally:
+        operator.py_kernels[key] = before
+        operator.functorch_table.clear()
+        operator.functorch_table.update(levels)
+        operator._dispatch_cache.clear()
+    assert torch.equal(seen, X)
+
+
+def test_stack_of_dispatch_modes_has_a_length() -> None:
+    """_len_torch_dispatch_stack() counts the tracers' own modes too."""
+    count = torch._C._len_torch_dispatch_stack
+    assert count() == 0
+    with _torch.DispatchMode():
+        assert count() == 1
+    with torch._subclasses.FakeTensorMode():
+        assert count() == 1
 
 
 def test_saved_tensor_hooks_can_be_forbidden() -> None:
