@@ -84,11 +84,11 @@ class Leaf(ABC):
                 found.update(bad.nonzero().flatten().tolist())
         return sorted(found)
 
-    def overwritten(self, samples: Sequence[int], value: float) -> Leaf:
-        """The leaf with another value for some samples."""
+    def with_nan(self, samples: Sequence[int], first: int) -> Leaf:
+        """The leaf with NaN for some samples, counted from sample ``first``."""
         # A copy: the tensor may be an argument of the function, or expanded.
         tensor = self.tensor().clone()
-        tensor[list(samples)] = value
+        tensor[list(samples)] = nan(self.spec, first + samples[0])
         return Plain(tensor)
 
 
@@ -178,12 +178,20 @@ class Template(NamedTuple):
         """The size of one sample's result."""
         return sum(spec.nbytes for spec in self.tensors())
 
-    def paths(self) -> list[str]:
+    def constants(self) -> list[Any]:
+        """The leaves that are not tensors."""
+        return [leaf for leaf in self.leaves if not isinstance(leaf, TensorSpec)]
+
+    def places(self) -> list[str]:
+        """The places of the tensors, written as code: ``result['w'][0]``."""
+        return self._of_tensors(trees.paths(self.spec, "result"))
+
+    def names(self) -> list[str]:
         """The places of the tensors, written with dots; empty for one that is the whole result."""
-        places = trees.dotted_paths(self.spec)
-        return [
-            place for place, leaf in zip(places, self.leaves, strict=True) if isinstance(leaf, TensorSpec)
-        ]
+        return self._of_tensors(trees.dotted_paths(self.spec))
+
+    def _of_tensors(self, texts: list[str]) -> list[str]:
+        return [text for text, leaf in zip(texts, self.leaves, strict=True) if isinstance(leaf, TensorSpec)]
 
 
 def template_of(result: Result) -> Template:

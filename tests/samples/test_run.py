@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import autodiff as ad
 from autodiff import _torch
-from autodiff.errors import SampleError
+from autodiff.errors import BatchError, OptionError, ResumeError, SampleError
 from problems import W, X, outer, square
 
 
@@ -59,3 +59,50 @@ def test_inside_a_transform_it_says_what_to_do() -> None:
     inner = ad.per_sample(lambda x: x**2)
     with pytest.raises(ad.errors.AutodiffError, match="chunk_size='auto'"):
         ad.vmap(inner)(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("way", ["call", "out", "map", "file"])
+@pytest.mark.parametrize("transform", [None, ad.hessian])
+def test_batches_of_another_dtype_are_named(transform: Any, way: str, tmp_path: Any) -> None:
+    """Not cast to the first one's: what a float32 cannot hold would be lost."""
+    func = square if transform is None else ad.hessian(square)
+    run = ad.per_sample(lambda w, x: func(w.to(x.dtype), x), (None, 0))
+    source = iter([X[:4], X[4:].double()])
+    before = r"is torch.float64 for samples? \d( to \d)?, but torch.float32 for the samples before"
+    room = torch.empty(10, *(() if transform is None else (3, 3)))
+    ways: dict[str, Any] = {
+        "call": lambda: run(W, source),
+        "out": lambda: run(W, source, out=room),
+        "map": lambda: run.map(torch.sin, W, source),
+        "file": lambda: run(W, source, out=tmp_path / "h.npy"),
+    }
+    with pytest.raises(BatchError, match=before):
+        ways[way]()
+
+
+def test_rows_of_another_dtype_are_named() -> None:
+    run = ad.per_sample(ad.hessian(lambda x: x.sum().square()), row_chunk_size=2)
+    with pytest.raises(BatchError, match=r"result is torch.float64 for sample 4, but torch.float32"):
+        run(iter([X[:4], X[4:].double()]))
+
+
+def test_a_resumed_run_does_not_cast(tmp_path: Any) -> None:
+    def batches(*, fail: bool) -> Any:
+        yield X[:4]
+        if fail:
+            raise RuntimeError("the power failed")
+        yield X[4:].double()
+
+    run = ad.per_sample(torch.sin)
+    with pytest.raises(RuntimeError, match="power"):
+        run(batches(fail=True), out=tmp_path / "s.npy")
+    with pytest.raises(ResumeError, match="float64"):
+        run(batches(fail=False), out=tmp_path / "s.npy")
+
+
+def test_integers_are_not_made_of_nan() -> None:
+    x = X[:, 0].clone()
+    x[3] = float("inf")
+    run = ad.per_sample(lambda x: (x, x.clamp(max=9).long()), on_error="nan")
+    with pytest.raises(OptionError, match=r"cannot mark sample 3 in a result of dtype torch.int64"):
+        run(x)
