@@ -22,6 +22,7 @@ from autodiff.samples.engine import Engine, RowsPiece, SamplesPiece
 from autodiff.samples.evaluator import Evaluator, name_of
 from autodiff.samples.files import FileSink
 from autodiff.samples.fingerprint import fingerprint
+from autodiff.samples.given import GivenSink
 from autodiff.samples.plan import Plan
 from autodiff.samples.progress import Progress
 from autodiff.samples.report import Report
@@ -123,7 +124,11 @@ class Run:
         """All results, reduced sample by sample where ``reduce`` is given, at their destination."""
         if isinstance(out, str | os.PathLike):
             return self._to_files(FileSink(out, self._header(reduce), self._total), reduce)
-        sink = MemorySink(self._total, self._engine.plan, out)
+        sink: Sink
+        if out is None:
+            sink = MemorySink(self._source.expected or self._total or 0, self._engine.plan)
+        else:
+            sink = GivenSink(out, self._total, self._first.leaves)
         with self._sizes_kept():
             for pieces in self._pieces():
                 self._put(sink, self._reduced(pieces, reduce))
