@@ -171,7 +171,8 @@ class FileSink(Sink):
             self._check(what, first["run"].get(what, ""), value, "function, arguments and options")
         for entry in others:
             if "batch" in entry:
-                self._batches.append(entry["batch"])
+                # By its number: one may be entered twice where a run was interrupted meanwhile.
+                self._batches[entry["batch"] :] = [entry["samples"]]
             else:
                 self.failed.update({int(sample): why for sample, why in entry.pop("failed").items()})
                 self._state.update(entry)
@@ -254,7 +255,8 @@ class FileSink(Sink):
         if not self._arrays or self._pending is None:
             return
         state = {**self._pending, "sizes": [array.sync(self._pending["sample"]) for array in self._arrays]}
-        batches = [{"batch": samples} for samples in self._batches[self._entered :]]
+        new = enumerate(self._batches[self._entered :], self._entered)
+        batches = [{"batch": number, "samples": samples} for number, samples in new]
         # Only what has changed: the state of random generators is large.
         changed = {key: value for key, value in state.items() if self._state.get(key, _MISSING) != value}
         self._journal.append([*batches, {**changed, "failed": dict(sorted(self._new_failures.items()))}])
