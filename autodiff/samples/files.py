@@ -126,10 +126,13 @@ class FileSink(Sink):
     continue, None for a new run.
     """
 
-    def __init__(self, path: str | os.PathLike[str], header: dict[str, str], samples: int | None) -> None:
-        self._single = Path(path).suffix == ".npy"
+    def __init__(
+        self, path: str | bytes | os.PathLike[Any], header: dict[str, str], samples: int | None
+    ) -> None:
+        given = Path(os.fsdecode(path))
+        self._single = given.suffix == ".npy"
         # Absolute, as the function may change the folder in which the process runs.
-        self._path = Path(path).resolve()
+        self._path = given.resolve()
         self._folder = self._path.parent if self._single else self._path
         beside = self._path.with_name(self._path.name + ".journal")
         self._journal = Journal(beside if self._single else self._path / "journal")

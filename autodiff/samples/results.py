@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 # Matrices that go to disk are put together in portions of this many bytes.
 _PORTION = 8 * 2**20
+# Dtypes that torch cannot sum, and those that hold all of their numbers.
+_WITHOUT_SUM = {
+    torch.complex32: torch.complex64,
+    torch.float8_e4m3fn: torch.float32,
+    torch.float8_e4m3fnuz: torch.float32,
+    torch.float8_e5m2: torch.float32,
+    torch.float8_e5m2fnuz: torch.float32,
+}
 
 
 def empty(spec: TensorSpec, samples: int) -> Tensor:
@@ -45,8 +53,15 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether the tensor holds neither infinities nor NaN."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
+    if tensor.dtype in _WITHOUT_SUM:
+        return bool(_finite_numbers(tensor).all())
     # Where the sum is finite, so are all numbers; to look at each takes 25 x as long, and memory.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _finite_numbers(tensor: Tensor) -> Tensor:
+    """Which numbers are finite, in a dtype that torch can hardly compute with, too."""
+    return torch.isfinite(tensor.to(_WITHOUT_SUM.get(tensor.dtype, tensor.dtype)))
 
 
 class Leaf(ABC):
@@ -80,7 +95,7 @@ class Leaf(ABC):
         found: set[int] = set()
         for part in self.parts():
             if not is_finite(part):
-                bad = ~torch.isfinite(part).reshape(len(part), -1).all(dim=1)
+                bad = ~_finite_numbers(part).reshape(len(part), -1).all(dim=1)
                 found.update(bad.nonzero().flatten().tolist())
         return sorted(found)
 

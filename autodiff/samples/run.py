@@ -122,7 +122,7 @@ class Run:
 
     def collect(self, out: Any, reduce: Reduce | None) -> Any:
         """All results, reduced sample by sample where ``reduce`` is given, at their destination."""
-        if isinstance(out, str | os.PathLike):
+        if isinstance(out, str | bytes | os.PathLike):
             return self._to_files(FileSink(out, self._header(reduce), self._total), reduce)
         sink: Sink
         if out is None:

@@ -81,7 +81,8 @@ class MemorySink(Sink):
     def put(self, start: int, stop: int, result: Result) -> None:
         leaves = result.tensors()
         if stop > self._expected:
-            self._add_piece(stop, [_unexpanded(leaf.tensor()) for leaf in leaves])
+            # Copies: a captured tensor that is returned may be written to before the next batch.
+            self._add_piece(stop, [leaf.tensor().clone() for leaf in leaves])
         elif stop - start == self._expected:
             self._whole = [_unexpanded(leaf.tensor()) for leaf in leaves]
             self._filled = self._stop = stop

@@ -649,6 +649,11 @@ def test_what_cannot_be_compared_cannot_be_resumed(tmp_path: Path) -> None:
         ad.per_sample(func, chunk_size=30)(X, out=tmp_path / "x.npy")
 
 
+def test_paths_of_bytes(tmp_path: Path) -> None:
+    assert_close(ad.per_sample(torch.sin)(X, out=os.fsencode(tmp_path / "s.npy")), X.sin())
+    assert sorted(contents(tmp_path)) == ["s.npy", "s.npy.journal"]
+
+
 def test_paths_that_move(tmp_path: Path, monkeypatch: Any, every_chunk_is_entered: None) -> None:
     """A relative path, and a function that changes the folder; symbolic links to files and folders."""
     monkeypatch.chdir(tmp_path)
