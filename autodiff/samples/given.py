@@ -29,15 +29,21 @@ class GivenSink(Sink):
     def __init__(self, out: Any, total: int | None, arguments: Sequence[Any]) -> None:
         self._out, self._total = out, total
         leaves = trees.leaves(out)
-        self._given = [_given_tensor(leaf, out) for leaf in leaves]
+        # By their positions among the leaves: where the result has a constant, out may have anything.
+        self._tensors = {at: _given_tensor(leaf) for at, leaf in enumerate(leaves) if _is_array(leaf)}
+        if not self._tensors:
+            raise OptionError(
+                f"per_sample: out is a tensor, a NumPy array or memmap, a tree of them like the result, or a path, got "
+                f"{type(out)}. Allocate it by torch.empty([samples, *shape]), or name a file, as in "
+                f"out='hessians.npy'."
+            )
         self._memmaps = [leaf.base for leaf in leaves if _is_mapped(leaf)]
-        for position, tensor in enumerate(self._given):
-            others = [*self._given[:position], *(leaf for leaf in arguments if isinstance(leaf, Tensor))]
-            if overlaps_itself(tensor) or any(overlap(tensor, other) for other in others):
-                raise OptionError(
-                    f"per_sample: tensor {position} of out overlaps itself, another of out, or an argument. Expected "
-                    f"memory for each number of the result. Allocate it by torch.empty([samples, *shape])."
-                )
+        self._given = list(self._tensors.values())
+        if any(map(overlaps_itself, self._given)) or _any_overlaps(self._given, arguments):
+            raise OptionError(
+                "per_sample: a tensor of out overlaps itself, another of out, or an argument. Expected memory for each "
+                "number of the result. Allocate it by torch.empty([samples, *shape])."
+            )
         self._stop = 0
 
     def open(self, template: Template) -> None:
@@ -61,11 +67,9 @@ class GivenSink(Sink):
         spec = trees.structure(self._out)
         places = trees.match(template.spec, trees.unflatten(spec, range(spec.num_leaves)))
         if places is not None:
-            return [
-                self._given[at]
-                for at, leaf in zip(places, template.leaves, strict=True)
-                if isinstance(leaf, TensorSpec)
-            ]
+            pairs = zip(places, template.leaves, strict=True)
+            wanted = [at for at, leaf in pairs if isinstance(leaf, TensorSpec)]
+            return [self._tensors[at] for at in wanted if at in self._tensors]
         if all(isinstance(step, int) for path in spec.paths() for step in path):
             return self._given
         raise ShapeError(
@@ -112,15 +116,14 @@ class GivenSink(Sink):
         )
 
 
-def _given_tensor(leaf: Any, out: Any) -> Tensor:
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) or hasattr(leaf, "__array_interface__")
+
+
+def _given_tensor(leaf: Any) -> Tensor:
     """One tensor or NumPy array that the caller wants filled."""
-    if hasattr(leaf, "__array_interface__"):
-        leaf = _tensor_of_array(leaf)
     if not isinstance(leaf, Tensor):
-        raise OptionError(
-            f"per_sample: out is a tensor, a NumPy array or memmap, a tree of them like the result, or a path, got "
-            f"{type(out)}. Allocate it by torch.empty([samples, *shape]), or name a file, as in out='hessians.npy'."
-        )
+        return _tensor_of_array(leaf)
     if leaf.requires_grad or leaf.layout is not torch.strided or leaf.is_conj() or leaf.is_neg():
         raise OptionError(
             "per_sample: out has a tensor that requires grad, is sparse, or is the conjugate or negative of another. "
@@ -168,6 +171,26 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
+def _any_overlaps(tensors: Sequence[Tensor], others: Sequence[Any]) -> bool:
+    """Whether one of the tensors overlaps another of them, or one of the others; sorted, since there may be many."""
+    dense = [leaf for leaf in others if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+    spans = [(*_span(tensor), at < len(tensors), tensor) for at, tensor in enumerate([*tensors, *dense])]
+    open_spans: list[Any] = []
+    for device, start, stop, mine, tensor in sorted(spans, key=lambda span: span[:2]):
+        open_spans = [span for span in open_spans if span[0] == device and span[2] > start]
+        if any((mine or span[3]) and overlap(tensor, span[4]) for span in open_spans):
+            return True
+        open_spans.append((device, start, stop, mine, tensor))
+    return False
+
+
+def _span(tensor: Tensor) -> tuple[str, int, int]:
+    """The device of a dense tensor, and where its memory begins and ends."""
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    last = sum(stride * (size - 1) for stride, size in pairs) if tensor.numel() else -1
+    return str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+
+
 def overlap(one: Tensor, other: Tensor) -> bool:
     """Whether an element of one tensor shares memory with one of the other.
 
@@ -175,7 +198,7 @@ def overlap(one: Tensor, other: Tensor) -> bool:
     >>> overlap(table[:, 0], table[:, 1]), overlap(table[:, :2], table[:, 1:])
     (False, True)
     """
-    if one.device != other.device or other.layout is not torch.strided or not (one.numel() and other.numel()):
+    if one.device != other.device or not (one.numel() and other.numel()):
         return False
     # The bytes of an element are a dimension, too.
     sizes: dict[int, list[int]] = {1: [0, 0]}

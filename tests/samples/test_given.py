@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,16 @@ def test_memory_in_any_layout(options: Any) -> None:
     assert_close(table, torch.stack([X.cos(), X.sin()], dim=1))
 
 
+def test_many_tensors_are_compared_fast() -> None:
+    """Ten thousand would be fifty million pairs."""
+    table = torch.zeros(10_000, 2, 3)
+    run = ad.per_sample(lambda x: tuple(x * number for number in range(10_000)))
+    began = time.perf_counter()
+    run(X[:2], out=tuple(table))
+    assert time.perf_counter() - began < 20
+    assert_close(table[:, 1, 1], X[1, 1] * torch.arange(10_000))
+
+
 def test_memory_is_written_to_once() -> None:
     run = ad.per_sample(lambda x: (x.sin(), x.cos()))
     room = torch.empty(15, 3)
@@ -159,7 +170,7 @@ def test_overlaps_are_found_exactly() -> None:
 def test_trees_are_filled_by_their_keys() -> None:
     run = ad.per_sample(lambda x: {"sin": x.sin(), "more": (x.cos(), 3)})
     sin, cos = torch.empty(10, 3), torch.empty(10, 3)
-    for out in ({"more": (cos, cos[:0]), "sin": sin}, [sin, cos]):
+    for out in ({"more": (cos, None), "sin": sin}, {"sin": sin, "more": (cos, 3)}, [sin, cos]):
         sin.zero_()
         cos.zero_()
         result = run(X, out=out)
