@@ -135,7 +135,12 @@ class Evaluator:
             set_random_state(self._start)
         # Results are constants: a graph would keep every chunk alive.
         with torch.no_grad():
-            return batch.of_samples(start, stop, self._randomness)
+            leaves = batch.of_samples(start, stop, self._randomness)
+        # Results stay what they are when a loader writes the next batch to this one's memory.
+        inputs = {_memory(leaf) for leaf in batch.leaves if isinstance(leaf, Tensor)}
+        return [
+            leaf.clone() if isinstance(leaf, Tensor) and _memory(leaf) in inputs else leaf for leaf in leaves
+        ]
 
     def _blocks(self, *args: Any, **kwargs: Any) -> list[list[Tensor]]:
         assert self._jacobian is not None
@@ -169,6 +174,11 @@ class Evaluator:
                 positions[block.output][block.primal] = tensors
                 tensors += 1
         return Template(spec, leaves), positions
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where the numbers of a dense tensor and of its views are."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
 class _BlockPosition:

@@ -170,13 +170,14 @@ class Mapped:
         copied.size = 1
         return copied
 
-    def mapped_leaves(self) -> list[Any]:
-        """The leaves that hold the samples, with the dimension where they are."""
-        return [[dim, leaf] for leaf, dim in zip(self.leaves, self.dims, strict=True) if dim is not None]
-
-    def shared_leaves(self) -> list[Any]:
-        """The leaves that all samples share."""
-        return [leaf for leaf, dim in zip(self.leaves, self.dims, strict=True) if dim is None]
+    def arguments(self, *, mapped: bool) -> Any:
+        """The arguments with what is mapped, or with what is shared; empty tensors stand for the others."""
+        pairs = zip(self.leaves, self.dims, strict=True)
+        kept = [
+            leaf.new_empty(0) if (dim is None) is mapped and isinstance(leaf, Tensor) else leaf
+            for leaf, dim in pairs
+        ]
+        return [self.dims, trees.unflatten(self._spec, kept)]
 
     def memory_signature(self) -> tuple[Any, ...]:
         """What the memory that one sample takes depends on: shapes without the batch, and dtypes."""
