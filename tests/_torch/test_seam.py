@@ -20,6 +20,7 @@ from torch import Tensor, overrides
 from torch._C import _functorch
 from torch._C._dynamo import eval_frame
 from torch._functorch import autograd_function, eager_transforms, predispatch, pyfunctorch
+from torch._functorch import vmap as torch_vmap
 from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
 from torch.overrides import TorchFunctionMode
@@ -67,6 +68,9 @@ CONTRACTS = {
     "forward_ad.enter_dual_level": "test_one_dual_level_per_process_by_a_global",
     "torch._C._exit_dual_level": "test_one_dual_level_per_process_by_a_global",
     "forward_ad._maybe_load_decompositions": "test_loading_forward_rules_is_what_warns",
+    "forward_ad.make_dual": "test_torch_func_wraps_tensors_by_names_that_others_replace",
+    "eager_transforms._wrap_tensor_for_grad": "test_torch_func_wraps_tensors_by_names_that_others_replace",
+    "torch_vmap._add_batch_dim": "test_torch_func_wraps_tensors_by_names_that_others_replace",
     "eager_transforms.JVP_NESTING": "test_torch_func_jvp_enters_a_level_only_when_it_is_the_first",
     "torch._C._set_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._is_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
@@ -573,6 +577,29 @@ def test_dispatch_mode_sees_operations_beneath_transforms() -> None:
     assert shapes["aten::cos"] == (5, 3)
 
 
+def test_torch_func_wraps_tensors_by_names_that_others_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package whose subclass of Tensor is to keep its class replaces these three, as PyPose does."""
+    seen = []
+
+    def watched(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, replacement)
+
+    watched(torch_vmap, "_add_batch_dim")
+    watched(eager_transforms, "_wrap_tensor_for_grad")
+    watched(forward_ad, "make_dual")
+    torch.func.vmap(torch.sin)(X)
+    torch.func.grad(torch.sum)(X)
+    torch.func.jvp(torch.sin, (X,), (X,))
+    assert seen[0] == "_add_batch_dim"
+    assert {"_wrap_tensor_for_grad", "make_dual"} <= set(seen)
+
+
 def private_names(tree: ast.AST) -> set[str]:
     """Dotted names in the file that begin with one of torch's private modules, or end in a private part."""
     roots = {
@@ -584,6 +611,7 @@ def private_names(tree: ast.AST) -> set[str]:
         "autograd_function",
         "autograd_graph",
         "torch_pytree",
+        "torch_vmap",
         "overrides",
         "eval_frame",
         "_python_dispatch",
