@@ -59,3 +59,4 @@ from autodiff._torch.modes import set_grad_enabled as set_grad_enabled
 from autodiff._torch.modes import silenced_fallback_warning as silenced_fallback_warning
 from autodiff._torch.modes import stop_tracing as stop_tracing
 from autodiff._torch.modes import traced_inline_only as traced_inline_only
+from autodiff._torch.operators import inside_levels as inside_levels

@@ -71,6 +71,8 @@ CONTRACTS = {
     "forward_ad.make_dual": "test_torch_func_wraps_tensors_by_names_that_others_replace",
     "eager_transforms._wrap_tensor_for_grad": "test_torch_func_wraps_tensors_by_names_that_others_replace",
     "torch_vmap._add_batch_dim": "test_torch_func_wraps_tensors_by_names_that_others_replace",
+    "operator._op_dk": "test_operation_can_be_run_otherwise_inside_levels",
+    "torch._ops": "test_operation_can_be_run_otherwise_inside_levels",
     "eager_transforms.JVP_NESTING": "test_torch_func_jvp_enters_a_level_only_when_it_is_the_first",
     "torch._C._set_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._is_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
@@ -598,6 +600,23 @@ def test_torch_func_wraps_tensors_by_names_that_others_replace(monkeypatch: pyte
     torch.func.jvp(torch.sin, (X,), (X,))
     assert seen[0] == "_add_batch_dim"
     assert {"_wrap_tensor_for_grad", "make_dual"} <= set(seen)
+
+
+def test_operation_can_be_run_otherwise_inside_levels() -> None:
+    """A kernel for FuncTorchDynamicLayerFrontMode is asked inside levels alone, for an operation that torch composes."""
+    seen = []
+
+    def other(args: tuple[Any, ...]) -> Any:
+        seen.append(args)
+        return None if args[1] == 0 else lambda x, dim: x.movedim(0, dim)
+
+    # An operation that nothing else in these tests uses.
+    _torch.inside_levels(torch.ops.aten.moveaxis.int, lambda args: other(args[:2]))
+    operator = torch.ops.aten.moveaxis.int
+    assert operator(torch.zeros(2, 3), 0, 1).shape == (3, 2)
+    assert not seen
+    assert torch.func.vmap(lambda x: operator(x, 0, 1))(torch.zeros(5, 2, 3)).shape == (5, 3, 2)
+    assert len(seen) == 1
 
 
 def private_names(tree: ast.AST) -> set[str]:
