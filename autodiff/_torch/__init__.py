@@ -28,6 +28,7 @@ from autodiff._torch.forward_level import eager_forward_level as eager_forward_l
 from autodiff._torch.forward_level import functorch_forward_level as functorch_forward_level
 from autodiff._torch.forward_level import make_dual as make_dual
 from autodiff._torch.forward_level import unpack_dual as unpack_dual
+from autodiff._torch.kernels import inside_levels as inside_levels
 from autodiff._torch.levels import active_levels as active_levels
 from autodiff._torch.levels import add_batch as add_batch
 from autodiff._torch.levels import batch_level as batch_level

@@ -17,6 +17,9 @@ Override: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, A
 # An operation's override in forward mode, by the function that the user calls, or by that function's type.
 forward_overrides: dict[Any, Override] = {}
 forward_overrides_by_type: dict[type, Override] = {}
+# What runs instead of an operation that torch composes of others, by its overload, where one of its arguments is
+# batched; called with the arguments. torch.func's vmap comes by here too.
+batch_overrides: dict[Any, Callable[..., Any]] = {}
 # What runs an operation instead where torch raises a NotImplementedError in forward mode; None where it cannot help.
 missing_forward_rule: dict[Literal["override"], Callable[..., Override | None]] = {}
 # What runs inside transforms in place of a higher-order operator of torch's, which calls functions.

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autodiff import _torch
 from autodiff.core import hooks
-from autodiff.torch_fixes import control_flow, formulas, norm_pullbacks
+from autodiff.torch_fixes import control_flow, formulas, norm_pullbacks, recurrent
 from autodiff.torch_fixes.attention import plain_attention
 from autodiff.torch_fixes.by_pullback import by_pullback
 from autodiff.torch_fixes.fix import Fix
@@ -25,6 +25,7 @@ from autodiff.torch_fixes.functions import with_nesting_jvp
 from autodiff.torch_fixes.overrides import (
     OVERLOAD,
     PACKET,
+    batch_overrides,
     body_in_forward_mode,
     by_formula,
     by_pullback_inside,
@@ -332,6 +333,14 @@ FIXES = (
                 {"CompiledFunctionBackward": "a function made by torch.compile"},
             ),
         ),
+    ),
+    Fix(
+        "recurrent_layers",
+        "LSTM, GRU, RNN and their cells",
+        "no batching rule, or a write in place to a state without a batch",
+        "a formula under vmap: steps in time, one after the other",
+        ("gradients_of_recurrent_layers_per_sample",),
+        (batch_overrides(recurrent.FORMULAS),),
     ),
     Fix(
         "batched_pulls",

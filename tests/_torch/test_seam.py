@@ -21,6 +21,7 @@ from torch import Tensor, overrides
 from torch._C import _functorch
 from torch._C._dynamo import eval_frame
 from torch._functorch import autograd_function, eager_transforms, predispatch, pyfunctorch
+from torch._functorch import vmap as torch_vmap
 from torch._subclasses import FakeTensorMode
 from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
@@ -71,6 +72,11 @@ CONTRACTS = {
     "forward_ad.enter_dual_level": "test_one_dual_level_per_process_by_a_global",
     "torch._C._exit_dual_level": "test_one_dual_level_per_process_by_a_global",
     "forward_ad._maybe_load_decompositions": "test_loading_forward_rules_is_what_warns",
+    "forward_ad.make_dual": "test_torch_func_wraps_tensors_by_names_that_others_replace",
+    "eager_transforms._wrap_tensor_for_grad": "test_torch_func_wraps_tensors_by_names_that_others_replace",
+    "torch_vmap._add_batch_dim": "test_torch_func_wraps_tensors_by_names_that_others_replace",
+    "operator._op_dk": "test_operation_can_be_run_otherwise_inside_levels",
+    "torch._ops": "test_operation_can_be_run_otherwise_inside_levels",
     "eager_transforms.JVP_NESTING": "test_torch_func_jvp_enters_a_level_only_when_it_is_the_first",
     "torch._C._set_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._is_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
@@ -735,6 +741,46 @@ def test_overlap_is_seen() -> None:
     assert [torch._debug_has_internal_overlap(x) != 0 for x in overlaps] == [False, True, True, False]
 
 
+def test_torch_func_wraps_tensors_by_names_that_others_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package whose subclass of Tensor is to keep its class replaces these three, as PyPose does."""
+    seen = []
+
+    def watched(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, replacement)
+
+    watched(torch_vmap, "_add_batch_dim")
+    watched(eager_transforms, "_wrap_tensor_for_grad")
+    watched(forward_ad, "make_dual")
+    torch.func.vmap(torch.sin)(X)
+    torch.func.grad(torch.sum)(X)
+    torch.func.jvp(torch.sin, (X,), (X,))
+    assert seen[0] == "_add_batch_dim"
+    assert {"_wrap_tensor_for_grad", "make_dual"} <= set(seen)
+
+
+def test_operation_can_be_run_otherwise_inside_levels() -> None:
+    """A kernel for FuncTorchDynamicLayerFrontMode is asked inside levels alone, for an operation that torch composes."""
+    seen = []
+
+    def other(args: tuple[Any, ...]) -> Any:
+        seen.append(args)
+        return None if args[1] == 0 else lambda x, dim: x.movedim(0, dim)
+
+    # An operation that nothing else in these tests uses.
+    _torch.inside_levels(torch.ops.aten.moveaxis.int, lambda args: other(args[:2]))
+    operator = torch.ops.aten.moveaxis.int
+    assert operator(torch.zeros(2, 3), 0, 1).shape == (3, 2)
+    assert not seen
+    assert torch.func.vmap(lambda x: operator(x, 0, 1))(torch.zeros(5, 2, 3)).shape == (5, 3, 2)
+    assert len(seen) == 1
+
+
 def private_names(tree: ast.AST) -> set[str]:
     """Dotted names in the file that begin with one of torch's private modules, or end in a private part."""
     roots = {
@@ -746,6 +792,7 @@ def private_names(tree: ast.AST) -> set[str]:
         "autograd_function",
         "autograd_graph",
         "torch_pytree",
+        "torch_vmap",
         "overrides",
         "eval_frame",
         "_python_dispatch",
