@@ -221,6 +221,73 @@ def _parametrised(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     return lambda _, x: (x * parameter).sin() + parameter
 
 
+def _with_history(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
+    parameter = draw.normal(draw.pick([(), shape])).requires_grad_()
+    tracked.append(parameter)
+    state: Tensor = parameter
+    for _ in range(300):  # sums alone, whose graph can be pulled back any number of times
+        state = state + 1e-3
+    return lambda _, x: (x * state).sin()
+
+
+def _hooked(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
+    parameter = draw.normal(()).requires_grad_()
+    tracked.append(parameter)
+
+    def operation(_: World, x: Tensor) -> Tensor:
+        y = x.sin()
+        if y.requires_grad:
+            y.register_hook(lambda cotangent: cotangent * parameter.cos())
+        return y
+
+    return operation
+
+
+def _by_function(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
+    parameter = draw.normal(()).requires_grad_()
+    tracked.append(parameter)
+
+    class Captures(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x.sin()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            return cotangent * x.cos() * parameter.cos()
+
+    return lambda _, x: Captures.apply(x)
+
+
+def _legacy_inside(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
+    name = draw.pick(["vjp", "jvp"])
+
+    def operation(world: World, x: Tensor) -> Tensor:
+        if not world.library:
+            return x.sin() + x * x.cos()
+        product = getattr(ad.functional, name)
+        return product(lambda y: y * y.sin(), x, torch.ones_like(x), create_graph=True)[1]
+
+    return operation
+
+
+def _overlapping(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
+    def operation(world: World, x: Tensor) -> Tensor:
+        windows = x.unfold(-1, 2, 1)
+        if not world.library:
+            return windows.cos()
+        return ad.jvp(torch.sin, (windows,), (torch.ones_like(windows),))[1]
+
+    return operation
+
+
 def _noisy(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     # Random numbers that do not show, so that the result can be checked.
     return lambda _, x: x + 0 * torch.rand_like(x)
@@ -303,6 +370,11 @@ UNARY: dict[str, tuple[str, Callable[[Shape], bool], Callable[..., Operation]]] 
     "no_grad": ("", _any, _without_grad),
     "branch": ("", _any, _branched),
     "parameter": ("parameter", _any, _parametrised),
+    "history": ("parameter", _any, _with_history),
+    "hook": ("hook", _any, _hooked),
+    "function": ("function", _any, _by_function),
+    "functional": ("", _any, _legacy_inside),
+    "overlap": ("", _wide, _overlapping),
     "random": ("random", _any, _noisy),
     "attention": ("attention", _matrix, _attended),
     "module": ("", _rows, _module),
