@@ -60,3 +60,5 @@ from autodiff._torch.modes import set_grad_enabled as set_grad_enabled
 from autodiff._torch.modes import silenced_fallback_warning as silenced_fallback_warning
 from autodiff._torch.modes import stop_tracing as stop_tracing
 from autodiff._torch.modes import traced_inline_only as traced_inline_only
+from autodiff._torch.recomputation import StopRecomputation as StopRecomputation
+from autodiff._torch.recomputation import around_recomputation as around_recomputation
