@@ -511,3 +511,11 @@ def test_transforms_in_a_checkpointed_function(held: str, kind: Any, around: str
         # Captured, and not handed on.
         scaled = lambda x: kind(lambda s: HELD[held](x) * s)(ONE)
         assert_close(AROUND[around](scaled), expected)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, "auto"])
+def test_what_measures_memory_is_not_taken_for_captured(chunk_size: Any) -> None:
+    """The first chunk is measured by a mode that looks at every tensor, those of inner levels as well."""
+    func = ad.checkpoint(lambda x: ad.vmap(ad.grad(lambda x, w: w * x**3))(x, W) * x)
+    hessian = ad.jacfwd(lambda x: ad.jacrev(func)(x).sum(0), chunk_size=chunk_size)(X)
+    assert_close(hessian, torch.diag(18 * W * X))
