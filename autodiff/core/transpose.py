@@ -113,14 +113,17 @@ def transposed(
 
 
 def _differ(one: tuple[Vectors, Vectors], other: tuple[Vectors, Vectors]) -> bool:
-    """Whether two inner products are not the same number, for one of the samples of the batches around.
+    """Whether <L u, v> and <u, L* v> are not the same number, for one of the samples of the batches around.
 
-    They are compared with what sums of random signs would be. NaN and infinities are not judged.
+    They are compared with what sums of random signs would be, and with rounding errors of a function that is zero. NaN
+    and infinities are not judged.
     """
-    (a, scale_a), (b, scale_b) = _inner(*one), _inner(*other)
+    (images, v), (u, pulled) = one, other
+    (a, scale_a), (b, scale_b) = _inner(images, v), _inner(u, pulled)
     dtypes = {vector.dtype for vectors in (*one, *other) for vector in vectors if vector is not None}
-    tolerance = min(4 * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) ** (1 / 3), 0.25)
-    differ = abs(a - b) > tolerance * (scale_a + scale_b)
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    tolerance = min(4 * eps ** (1 / 3), 0.25) * (scale_a + scale_b) + eps * _norm(u) * _norm(v)
+    differ = abs(a - b) > tolerance
     return bool(_torch.fully_unwrapped(differ).any()) if isinstance(differ, Tensor) else differ
 
 
@@ -131,8 +134,14 @@ def _inner(ones: Vectors, others: Vectors) -> tuple[Tensor | float, Tensor | flo
     for one, other in zip(ones, others, strict=True):
         if one is None or other is None:
             continue
-        terms = (one.conj() * other).real if one.is_complex() else one * other
-        if terms.dtype.itemsize < 4:
-            terms = terms.float()
+        terms = _wide((one.conj() * other).real if one.is_complex() else one * other)
         total, scale = total + terms.sum(), scale + torch.linalg.vector_norm(terms)
     return total, scale
+
+
+def _norm(vectors: Vectors) -> Tensor | float:
+    return sum((torch.linalg.vector_norm(_wide(one)) for one in vectors if one is not None), 0.0)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

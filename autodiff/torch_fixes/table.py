@@ -364,6 +364,14 @@ FIXES = (
         ),
     ),
     Fix(
+        "recomputation",
+        "torch.utils.checkpoint with use_reentrant=False",
+        "its second run inside vmap or forward mode takes other kernels than the first, and other saved tensors",
+        "the second run is outside of all transforms, as the first one was",
+        ("batched_pulls_of_checkpoints",),
+        ((_torch.around_recomputation, {"outside": _torch.outside_transforms}),),
+    ),
+    Fix(
         "norms_per_sample",
         "second derivatives of layer_norm, batch_norm, instance_norm",
         "an error under vmap: the pullback writes over a cotangent that has no batch",

@@ -335,6 +335,52 @@ def _as_it_is(func: Operation) -> Operation:
     return func
 
 
+def _checkpointed_layer(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
+    """A layer whose kernels differ under vmap, in a checkpoint, with a transform inside or none."""
+    size = shape[-1]
+    weight, bias = draw.normal((size, size)), draw.normal((size,))
+    inside = draw.pick(["nothing", "jvp", "grad per sample"])
+
+    def slopes(world: World, x: Tensor) -> Tensor:
+        """Those of sin."""
+        if not world.library or inside == "nothing":
+            return x.cos()
+        if inside == "jvp":
+            return ad.jvp(torch.sin, (x,), (torch.ones_like(x),))[1]
+        return ad.vmap(ad.grad(torch.sin))(x.reshape(-1)).view(x.shape)
+
+    def operation(world: World, x: Tensor) -> Tensor:
+        again = ad.checkpoint if world.library else _as_it_is
+        return again(lambda x: slopes(world, functional.linear(x.tanh(), weight, bias)) * x)(x)
+
+    return operation
+
+
+def _by_bwd(value: Operation, slope: Operation) -> Operation:
+    f = ad.custom_vjp(value)
+    f.defvjp(lambda x: (value(x), x), lambda x, c: (slope(x, c),))
+    return f
+
+
+def _by_rule(value: Operation, slope: Operation) -> Operation:
+    f = ad.custom_jvp(value)
+    f.defjvp(lambda primals, tangents: (f(primals[0]), slope(primals[0], tangents[0])))
+    return f
+
+
+def _ruled(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
+    """A custom rule; where its graph does not show that it is linear, it is compared with its transpose."""
+    c = draw.normal(shape)
+    by, masked = draw.pick([_by_bwd, _by_rule]), draw.chance(0.5)
+
+    def slope(x: Tensor, v: Tensor) -> Tensor:
+        slopes = c * x.cos()
+        return torch.where(c > 0, slopes * v, v * slopes) if masked else slopes * v
+
+    ruled = by(lambda x: c * x.sin(), slope)
+    return lambda world, x: ruled(x) if world.library else c * x.sin()
+
+
 UNARY: dict[str, tuple[str, Callable[[Shape], bool], Callable[..., Operation]]] = {
     "sin": ("", _any, _plain(torch.sin)),
     "tanh": ("", _any, _plain(torch.tanh)),
@@ -379,6 +425,8 @@ UNARY: dict[str, tuple[str, Callable[[Shape], bool], Callable[..., Operation]]] 
     "attention": ("attention", _matrix, _attended),
     "module": ("", _rows, _module),
     "checkpoint": ("", _any, _checkpointed),
+    "checkpointed layer": ("", _rows, _checkpointed_layer),
+    "custom rule": ("", _any, _ruled),
 }
 
 
