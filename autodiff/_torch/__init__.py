@@ -59,6 +59,7 @@ from autodiff._torch.modes import OutsideInferenceMode as OutsideInferenceMode
 from autodiff._torch.modes import SharedSwitch as SharedSwitch
 from autodiff._torch.modes import WithoutFunctionModes as WithoutFunctionModes
 from autodiff._torch.modes import compiling as compiling
+from autodiff._torch.modes import computes_numbers as computes_numbers
 from autodiff._torch.modes import flash_attention as flash_attention
 from autodiff._torch.modes import function_mode as function_mode
 from autodiff._torch.modes import function_modes as function_modes

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from autodiff import _torch
+from autodiff.core.rules import user_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -23,11 +24,7 @@ def reaches_tracked_tensor(node: Any) -> bool:
     It is looked for in the Function's context and class, in what its functions enclose and in the globals that they
     name, and inside of modules, containers and objects there.
     """
-    if (ruled := getattr(node, "ruled", None)) is not None:
-        found: list[Any] = list(ruled.rules.reached())
-    else:
-        found = [vars(node), *map(_function, vars(_torch.user_function(node)).values())]
-    return any(map(_torch.requires_grad_at_any_depth, _tensors(found)))
+    return any(map(_torch.requires_grad_at_any_depth, _tensors(user_code(node))))
 
 
 def _tensors(found: Iterable[Any]) -> Iterator[Tensor]:
@@ -56,6 +53,8 @@ def _parts(one: Any) -> Iterable[Any]:
         return [one.func, one.args, one.keywords]
     if isinstance(one, MethodType):
         return [one.__self__, one.__func__]
+    if isinstance(one, (staticmethod, classmethod)):
+        return [one.__func__]
     if isinstance(one, FunctionType):
         named = (one.__globals__.get(name) for name in one.__code__.co_names)
         return [*_enclosed(one), *(one.__defaults__ or ()), *named, getattr(one, "__wrapped__", None)]
@@ -71,7 +70,3 @@ def _enclosed(function: FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
         except ValueError:  # not yet filled
             continue
-
-
-def _function(member: Any) -> Any:
-    return member.__func__ if isinstance(member, (staticmethod, classmethod)) else member

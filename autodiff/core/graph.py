@@ -86,6 +86,57 @@ def _policies_of(name: str) -> list[tuple[PullPolicy, str]]:
 hooks.when_changed.append(_policies_of.cache_clear)
 
 
+# Nodes that are linear in all that comes in, and those that are linear in each of two factors.
+_LINEAR = frozenset(
+    {
+        *("Add", "Sub", "Neg", "Sum", "Mean", "Trace", "Cumsum", "FftR2C", "FftC2C", "FftC2R"),
+        *("Expand", "View", "UnsafeView", "ReshapeAlias", "Alias", "Clone", "ToCopy", "Squeeze", "Unsqueeze"),
+        *("T", "Transpose", "Permute", "Flip", "Roll", "Repeat", "Cat", "Stack", "Split", "SplitWithSizes"),
+        *("Unbind", "Select", "Slice", "Diagonal", "DiagEmbed"),
+        *("Conj", "Real", "Imag", "ViewAsReal", "ViewAsComplex"),
+    }
+)
+_LINEAR_IN_EACH = frozenset({"Mul", "Mm", "Mv", "Dot", "Bmm", "Ger", "Linear", "Convolution"})
+_LARGEST_PROOF = 64
+
+
+def shows_linear(outputs: Sequence[Any], inputs: Sequence[Tensor]) -> bool:
+    """Whether the nodes between inputs and outputs say that these are linear: False says nothing.
+
+    It looks at 64 nodes at the most, and at none of the branches that Python took.
+    """
+    ids = {id(tensor) for tensor in inputs}
+    # Whether a node depends on the inputs; None: not in a linear way.
+    known: dict[Any, bool | None] = {None: False}
+
+    def depends(node: Any) -> bool | None:
+        if node in known:
+            return known[node]
+        if len(known) > _LARGEST_PROOF:
+            return None
+        known[node] = None
+        if (variable := getattr(node, "variable", None)) is not None:
+            found: bool | None = id(variable) in ids
+        else:
+            ways = [depends(parent) for parent, _ in node.next_functions]
+            kind = type(node).__name__.partition("Backward")[0]
+            if None in ways:
+                found = None
+            elif not any(ways):
+                found = False
+            elif (kind in _LINEAR and all(ways)) or (
+                (kind in _LINEAR_IN_EACH and ways.count(True) == 1)
+                or (kind == "Div" and ways == [True, False])
+            ):
+                found = True
+            else:
+                found = None
+        known[node] = found
+        return found
+
+    return all(depends(output.grad_fn) for output in outputs)
+
+
 def bytes_of_a_pull(nodes: Iterable[Any]) -> tuple[int, int]:
     """The bytes of all the cotangents that a pull through the nodes makes, and of the largest of them."""
     sizes = [size for node in nodes for size in _torch.cotangent_sizes(node)]

@@ -57,16 +57,13 @@ class Linearization:
     hvp = vjp
 
     def jvp(
-        self,
-        inspect: Callable[[list[Tensor | None]], None] = lambda _: None,
-        *,
-        at: Callable[[Tensor], Tensor] | None = None,
+        self, inspect: Callable[[list[Tensor | None]], None] = lambda _: None
     ) -> Callable[[Vectors], list[Tensor | None]]:
         """A function from tangents to a tangent for each output, by the pullback of the pullback.
 
-        It is made once for all tangents; see `transpose` for the arguments.
+        It is made once for all tangents; see `transpose` for the argument.
         """
-        return transpose(self._tape, inspect, at=at)
+        return transpose(self._tape, inspect)
 
     def batchable(self, sizes: Sizes) -> Sizes:
         """The sizes of batches of cotangents: one, where torch pulls a batch back wrongly."""

@@ -36,8 +36,8 @@ class Rules(ABC):
     ) -> Sequence[Tensor | None]:
         """A cotangent for each of ``saved``; what is given where it is not ``wanted`` is ignored."""
 
-    def reached(self) -> Iterable[Any]:
-        """What the rules reach besides ``saved``, and may depend on."""
+    def user_code(self) -> Iterable[Any]:
+        """The code of the user's that the rules run: it may reach more than ``saved``, and need not be linear."""
         return ()
 
     @abstractmethod
@@ -61,6 +61,14 @@ def attach(
     for i, zero in zip(where, _RuleFunction.apply(_RulesAndSpecs(rules, specs), *saved), strict=True):
         values[i] = values[i] + zero
     return values
+
+
+def user_code(node: Any) -> Sequence[Any]:
+    """What the backward of an autograd Function may run that is the user's; empty for rules of this package."""
+    ruled: _RulesAndSpecs | None = getattr(node, "ruled", None)
+    if ruled is not None:
+        return list(ruled.rules.user_code())
+    return [vars(node), *vars(_torch.user_function(node)).values()]
 
 
 def is_tracked(tensor: Tensor) -> bool:
@@ -139,8 +147,8 @@ class _Batched(Rules):
     def __init__(self, rules: Rules, dims: Sequence[int | None], size: int, randomness: Randomness) -> None:
         self._rules, self._dims, self._size, self._randomness = rules, dims, size, randomness
 
-    def reached(self) -> Iterable[Any]:
-        return self._rules.reached()
+    def user_code(self) -> Iterable[Any]:
+        return self._rules.user_code()
 
     def pull(
         self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]

@@ -279,7 +279,7 @@ class _NotTwice(Rules):
     """The second derivative of a backward that is marked by once_differentiable: an error, where torch gives zero."""
 
     def __init__(self, node: Any) -> None:
-        self._name = _torch.user_function(node).__qualname__
+        self._name = _torch.user_function(node).__name__
 
     def pull(self, *_: Any, **options: Any) -> NoReturn:
         del options

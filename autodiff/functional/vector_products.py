@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from autodiff import checks
@@ -281,7 +280,7 @@ def _by_double_backward(
             if not cotangent.requires_grad:
                 contract.refuse(_GRADIENT_INDEPENDENT, input=index)
 
-    return linearized.jvp(inspect, at=torch.zeros_like)(tangents)
+    return linearized.jvp(inspect)(tangents)
 
 
 def _check_outputs_of_jvp(call: Call, outputs: list[Any]) -> None:

@@ -20,9 +20,11 @@ from torch import Tensor, overrides
 from torch._C import _functorch
 from torch._C._dynamo import eval_frame
 from torch._functorch import autograd_function, eager_transforms, predispatch, pyfunctorch
+from torch._subclasses import FakeTensorMode
 from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
 from torch.autograd.function import once_differentiable
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.torch_version import TorchVersion
 from torch.utils import _pytree as torch_pytree
@@ -72,6 +74,8 @@ CONTRACTS = {
     "torch._C._set_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._is_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._set_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
+    "torch._C._get_dispatch_mode": "test_tracers_and_fake_tensors_are_modes_of_their_own",
+    "torch._C._TorchDispatchModeKey": "test_tracers_and_fake_tensors_are_modes_of_their_own",
     "torch._dynamo": "test_graph_can_be_broken_with_words",
     "eval_frame._FrameAction": "test_code_can_be_kept_from_being_compiled_alone",
     "eval_frame._FrameExecStrategy": "test_code_can_be_kept_from_being_compiled_alone",
@@ -297,6 +301,26 @@ def test_modes_are_switched_without_context_managers() -> None:
     finally:
         torch._C._set_grad_enabled(True)
         torch._C._set_fwd_grad_enabled(True)
+
+
+@pytest.mark.parametrize(("mode", "fake"), [("real", False), ("fake", True)])
+def test_tracers_and_fake_tensors_are_modes_of_their_own(mode: str, fake: bool) -> None:
+    """_get_dispatch_mode(key) says whether numbers can be looked at: not while make_fx traces, nor of fake tensors."""
+    keys = torch._C._TorchDispatchModeKey
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.extend(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
+        return x * 2
+
+    look(X)
+    make_fx(look, tracing_mode=mode)(X)
+    assert seen == [False, False, True, fake]
+    assert _torch.computes_numbers([X])
+    assert not _torch.computes_numbers([X.to("meta")])
+    with FakeTensorMode():
+        fake_tensor = torch.ones(2)
+    assert not _torch.computes_numbers([fake_tensor])
 
 
 def test_dual_tensors_are_made_and_opened() -> None:
