@@ -306,12 +306,13 @@ FIXES = (
     ),
     Fix(
         "batched_pulls",
-        "cdist, masked_select",
-        "a batch of cotangents is pulled back wrongly",
+        "cdist, masked_select, sparse.mm",
+        "a batch of cotangents is pulled back wrongly, or not at all",
         "Jacobians pull their rows one by one; another batch of cotangents is an error",
         (
             "jacrev_of_cdist",
             "jacrev_of_masked_select",
+            "jacrev_of_sparse_mm",
             "another_order_of_modes-hessian-cdist >=2.15",
         ),
         (
@@ -321,6 +322,7 @@ FIXES = (
                     "CdistBackward": "cdist",
                     "MaskedSelectBackward": "masked_select",
                     "MaskedScatterBackward": "masked_select",
+                    "SparseAddmmBackward": "sparse.mm",
                 },
             ),
         ),

@@ -81,6 +81,18 @@ def jacrev_of_masked_select(library: Any) -> None:
     assert_close(jacobian, torch.eye(3, dtype=torch.float64)[[0, 2, 0, 1]])
 
 
+@OPERATIONS.row(
+    "`jacrev` of `torch.sparse.mm`",
+    torch="RuntimeError",
+    fails="RuntimeError: expand is unsupported",
+    ours="right",
+)
+def jacrev_of_sparse_mm(library: Any) -> None:
+    dense = torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.0, 0.0, -1.0, 3.0]], dtype=torch.float64)
+    jacobian = library.jacrev(lambda x: torch.sparse.mm(dense.to_sparse(), x))(ROWS)
+    assert_close(jacobian, torch.einsum("ij,kl->ikjl", dense, torch.eye(2, dtype=dense.dtype)))
+
+
 @OPERATIONS.row('`jvp` of `scatter_reduce(..., "prod")`', torch="zero", fails=WRONG, ours="right")
 def jvp_of_scatter_reduce_prod(library: Any) -> None:
     x, t = _normal(2, 3).unbind(0)
