@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autodiff import _torch
 from autodiff.core import hooks
-from autodiff.torch_fixes import formulas, norm_pullbacks
+from autodiff.torch_fixes import formulas, node_pullbacks
 from autodiff.torch_fixes.attention import plain_attention
 from autodiff.torch_fixes.by_pullback import by_pullback
 from autodiff.torch_fixes.fix import Fix
@@ -222,8 +222,8 @@ FIXES = (
             (
                 hooks.node_pullbacks,
                 {
-                    "NativeLayerNormBackwardBackward0": norm_pullbacks.of_layer_norm,
-                    "NativeBatchNormBackwardBackward0": norm_pullbacks.of_batch_norm,
+                    "NativeLayerNormBackwardBackward0": node_pullbacks.of_layer_norm,
+                    "NativeBatchNormBackwardBackward0": node_pullbacks.of_batch_norm,
                 },
             ),
         ),
@@ -370,10 +370,14 @@ FIXES = (
     Fix(
         "logcumsumexp",
         "logcumsumexp",
-        "the pullback takes the logarithm of its cotangent, and has no derivative at zero",
-        "it is transposed at ones",
-        ("linearize_of_logcumsumexp",),
-        ((hooks.pull_policies["transposed at ones"], {"LogcumsumexpBackward": "logcumsumexp"}),),
+        "the pullback takes the logarithm of its cotangent, and has no derivative at zero; forward mode adds a constant to "
+        "sums of exponentials, and is wrong where these are small",
+        "a formula where the pullback makes a graph; the pullback of the pullback in forward mode",
+        ("linearize_of_logcumsumexp", "jvp_of_logcumsumexp"),
+        (
+            (hooks.node_pullbacks, {"LogcumsumexpBackward0": node_pullbacks.of_logcumsumexp}),
+            forward_overrides(by_pullback, Tensor.logcumsumexp, torch.logcumsumexp),
+        ),
     ),
     Fix(
         "factorisations_by_mode",

@@ -327,6 +327,20 @@ def linearize_of_logcumsumexp(library: Any) -> None:
 
 
 @OPERATIONS.row(
+    "`jvp` of logcumsumexp of numbers that are far apart",
+    torch="wrong numbers",
+    fails=WRONG,
+    ours="right, by the pullback of the pullback",
+)
+def jvp_of_logcumsumexp(library: Any) -> None:
+    x = torch.tensor([0.0, 1.0, 50.0], dtype=torch.float64)
+    t = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
+    weight = torch.sigmoid(x[1] - x[0])  # of the second of the first two
+    expected = torch.stack([t[0], (1 - weight) * t[0] + weight * t[1], t[2]])
+    assert_close(library.jvp(lambda x: x.logcumsumexp(0), (x,), (t,))[1], expected)
+
+
+@OPERATIONS.row(
     "`functional.jvp` of cholesky along a matrix that is not symmetric",
     torch="right",
     fails=None,
