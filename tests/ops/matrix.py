@@ -1,4 +1,4 @@
-"""What the operator matrix runs: PyTorch's own samples of each operator, eleven checks, three sides.
+"""What the operator matrix runs: PyTorch's own samples of each operator, fifteen checks, three sides.
 
 Hands on `operators`, `CHECKS` and `verdict`. The sides are autodiff, torch.func, and plain
 torch.autograd without any transform, which judges the other two; where both contradict it, finite
@@ -410,7 +410,9 @@ NO_CASE = "no sample can be differentiated"
 def verdict(name: str, check: str) -> str:
     """What is wrong with the operator under the check, over all its cases."""
     run = CHECKS[check]
-    chosen = [case._replace(tolerance=max(case.tolerance, run.tolerance)) for case in cases(name)[: run.samples]]
+    chosen = [
+        case._replace(tolerance=max(case.tolerance, run.tolerance)) for case in cases(name)[: run.samples]
+    ]
     found = {_verdict_on(case, run) for case in chosen}
     return ("; ".join(sorted(found - {WORKS})) or WORKS) if found else NO_CASE
 
