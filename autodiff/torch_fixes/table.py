@@ -370,8 +370,8 @@ FIXES = (
     Fix(
         "logcumsumexp",
         "logcumsumexp",
-        "the pullback takes the logarithm of its cotangent, and has no derivative at zero; forward mode adds a constant "
-        "to sums of exponentials, and is wrong where these are small",
+        "the pullback takes the logarithm of its cotangent, and has no derivative at zero; forward mode adds a "
+        "constant to sums of exponentials, and is wrong where these are small",
         "a formula where the pullback makes a graph; the pullback of the pullback in forward mode",
         ("linearize_of_logcumsumexp", "jvp_of_logcumsumexp"),
         (
