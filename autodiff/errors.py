@@ -236,7 +236,7 @@ class RuleError(AutodiffError, RuntimeError, TypeError):
 
 
 class CloneError(AutodiffError, RuntimeError):
-    """A module has an attribute that leads back to it and cannot be cloned with it.
+    """A module has an attribute that leads back to it and cannot be cloned, or it calls a layer that was not cloned.
 
     >>> import torch, autodiff
     >>> layer = torch.nn.Linear(2, 1)

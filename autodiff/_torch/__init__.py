@@ -22,11 +22,13 @@ from autodiff._torch.autograd import torch_registry as torch_registry
 from autodiff._torch.autograd import user_function as user_function
 from autodiff._torch.autograd import version as version
 from autodiff._torch.autograd import versions as versions
+from autodiff._torch.compiled import uncompiled as uncompiled
 from autodiff._torch.forward_level import ForwardModeIgnored as ForwardModeIgnored
 from autodiff._torch.forward_level import eager_forward_level as eager_forward_level
 from autodiff._torch.forward_level import functorch_forward_level as functorch_forward_level
 from autodiff._torch.forward_level import make_dual as make_dual
 from autodiff._torch.forward_level import unpack_dual as unpack_dual
+from autodiff._torch.kernels import inside_levels as inside_levels
 from autodiff._torch.levels import active_levels as active_levels
 from autodiff._torch.levels import add_batch as add_batch
 from autodiff._torch.levels import batch_level as batch_level
@@ -69,3 +71,6 @@ from autodiff._torch.modes import set_grad_enabled as set_grad_enabled
 from autodiff._torch.modes import silenced_fallback_warning as silenced_fallback_warning
 from autodiff._torch.modes import stop_tracing as stop_tracing
 from autodiff._torch.modes import traced_inline_only as traced_inline_only
+from autodiff._torch.operators import higher_order_operators as higher_order_operators
+from autodiff._torch.operators import intercept as intercept
+from autodiff._torch.operators import plain_kernel as plain_kernel

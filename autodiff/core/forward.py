@@ -86,7 +86,7 @@ def push(
         with mode():
             return func(leaves, lift)
 
-    with hooks.higher_order.get("eager", hooks.NOTHING):
+    with hooks.AROUND_HIGHER_ORDER:
         pushed = push_impl(in_mode, primals, tangents)
     if torch.is_grad_enabled() or _torch.forward_level_active():
         return pushed

@@ -146,7 +146,7 @@ class Tape(ABC):
         thread["recording"] = depth + 1
         try:
             if higher_order:
-                with hooks.higher_order.get("eager", hooks.NOTHING):
+                with hooks.AROUND_HIGHER_ORDER:
                     self.graph_outputs, aux = func(self.inputs, lift)
                     self.has_hooks = _torch.hooks_registered() != hook_count
                     if differentiate is not None:
@@ -213,7 +213,7 @@ class Tape(ABC):
         replaced = self._replaced_pullbacks() if create_graph else ()
         run = partial(graph.backward_with, replaced) if replaced else _torch.backward
         if self._higher_order:
-            with hooks.higher_order.get("eager", hooks.NOTHING):
+            with hooks.AROUND_HIGHER_ORDER:
                 pulled = run(*arguments)
         else:
             pulled = run(*arguments)

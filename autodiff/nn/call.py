@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -18,7 +18,8 @@ from autodiff.nn import state
 from autodiff.nn.clone import ModuleClone
 from autodiff.types import ModuleState
 
-# The result, the buffers after the call if they are asked for, and the names of own buffers whose new values are lost.
+# The result, the buffers after the call if they are asked for, otherwise those of the given tensors that were assigned
+# anew, and the names of own buffers whose new values are lost.
 Called: TypeAlias = "tuple[Any, dict[str, Tensor], list[str]]"
 
 __all__ = ["functional_call", "sample_loss", "stack_module_state"]
@@ -60,7 +61,7 @@ def functional_call(
     Raises:
         ValueError: a name is in two dicts, or tied names are given different tensors.
         RuntimeError: ``strict`` and names are missing or unknown; a scripted module; a module that holds something
-            which leads back to it and cannot be copied.
+            which leads back to it and cannot be copied, or that calls a layer which it finds where none is searched.
 
     Warns:
         BufferWarning: ``forward`` wrote to a buffer that was not given, without ``return_buffers``.
@@ -93,11 +94,12 @@ def functional_call(
         state.check_names(module, given)
     arguments = () if args is None else args if isinstance(args, tuple) else (args,)
     call = _traced_call if compiling() else _cloned_call
-    result, buffers, lost = call(module, given, arguments, kwargs or {}, tie_weights, return_buffers)
+    result, updated, lost = call(module, given, arguments, kwargs or {}, tie_weights, return_buffers)
     if return_buffers:
-        return result, buffers
+        return result, updated
     for one in dicts:
-        one.update((name, given[name]) for name in one)
+        for name in one.keys() & updated.keys():
+            one[name] = updated[name]
     if lost:
         warnings.warn(
             f"functional_call: the module wrote to its buffers {', '.join(lost)}, which were not given. It is left as "
@@ -248,48 +250,36 @@ def _cloned_call(
     return_buffers: bool,
 ) -> Called:
     """A call of the module's clone."""
-    own = list(state.entries(module))
-    state.check_initialized(own, given)
-    tensors = state.replacements(own, given, tie_weights)
-    buffers: list[tuple[state.Entry, Tensor, int]] = []
-    if return_buffers:
-        state.copy_buffers(own, tensors)
-    else:
-        buffers = list(state.clone_buffers(own, tensors))
-    clone = ModuleClone(module, tensors, Tensor.clone)
-    names = {one.name for one in own}
-    for name in given.keys() - names:
-        _set(clone.root, name, given[name])
+    places, tensors = state.replacements(module, given, tie_weights=tie_weights)
+    buffers = state.Buffers(returned=return_buffers)
+    buffers.copy_given(places, tensors)
+    clone = ModuleClone(module, tensors, buffers.copy)
+    state.check_initialized(module, clone.originals, tensors)
+    if len(places) < len(given):
+        for name in given.keys() - places.keys():
+            _set(clone.root, name, given[name])
     if not tie_weights:
-        _untie(clone.root, own, given, return_buffers)
-    try:
-        result = clone.root(*args, **kwargs)
-    finally:
-        clone.write_back()
+        _untie(module, clone.root, given, return_buffers)
+    result = clone.call(*args, **kwargs)
     if return_buffers:
         return result, dict(clone.root.named_buffers(remove_duplicate=tie_weights)), []
-    given.update(_reassigned(clone, own, given))
-    lost = [
-        one.name
-        for one, buffer, before in buffers
-        if state.version(buffer) != before
-        or getattr(clone.counterpart(one.owner), one.key, None) is not buffer
-    ]
-    return result, {}, lost
+    written = buffers.written(clone.counterpart)
+    lost = [name for name, place in state.entries(module) if place in written] if written else []
+    return result, dict(_reassigned(clone, places, given)), lost
 
 
-def _untie(
-    root: nn.Module, own: Iterable[state.Entry], given: Mapping[str, Tensor], return_buffers: bool
-) -> None:
+def _untie(module: nn.Module, root: nn.Module, given: Mapping[str, Tensor], return_buffers: bool) -> None:
     """Set tensors that have several names by each name, since they need not stay the same."""
-    count = Counter(id(one.tensor) for one in own)
+    own = list(state.entries(module))
+    count = Counter(id(state.tensor_at(place)) for _, place in own)
     copied = copy_for_every_sample() if return_buffers else Tensor.clone
     # Given tensors come last: two names may belong to one place.
-    for one in sorted(own, key=lambda one: one.name in given):
-        if count[id(one.tensor)] > 1:
-            tensor = given.get(one.name, one.tensor)
-            kept = one.name in given and not return_buffers
-            _set(root, one.name, copied(tensor) if one.is_buffer and not kept else tensor)
+    for name, place in sorted(own, key=lambda entry: entry[0] in given):
+        own_tensor = state.tensor_at(place)
+        if count[id(own_tensor)] > 1:
+            tensor = given.get(name, own_tensor)
+            kept = name in given and not return_buffers
+            _set(root, name, copied(tensor) if place[2] and not kept else tensor)
 
 
 def _set(root: nn.Module, name: str, tensor: Tensor) -> None:
@@ -312,18 +302,16 @@ def _set(root: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _reassigned(
-    clone: ModuleClone, own: Iterable[state.Entry], given: Mapping[str, Tensor]
+    clone: ModuleClone, places: Mapping[str, state.Place], given: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """The given tensors for which ``forward`` assigned others, by name."""
-    for one in own:
-        if one.name not in given:
-            continue
-        owner, tensor = clone.counterpart(one.owner), given[one.name]
-        table: Mapping[str, Tensor | None] = owner._buffers if one.is_buffer else owner._parameters
-        if one.key not in table or table[one.key] is not tensor:
-            current = getattr(owner, one.key, None)
-            if current is not tensor and isinstance(current, Tensor):
-                yield one.name, current
+    for name, (original, key, is_buffer) in places.items():
+        owner = clone.counterpart(original)
+        table: Mapping[str, Tensor | None] = owner._buffers if is_buffer else owner._parameters
+        if key not in table or table[key] is not given[name]:
+            current = getattr(owner, key, None)
+            if current is not given[name] and isinstance(current, Tensor):
+                yield name, current
 
 
 def _traced_call(
@@ -345,4 +333,4 @@ def _traced_call(
         elif return_buffers or name not in given:
             given[name] = own.clone()
     result = torch.func.functional_call(module, given, args, kwargs, tie_weights=tie_weights)
-    return result, {name: given[name] for name, _ in module.named_buffers()} if return_buffers else {}, []
+    return result, {name: given[name] for name, _ in module.named_buffers()} if return_buffers else given, []

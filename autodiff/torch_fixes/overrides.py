@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch.overrides import is_tensor_like
 
 from autodiff import _torch
-from autodiff.core import hooks
+from autodiff.core import hooks, trees
 from autodiff.core.forward import ForwardMode
 from autodiff.torch_fixes.by_pullback import by_pullback, by_pullback_of_same_draw
 from autodiff.torch_fixes.formulas import upcast
@@ -28,6 +29,21 @@ _BUILTIN_NAMESPACES = ("aten", "prims", "prim", "higher_order")
 def forward_overrides(override: Override, *operations: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """The entries of a fix that overrides operations in forward mode."""
     return hooks.forward_overrides, dict.fromkeys(operations, override)
+
+
+def batch_overrides(formulas: dict[Any, Callable[..., Any]]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """The entries of a fix that overrides operations where an argument is batched, by their overloads."""
+    for operation in formulas:
+        _torch.inside_levels(operation, partial(_override_in_batch, operation))
+    return hooks.batch_overrides, formulas
+
+
+def _override_in_batch(operation: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+    formula = hooks.batch_overrides.get(operation)
+    if formula is None:
+        return None
+    tensors = [leaf for leaf in trees.leaves(args) if isinstance(leaf, torch.Tensor)]
+    return formula if _torch.batch_levels(tensors) else None
 
 
 def by_formula(formula: Callable[..., Any], float32_under_autocast: tuple[str, ...] = ()) -> Override:

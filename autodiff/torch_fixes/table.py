@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autodiff import _torch
 from autodiff.core import hooks
-from autodiff.torch_fixes import formulas, node_pullbacks
+from autodiff.torch_fixes import control_flow, formulas, node_pullbacks, recurrent
 from autodiff.torch_fixes.attention import plain_attention
 from autodiff.torch_fixes.by_pullback import by_pullback
 from autodiff.torch_fixes.fix import Fix
@@ -25,6 +25,7 @@ from autodiff.torch_fixes.functions import with_nesting_jvp
 from autodiff.torch_fixes.overrides import (
     OVERLOAD,
     PACKET,
+    batch_overrides,
     body_in_forward_mode,
     by_formula,
     by_pullback_inside,
@@ -299,10 +300,47 @@ FIXES = (
             "hessians_of_attention_modules",
         ),
         (
-            (hooks.higher_order, {"eager": plain_attention}),
+            (hooks.higher_order, {"attention": plain_attention}),
             (hooks.higher_order_traced, {"make": partial(sdpa_kernel, SDPBackend.MATH)}),
         ),
         issue="pytorch#128971",
+    ),
+    Fix(
+        "compiled_functions",
+        "functions made by torch.compile, called inside a transform",
+        "no second derivative, or zeros; in forward mode the fixes of this table are not seen",
+        "they run uncompiled, wherever more than a gradient may be asked for, in this thread alone",
+        ("compiled_functions_inside",),
+        ((hooks.higher_order, {"compiled": _torch.uncompiled}),),
+    ),
+    Fix(
+        "control_flow",
+        "torch.cond, while_loop, scan, map, associative_scan, flex_attention",
+        "zeros in forward mode and for second derivatives, or an error",
+        "the branch and the loop themselves, inside transforms",
+        ("derivatives_of_control_flow",),
+        ((hooks.control_flow, control_flow.FORMULAS),),
+    ),
+    Fix(
+        "compiled_pullbacks",
+        "Jacobians of functions made by torch.compile",
+        "an error: a compiled pullback cannot be batched",
+        "Jacobians pull their rows one by one; another batch of cotangents is an error",
+        ("jacrev_of_a_compiled_function",),
+        (
+            (
+                hooks.pull_policies["one cotangent at a time"],
+                {"CompiledFunctionBackward": "a function made by torch.compile"},
+            ),
+        ),
+    ),
+    Fix(
+        "recurrent_layers",
+        "LSTM, GRU, RNN and their cells",
+        "no batching rule, or a write in place to a state without a batch",
+        "a formula under vmap: steps in time, one after the other",
+        ("gradients_of_recurrent_layers_per_sample",),
+        (batch_overrides(recurrent.FORMULAS),),
     ),
     Fix(
         "batched_pulls",

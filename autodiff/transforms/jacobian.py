@@ -248,6 +248,7 @@ def jacrev(
     holomorphic: bool = False,
     strict: bool = False,
     wrt: Wrt = None,
+    _preallocate_and_copy: bool = False,
 ) -> Callable[..., Any]:
     r"""Jacobian by reverse mode: one evaluation, then a pull for every number of the output.
 
@@ -281,6 +282,8 @@ def jacrev(
         ArgnumsError, LeafError: ``argnums`` or ``wrt`` does not fit the call, or selects nothing to differentiate.
         IndependenceError: ``strict`` and an output is independent of a leaf.
     """
+    # Code that wraps torch.func.jacrev passes it on. Chunks are always preallocated here.
+    del _preallocate_and_copy
     return Jacobian(
         name="jacrev",
         func=func,

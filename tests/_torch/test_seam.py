@@ -11,6 +11,7 @@ import dataclasses
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optree
@@ -20,6 +21,7 @@ from torch import Tensor, overrides
 from torch._C import _functorch
 from torch._C._dynamo import eval_frame
 from torch._functorch import autograd_function, eager_transforms, predispatch, pyfunctorch
+from torch._functorch import vmap as torch_vmap
 from torch._subclasses import FakeTensorMode
 from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
@@ -70,6 +72,11 @@ CONTRACTS = {
     "forward_ad.enter_dual_level": "test_one_dual_level_per_process_by_a_global",
     "torch._C._exit_dual_level": "test_one_dual_level_per_process_by_a_global",
     "forward_ad._maybe_load_decompositions": "test_loading_forward_rules_is_what_warns",
+    "forward_ad.make_dual": "test_torch_func_wraps_tensors_by_names_that_others_replace",
+    "eager_transforms._wrap_tensor_for_grad": "test_torch_func_wraps_tensors_by_names_that_others_replace",
+    "torch_vmap._add_batch_dim": "test_torch_func_wraps_tensors_by_names_that_others_replace",
+    "operator._op_dk": "test_operation_can_be_run_otherwise_inside_levels",
+    "torch._ops": "test_operation_can_be_run_otherwise_inside_levels",
     "eager_transforms.JVP_NESTING": "test_torch_func_jvp_enters_a_level_only_when_it_is_the_first",
     "torch._C._set_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._is_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
@@ -77,6 +84,9 @@ CONTRACTS = {
     "torch._C._get_dispatch_mode": "test_tracers_and_fake_tensors_are_modes_of_their_own",
     "torch._C._TorchDispatchModeKey": "test_tracers_and_fake_tensors_are_modes_of_their_own",
     "torch._dynamo": "test_graph_can_be_broken_with_words",
+    "operator._dispatch_cache": "test_kernels_of_higher_order_operators_are_in_tables",
+    "torch._C._len_torch_dispatch_stack": "test_stack_of_dispatch_modes_has_a_length",
+    "tracer._stance": "test_stance_is_asked_at_every_call_of_a_compiled_function",
     "eval_frame._FrameAction": "test_code_can_be_kept_from_being_compiled_alone",
     "eval_frame._FrameExecStrategy": "test_code_can_be_kept_from_being_compiled_alone",
     "eval_frame.set_code_exec_strategy": "test_code_can_be_kept_from_being_compiled_alone",
@@ -491,6 +501,58 @@ def test_graph_can_be_broken_with_words() -> None:
     torch.compiler.reset()
 
 
+def test_stance_is_asked_at_every_call_of_a_compiled_function() -> None:
+    """torch._dynamo.eval_frame._stance is a global, whose ``stance`` decides whether the call is compiled."""
+    graphs: list[Any] = []
+    compiled = torch.compile(
+        torch.sin, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True
+    )
+    tracer: Any = torch._dynamo.eval_frame
+    before = tracer._stance
+    tracer._stance = SimpleNamespace(stance="force_eager", skip_guard_eval_unsafe=False, backend=None)
+    try:
+        assert torch.equal(compiled(X), X.sin())
+        assert graphs == []
+        tracer._stance.stance = "default"
+        compiled(X)
+    finally:
+        tracer._stance = before
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+def test_kernels_of_higher_order_operators_are_in_tables() -> None:
+    """``py_kernels`` and ``functorch_table`` are asked by dispatch key and by transform, unless the cache knows."""
+    operator: Any = torch.ops.higher_order.cond
+    key = torch._C.DispatchKey.Autograd
+    assert {key, torch._C.DispatchKey.CompositeExplicitAutograd} <= set(operator.py_kernels)
+    before, levels = operator.py_kernels[key], dict(operator.functorch_table)
+    operator.py_kernels[key] = lambda *_: "a kernel"
+    operator.functorch_table[_functorch.TransformType.Grad] = lambda *_: X
+    operator._dispatch_cache.clear()
+    try:
+        assert operator(torch.tensor(True), torch.sin, torch.cos, (X,)) == "a kernel"
+        seen = torch.func.grad(
+            lambda x: (operator(torch.tensor(True), torch.sin, torch.cos, (x,)) * x).sum()
+        )(X)
+    finally:
+        operator.py_kernels[key] = before
+        operator.functorch_table.clear()
+        operator.functorch_table.update(levels)
+        operator._dispatch_cache.clear()
+    assert torch.equal(seen, X)
+
+
+def test_stack_of_dispatch_modes_has_a_length() -> None:
+    """_len_torch_dispatch_stack() counts the tracers' own modes too."""
+    count = torch._C._len_torch_dispatch_stack
+    assert count() == 0
+    with _torch.DispatchMode():
+        assert count() == 1
+    with torch._subclasses.FakeTensorMode():
+        assert count() == 1
+
+
 def test_saved_tensor_hooks_can_be_forbidden() -> None:
     """disable_saved_tensors_hooks(message) makes a hook inside a level an error with our words."""
     with (
@@ -679,6 +741,46 @@ def test_overlap_is_seen() -> None:
     assert [torch._debug_has_internal_overlap(x) != 0 for x in overlaps] == [False, True, True, False]
 
 
+def test_torch_func_wraps_tensors_by_names_that_others_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package whose subclass of Tensor is to keep its class replaces these three, as PyPose does."""
+    seen = []
+
+    def watched(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, replacement)
+
+    watched(torch_vmap, "_add_batch_dim")
+    watched(eager_transforms, "_wrap_tensor_for_grad")
+    watched(forward_ad, "make_dual")
+    torch.func.vmap(torch.sin)(X)
+    torch.func.grad(torch.sum)(X)
+    torch.func.jvp(torch.sin, (X,), (X,))
+    assert seen[0] == "_add_batch_dim"
+    assert {"_wrap_tensor_for_grad", "make_dual"} <= set(seen)
+
+
+def test_operation_can_be_run_otherwise_inside_levels() -> None:
+    """A kernel for FuncTorchDynamicLayerFrontMode is asked inside levels alone, for an operation that torch composes."""
+    seen = []
+
+    def other(args: tuple[Any, ...]) -> Any:
+        seen.append(args)
+        return None if args[1] == 0 else lambda x, dim: x.movedim(0, dim)
+
+    # An operation that nothing else in these tests uses.
+    _torch.inside_levels(torch.ops.aten.moveaxis.int, lambda args: other(args[:2]))
+    operator = torch.ops.aten.moveaxis.int
+    assert operator(torch.zeros(2, 3), 0, 1).shape == (3, 2)
+    assert not seen
+    assert torch.func.vmap(lambda x: operator(x, 0, 1))(torch.zeros(5, 2, 3)).shape == (5, 3, 2)
+    assert len(seen) == 1
+
+
 def private_names(tree: ast.AST) -> set[str]:
     """Dotted names in the file that begin with one of torch's private modules, or end in a private part."""
     roots = {
@@ -690,6 +792,7 @@ def private_names(tree: ast.AST) -> set[str]:
         "autograd_function",
         "autograd_graph",
         "torch_pytree",
+        "torch_vmap",
         "overrides",
         "eval_frame",
         "_python_dispatch",

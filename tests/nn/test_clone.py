@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import queue
 import threading
+import time
 import weakref
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import autodiff as ad
 from autodiff.errors import BufferWarning, CloneError, StructureError
@@ -22,7 +28,9 @@ from scenarios import assert_close
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
+ROUNDS = 4
 X = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -0.75]])
 
 
@@ -163,6 +171,32 @@ def by_a_weak_method(module: Linear) -> Callable[[Tensor], Tensor]:
     return lambda x: through()(x)  # noqa: PLW0108  the closure is to hold the reference
 
 
+def in_an_array(layer: nn.Module) -> Any:
+    layers = np.empty((2, 1), dtype=object)
+    layers[1, 0] = layer
+    return layers
+
+
+def in_a_weak_dictionary(layer: nn.Module) -> Any:
+    layers: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+    layers["a"] = layer
+    return layers
+
+
+def far_away(layer: nn.Module) -> Any:
+    """Behind 300 objects and lists, one in another."""
+    held: Any = layer
+    for _ in range(150):
+        held = SimpleNamespace(inner=[held])
+    return held
+
+
+def at_the_end(held: Any) -> nn.Module:
+    while not isinstance(held, nn.Module):
+        held = held.inner[0]
+    return held
+
+
 def layer_of(held: Any) -> nn.Module:
     return held.layer
 
@@ -179,6 +213,17 @@ MODULES = {
     "in a set": lambda: Holding(lambda m: {m}, lambda held: next(iter(held))),
     "in a dataclass": lambda: Holding(lambda m: Pair(m, 1.0), layer_of),
     "in a namespace": lambda: Holding(lambda m: SimpleNamespace(layer=m), layer_of),
+    "in an object array": lambda: Holding(in_an_array, lambda held: held[1, 0]),
+    "in a weak dictionary": lambda: Holding(in_a_weak_dictionary, lambda held: held["a"]),
+    "in a weak set": lambda: Holding(lambda m: weakref.WeakSet([m]), lambda held: next(iter(held))),
+    "as a weak key": lambda: Holding(
+        lambda m: weakref.WeakKeyDictionary({m: 1}), lambda held: next(iter(held))
+    ),
+    "in a context variable": lambda: Holding(
+        lambda m: ContextVar("layer", default=m), lambda held: held.get()
+    ),
+    "among much": lambda: Holding(lambda m: [m, *range(5000)], first_of),
+    "far away": lambda: Holding(far_away, at_the_end),
     "in slots": lambda: Holding(InSlots, lambda held: held),
     "bound method": lambda: Linear(lambda m: m.through),
     "closure": lambda: Linear(lambda m: lambda x: m.inner(x)),  # noqa: PLW0108  a closure is the case
@@ -499,6 +544,373 @@ def test_an_exception_kept_in_an_attribute_leads_nowhere() -> None:
     except KeyError as error:
         module.kept = error
     ad.functional_call(module, other_params(module), (X,))
+
+
+class Record:
+    """A tree of objects, with a layer in its last leaf."""
+
+    def __init__(self, layer: nn.Module, depth: int = 6) -> None:
+        self.layer = layer
+        self.parts = [Record(nn.Identity(), depth - 1) for _ in range(4)] if depth else []
+        if depth:
+            self.parts.append(Record(layer, depth - 1))
+
+    def last(self) -> nn.Module:
+        return self.parts[-1].last() if self.parts else self.layer
+
+
+class InAQueue:
+    def __init__(self, layer: nn.Module) -> None:
+        self.queue: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
+        self.queue.put(layer)
+
+    def pass_on(self) -> nn.Module:
+        layer = self.queue.get()
+        self.queue.put(layer)
+        return layer
+
+
+def in_a_queue(layer: nn.Module) -> Any:
+    return InAQueue(layer)
+
+
+GLOBAL: list[nn.Module] = []
+
+
+def by_a_global_name() -> nn.Module:
+    class Global(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return GLOBAL[0].inner(x)
+
+    GLOBAL[:] = [Global()]
+    return GLOBAL[0]
+
+
+def by_a_global_name_in(module: Linear) -> Callable[[Tensor], Tensor]:
+    GLOBAL[:] = [module]
+    return lambda x: GLOBAL[0].inner(x)  # noqa: PLW0108  the global name is the case
+
+
+def by_an_enclosing_function() -> nn.Module:
+    layer = nn.Linear(3, 3)
+
+    class Enclosed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return layer(x)
+
+    return Enclosed()
+
+
+def in_its_class() -> nn.Module:
+    class Classy(nn.Module):
+        layers: ClassVar[list[nn.Module]] = []
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+            self.layers.append(self.inner)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[0](x)
+
+    return Classy()
+
+
+NOT_FOLLOWED = {
+    "last of many": lambda: Holding(lambda m: [*range(5000), m], lambda held: held[-1]),
+    "last of many values": lambda: Holding(
+        lambda m: {**dict.fromkeys(range(5000)), "a": m}, lambda held: held["a"]
+    ),
+    "in many objects": lambda: Holding(
+        lambda m: [SimpleNamespace(layer=m) for _ in range(5000)], lambda held: held[-1].layer
+    ),
+    "last of a large array": lambda: Holding(
+        lambda m: np.array([*range(5000), m], dtype=object), lambda held: held[-1]
+    ),
+    "in an array of records": lambda: Holding(
+        lambda m: np.array([(1, m)], dtype=[("k", int), ("layer", object)]), lambda held: held["layer"][0]
+    ),
+    "beyond the search": lambda: Holding(lambda m: Record(m, 5), lambda held: held.last()),
+    "queue in an object": lambda: Holding(in_a_queue, lambda held: held.pass_on()),
+    "global name": by_a_global_name,
+    "global name in a closure": lambda: Linear(by_a_global_name_in),
+    "enclosing function": by_an_enclosing_function,
+    "class": in_its_class,
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOLLOWED)
+def test_a_layer_that_is_not_followed_is_an_error_where_forward_calls_it(name: str) -> None:
+    module = NOT_FOLLOWED[name]()
+    params, before = other_params(module), everything(module)
+    own = module(X)
+    with pytest.raises(CloneError) as raised:
+        ad.functional_call(module, params, (X,))
+    message = str(raised.value)
+    assert message.startswith(
+        "functional_call: forward called a Linear with the module's own parameters. It is held"
+    )
+    assert "ModuleList, and reach it from self" in message
+    assert everything(module) == before
+    assert torch.equal(module(X), own)
+    assert not torch.nn.modules.module._has_any_global_hook()
+
+
+def test_a_layer_that_is_not_followed_may_be_there() -> None:
+    """Where forward does not use it, and where another thread runs the module itself."""
+    inside, over = threading.Event(), threading.Event()
+
+    class Waiting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+            self.records = [SimpleNamespace(layer=self.inner) for _ in range(5000)]
+
+        def forward(self, x: Tensor, *, wait: bool) -> Tensor:
+            if wait:
+                inside.set()
+                assert over.wait(10)
+            return self.inner(x)
+
+    module = Waiting()
+    params = other_params(module)
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(ad.functional_call, module, params, (X,), {"wait": True})
+        assert inside.wait(10)
+        plain = module(X, wait=False)
+        over.set()
+        assert_close(result.result(), X @ params["inner.weight"].T + params["inner.bias"])
+    assert_close(plain, X @ module.inner.weight.T + module.inner.bias)
+
+
+def test_a_plain_call_in_another_thread_sees_the_module_s_own_weights() -> None:
+    inside, over = threading.Event(), threading.Event()
+
+    class Waiting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if threading.current_thread() is not threading.main_thread():
+                inside.set()
+                assert over.wait(10)
+            return super().forward(x)
+
+    module = Waiting(3, 1, bias=False)
+    before, weight = everything(module), module.weight
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(ad.functional_call, module, {"weight": torch.ones(1, 3)}, (X,))
+        assert inside.wait(10)
+        assert everything(module) == before
+        assert type(module) is Waiting
+        assert_close(module(X), X @ weight.T)
+        over.set()
+        assert_close(result.result(), X.sum(1, keepdim=True))
+
+
+class Later(nn.Module):
+    """Uses its parameters after ``forward`` has returned, or in another thread."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.inner, self.how = nn.Linear(3, 3), how
+
+    def forward(self, x: Tensor) -> Any:
+        if self.how == "checkpoint":
+            return checkpoint(lambda x: self.inner(x).sin(), x, use_reentrant=False)
+        if self.how == "thread":
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(self.inner, x).result().sin()
+        if self.how == "generator":
+            return (self.inner(x).sin() for _ in range(1))
+        return lambda: self.inner(x).sin()
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "thread", "generator", "function"])
+def test_parameters_that_are_used_after_the_call_are_those_given(how: str) -> None:
+    module = Later(how)
+    params = {name: p.requires_grad_() for name, p in other_params(module).items()}
+    output = ad.functional_call(module, params, (X,))
+    output = next(output) if how == "generator" else output() if how == "function" else output
+    expected = (X @ params["inner.weight"].T + params["inner.bias"]).sin()
+    assert_close(output, expected)
+    grads = torch.autograd.grad(output.square().sum(), [*params.values()])
+    assert_close(list(grads), list(torch.autograd.grad(expected.square().sum(), [*params.values()])))
+
+
+def test_hooks_that_forward_registers_are_called_for_their_layer_alone() -> None:
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh())
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            found: list[Tensor] = []
+            hooks = [
+                self.layers[1].register_forward_hook(lambda *call: found.append(call[-1]), always_call=True),
+                self.layers[2].register_forward_pre_hook(
+                    lambda module, args, kwargs: found.append(args[0] + 1), with_kwargs=True
+                ),
+            ]
+            self.layers(x)
+            for hook in hooks:
+                hook.remove()
+            return found
+
+    module = Features()
+    before = everything(module)
+    params = other_params(module)
+    tanh = (X @ params["layers.0.weight"].T + params["layers.0.bias"]).tanh()
+    assert_close(ad.functional_call(module, params, (X,)), [tanh, tanh + 1])
+    assert everything(module) == before
+
+
+@pytest.mark.parametrize("slots", [False, True])
+def test_what_del_closes_stays_open(slots: bool, tmp_path: Path) -> None:
+    """For a module, and for an object that leads back to it."""
+    closed: list[str] = []
+
+    class Owner:
+        if slots:
+            __slots__ = ("module",)
+
+        def __init__(self, module: nn.Module) -> None:
+            self.module = module
+
+        def __del__(self) -> None:
+            closed.append("object")
+
+    class Logged(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 2)
+            self.log = (tmp_path / "log").open("w")
+            self.owner = Owner(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert type(self) is Logged
+            self.log.write("called\n")
+            return super().forward(x)
+
+        def __del__(self) -> None:
+            closed.append("module")
+            self.log.close()
+
+    module = Logged()
+    if slots:
+        with pytest.raises(CloneError, match="a Owner that leads back to the module and cannot be copied"):
+            ad.functional_call(module, other_params(module), (X,))
+        del module.owner
+        assert closed.pop() == "object"
+    for _ in range(3):
+        ad.functional_call(module, other_params(module), (X,))
+        gc.collect()
+    assert closed == []
+    module.log.write("open")
+    del module
+    gc.collect()
+    assert sorted(closed) == ["module", "object"][: 1 if slots else 2]
+
+
+def test_slots_and_del_together_cannot_be_copied() -> None:
+    class Both(nn.Linear):
+        __slots__ = ("scale",)
+
+        def __del__(self) -> None:
+            pass
+
+    with pytest.raises(
+        CloneError, match=r"Both .*has both __slots__ and __del__.*Make the other object an attribute"
+    ):
+        ad.functional_call(Both(3, 2), {}, (X,))
+
+
+def test_nothing_is_kept_after_a_thousand_calls() -> None:
+    """No module, class, or parameter: neither of local classes nor of those that parametrize makes."""
+
+    def work() -> list[weakref.ref[Any]]:
+        class Local(nn.Module):
+            __slots__ = ("layers",)
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+                self.layers = [self.inner]
+                self.hold = SimpleNamespace(module=self)
+                self.inner.register_forward_hook(lambda *_: self.hold)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.layers[0](x)
+
+        module = Local()
+        params = other_params(module)
+        for _ in range(1000 // ROUNDS):
+            ad.functional_call(module, params, (X,))
+        kept = [module, module.inner, type(module), type(module.inner), *params.values()]
+        return [weakref.ref(one) for one in kept]
+
+    for _ in range(ROUNDS):
+        refs = work()
+        gc.collect()
+        assert [ref() for ref in refs] == [None] * len(refs)
+
+
+def test_modules_may_be_nested_deeper_than_functions() -> None:
+    class Chain(nn.Module):
+        def __init__(self, below: nn.Module | None) -> None:
+            super().__init__()
+            self.below, self.w = below, nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            last, module = self, self.below
+            while module is not None:
+                x, last, module = x * module.w, module, module.below
+            return x * self.w + last.w
+
+    module = None
+    for _ in range(2000):
+        module = Chain(module)
+    given = {"w": torch.tensor(3.0), "below." * 1999 + "w": torch.tensor(5.0)}
+    assert ad.functional_call(module, given, (torch.ones(()),)).item() == 20
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {f"word{k}": k for k in range(100_000)},
+        [SimpleNamespace(k=k) for k in range(200_000)],
+        SimpleNamespace(data=[[SimpleNamespace(k=k) for k in range(100)] for _ in range(2000)]),
+        OrderedDict((k, [k]) for k in range(100_000)),
+    ],
+    ids=["vocabulary", "objects", "objects in an object", "lists"],
+)
+def test_much_data_costs_little(data: Any) -> None:
+    """Less than a millisecond, where a copy would take tens, and 2,000 linear layers about ten."""
+    module = nn.Sequential(nn.Linear(3, 3))
+    module[0].data = data
+    params = other_params(module)
+    times = []
+    for _ in range(20):
+        start = time.thread_time()
+        ad.functional_call(module, params, (X,))
+        times.append(time.thread_time() - start)
+    assert min(times) < 2e-3
+
+
+def test_large_containers_are_shared_and_small_ones_are_not() -> None:
+    class Writing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.small["new"] = self.large["new"] = self.nested[0]["new"] = 1
+            return super().forward(x)
+
+    module = Writing(3, 2)
+    module.small, module.large, module.nested = {}, dict.fromkeys(range(2000)), [{}]
+    ad.functional_call(module, other_params(module), (X,))
+    assert (module.small, module.large["new"], module.nested) == ({}, 1, [{}])
 
 
 def test_what_cannot_be_copied_is_named() -> None:

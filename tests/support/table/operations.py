@@ -284,6 +284,26 @@ def second_derivatives_of_an_lstm(library: Any, second: str) -> None:
 
 
 @OPERATIONS.row(
+    "gradients of recurrent layers and their cells for every sample, `vmap(grad)`",
+    torch="RuntimeError",
+    fails="RuntimeError: .*(output with shape|[Bb]atching rule)",
+    ours="right",
+    over={"GRU": nn.GRU, "RNN": nn.RNN, "LSTMCell": nn.LSTMCell},
+)
+def gradients_of_recurrent_layers_per_sample(library: Any, layer: Any) -> None:
+    torch.manual_seed(8)
+    module = layer(3, 4, dtype=torch.float64)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+
+    def func(x: Tensor) -> Tensor:
+        return (module(x)[0] ** 2).sum()
+
+    result = library.vmap(library.grad(func))(x).detach()
+    expected = [torch.autograd.functional.jacobian(func, one) for one in x]
+    assert_close(result, torch.stack(expected))
+
+
+@OPERATIONS.row(
     '`jacfwd(randomness="different")`',
     torch="another mask for every column: no function has that Jacobian",
     fails="AssertionError: a row of the Jacobian mixes masks",
