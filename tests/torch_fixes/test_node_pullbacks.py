@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import autodiff as ad
 from scenarios import assert_close
+from table.row import has_torch
 
 Function: TypeAlias = Callable[..., Tensor]
 
@@ -113,6 +114,8 @@ def test_jacobians_of_jacobians_with_weights(name: str) -> None:
 
     expected = third(by_formula, *primals)
     assert_close(third(func, *primals), expected)
+    if name == "batch_norm" and has_torch("2.15"):
+        return  # whose second derivative accesses the data of a batched weight
     batch = [torch.stack([one, one + 1]) for one in primals]
     of_samples = ad.vmap(lambda *primals: third(func, *primals))(*batch)
     assert_close([[one[0] for one in row] for row in of_samples], [list(row) for row in expected])
