@@ -31,6 +31,7 @@ from autodiff.torch_fixes.overrides import (
     by_pullback_inside,
     chunked_by_pullback,
     custom_by_pullback,
+    formula_inside,
     forward_overrides,
     in_place,
     inside_transforms,
@@ -39,6 +40,7 @@ from autodiff.torch_fixes.overrides import (
     zeros_with_memory,
 )
 
+_BOTH = "cpu", "cuda"
 _cumprod = inside_transforms(by_formula(formulas.cumprod, ("cuda",)))
 
 FIXES = (
@@ -110,13 +112,10 @@ FIXES = (
             "both_combinations_of_losses_and_activations-huber_loss",
             "reverse_over_forward_of_glu",
         ),
-        tuple(
-            forward_overrides(inside_transforms(by_formula(formula)), operation)
-            for operation, formula in (
-                (functional.mse_loss, formulas.mse_loss),
-                (functional.huber_loss, formulas.huber_loss),
-                (functional.glu, formulas.glu),
-            )
+        (
+            formula_inside(formulas.mse_loss, functional.mse_loss),
+            formula_inside(formulas.huber_loss, functional.huber_loss),
+            formula_inside(formulas.glu, functional.glu),
         ),
         issue="pytorch PR#197723",
     ),
@@ -191,7 +190,7 @@ FIXES = (
             "jvp_of_operations_without_forward_mode-pdist <2.15",
         ),
         (
-            forward_overrides(by_formula(formulas.cdist, ("cpu", "cuda")), torch.cdist),
+            forward_overrides(by_formula(formulas.cdist, _BOTH), torch.cdist),
             forward_overrides(by_formula(formulas.pdist, ("cuda",)), functional.pdist),
         ),
     ),
@@ -207,10 +206,8 @@ FIXES = (
                 functional.layer_norm,
                 torch.layer_norm,
             ),
-            forward_overrides(inside_transforms(by_formula(formulas.batch_norm)), functional.batch_norm),
-            forward_overrides(
-                inside_transforms(by_formula(formulas.instance_norm)), functional.instance_norm
-            ),
+            formula_inside(formulas.batch_norm, functional.batch_norm),
+            formula_inside(formulas.instance_norm, functional.instance_norm),
         ),
     ),
     Fix(
@@ -240,11 +237,8 @@ FIXES = (
             "another_order_of_modes-hessian-hardsigmoid",
         ),
         (
-            forward_overrides(inside_transforms(by_formula(formulas.hardsigmoid)), functional.hardsigmoid),
-            forward_overrides(
-                inside_transforms(by_formula(formulas.soft_margin_loss, ("cpu", "cuda"))),
-                functional.soft_margin_loss,
-            ),
+            formula_inside(formulas.hardsigmoid, functional.hardsigmoid),
+            formula_inside(formulas.soft_margin_loss, functional.soft_margin_loss, in_float32=_BOTH),
         ),
     ),
     Fix(
@@ -254,13 +248,11 @@ FIXES = (
         "a formula, inside other transforms",
         ("hessians_by_columns_per_sample",),
         (
-            forward_overrides(
-                inside_transforms(by_formula(formulas.mvlgamma)),
-                *(Tensor.mvlgamma, torch.mvlgamma, torch.special.multigammaln),
-            ),
-            forward_overrides(
-                inside_transforms(by_formula(formulas.hinge_embedding_loss, ("cpu", "cuda"))),
+            formula_inside(formulas.mvlgamma, Tensor.mvlgamma, torch.mvlgamma, torch.special.multigammaln),
+            formula_inside(
+                formulas.hinge_embedding_loss,
                 functional.hinge_embedding_loss,
+                in_float32=_BOTH,
             ),
         ),
     ),
@@ -270,11 +262,7 @@ FIXES = (
         "a segmentation fault in vmap of forward mode",
         "a formula, inside other transforms",
         ("attention_with_dropout_per_sample",),
-        (
-            forward_overrides(
-                inside_transforms(by_formula(formulas.attention)), functional.scaled_dot_product_attention
-            ),
-        ),
+        (formula_inside(formulas.attention, functional.scaled_dot_product_attention),),
     ),
     Fix(
         "functions_in_python",
