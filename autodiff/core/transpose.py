@@ -35,9 +35,8 @@ def transpose(
 
     It is the conjugate transpose of a conjugate transpose. ``inspect`` is shown what the first pullback gives, None
     where no output depends on an input. The pullback is transposed at a cotangent of zeros, where each of torch's own
-    is defined, unless a policy says ones. That of an autograd Function may do anything there, such as not to iterate
-    at all: it is transposed at a generic cotangent, and checked. While a function is traced there is no graph to ask,
-    and it is ones.
+    is defined. That of an autograd Function may do anything there, such as not to iterate at all: it is transposed at
+    a generic cotangent, and checked. While a function is traced there is no graph to ask, and it is ones.
     """
 
     def pull(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
@@ -52,8 +51,7 @@ def transpose(
         names = sorted({_torch.user_function(node).__name__ for node in users})
         check = LinearityCheck(partial(checks.raise_nonlinear_backward, names), unless_shown=True)
         return transposed(pull, point, check, internal_leaves=tape.inputs, at_level=tape.at_level)
-    ones = traced or "transposed at ones" in tape.policies()
-    at = torch.ones_like if ones else torch.zeros_like
+    at = torch.ones_like if traced else torch.zeros_like
     point = [at(output) for output in tape.outputs]
     return transposed(pull, point, internal_leaves=tape.inputs, at_level=tape.at_level)
 
