@@ -52,6 +52,8 @@ needs_graph_in_forward_mode: dict[str, None] = {}
 NOTHING = nullcontext()
 higher_order: dict[Literal["attention", "compiled"], AbstractContextManager[Any]] = {}
 higher_order_traced: dict[Literal["make"], Callable[[], AbstractContextManager[Any]]] = {}
+# An operation's formula in every function that is differentiated while torch.compile traces.
+traced_formulas: dict[Any, Callable[..., Any]] = {}
 
 # Called when a registry has changed.
 when_changed: list[Callable[[], None]] = []

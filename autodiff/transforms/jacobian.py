@@ -142,7 +142,7 @@ class Jacobian:
 
     def linearization(self, call: Call) -> Linearization:
         """That function, evaluated once."""
-        linearized = linearize(self.flat_function(call), call.primals, higher_order=self.mode == "auto")
+        linearized = linearize(self.flat_function(call), call.primals, higher_order=self.mode != "reverse")
         self.check_dependence(call, linearized, call.path_of_output)
         return linearized
 

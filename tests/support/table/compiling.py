@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._higher_order_ops import scan
-from torch.nn.functional import mse_loss
+from torch.nn.functional import layer_norm, mse_loss
 
 from scenarios import assert_close
 from table.row import Section
@@ -126,3 +126,40 @@ def derivatives_of_control_flow(library: Any, name: str) -> None:
 
     assert_close(library.jvp(func, (W,), (X[0],))[1], (3 * W**2 * X[0]).sum(), loose=True)
     assert_close(library.hessian(func)(W), torch.diag(6 * W), loose=True)
+
+
+@COMPILING.row(
+    "`torch.compile` of `vmap(hessian(f))`, and of Hessians in mixed modes, through layer_norm and logcumsumexp",
+    torch="fails to trace",
+    fails="(TorchRuntimeError|Unsupported): ",
+    ours="one graph, right",
+    over={"layer_norm": "layer_norm", "logcumsumexp": "logcumsumexp"},
+    needs="2.13",
+    alone=(),
+)
+def compiled_derivatives_of_norms(library: Any, name: str) -> None:
+    x = X.double()
+
+    def func(x: Tensor) -> Tensor:
+        return (layer_norm(x, (3,)) if name == "layer_norm" else x.logcumsumexp(0)).pow(3).sum()
+
+    def by_hand(x: Tensor) -> Tensor:
+        centred = x - x.mean()
+        return (
+            (centred / (centred.square().mean() + 1e-5).sqrt() if name == "layer_norm" else sums(x))
+            .pow(3)
+            .sum()
+        )
+
+    def sums(x: Tensor) -> Tensor:
+        return torch.stack([x[: i + 1].exp().sum().log() for i in range(3)])
+
+    per_sample = torch.compile(library.vmap(library.hessian(func)), fullgraph=True, backend="aot_eager")
+    expected = [torch.autograd.functional.hessian(by_hand, sample) for sample in x]
+    assert_close(per_sample(x), torch.stack(expected))
+    mixed = torch.compile(
+        library.jacrev(lambda x: library.jvp(func, (x,), (W.double(),))[1]),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert_close(mixed(x[0]), expected[0] @ W.double())
