@@ -58,6 +58,8 @@ needs_graph_in_forward_mode: dict[str, None] = {}
 # torch.compile traces, it is made anew each time.
 higher_order: dict[str, AbstractContextManager[Any]] = {}
 higher_order_traced: dict[Literal["make"], Callable[[], AbstractContextManager[Any]]] = {}
+# An operation's formula in every function that is differentiated while torch.compile traces.
+traced_formulas: dict[Any, Callable[..., Any]] = {}
 
 
 class _AroundHigherOrder(AbstractContextManager[None]):

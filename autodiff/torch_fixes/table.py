@@ -362,6 +362,28 @@ FIXES = (
         ((_torch.around_recomputation, {"outside": _torch.outside_transforms}),),
     ),
     Fix(
+        "traced_formulas",
+        "layer_norm, batch_norm, instance_norm, logcumsumexp, cdist, pdist",
+        "while torch.compile traces: wrong numbers where the pullback of the pullback is differentiated, or no rule",
+        "a formula, wherever torch.compile traces a transform",
+        ("compiled_derivatives_of_norms",),
+        (
+            (
+                hooks.traced_formulas,
+                {
+                    functional.layer_norm: formulas.layer_norm,
+                    torch.layer_norm: formulas.layer_norm,
+                    functional.batch_norm: formulas.batch_norm,
+                    functional.instance_norm: formulas.instance_norm,
+                    torch.logcumsumexp: formulas.logcumsumexp,
+                    Tensor.logcumsumexp: formulas.logcumsumexp,
+                    torch.cdist: formulas.cdist,
+                    functional.pdist: formulas.pdist,
+                },
+            ),
+        ),
+    ),
+    Fix(
         "norms_per_sample",
         "second derivatives of layer_norm, batch_norm, instance_norm",
         "an error under vmap: the pullback writes over a cotangent that has no batch",
