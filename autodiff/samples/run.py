@@ -106,6 +106,8 @@ class Run:
         self._first = batch
         self._total = batch.size if self._source.one else None
         self._in_memory = kept_results, whole_results
+        # A sample that did not fail in the run that is resumed, and its batch.
+        self._model: tuple[Mapped, int] | None = None
         self._early: list[int] = []  # samples that failed before there was a template
         self._assembling: MemorySink | None = None
         self._consistency = OutputConsistency("per_sample", Leaf)
@@ -195,6 +197,10 @@ class Run:
                 if sink is not None:
                     sink.begin_batch(index, fingerprint(batch.arguments(mapped=True)))
                 done = engine.position[0]
+                if self._model is None:
+                    known = range(min(batch.size, done - first))
+                    finite = next((at for at in known if first + at not in self.report.failed), None)
+                    self._model = None if finite is None else (batch, finite)
                 if done < first + batch.size:
                     for pieces in engine.chunks(batch, first):
                         self.report.advance(engine.position[0] - done)
@@ -278,11 +284,10 @@ class Run:
         """Open a sink for which no sample was, or had to be, computed."""
         if sink.template is not None:
             return
-        # Where there is no sample, one of zeros gives the template.
-        batch = self._first if self._first.size else self._first.with_zero_sample()
-        finite = next((at for at in range(batch.size) if at not in self.report.failed), None)
-        if finite is None:
+        if self._model is None and self.report.failed:
             self._all_failed()
+        # Where there is no sample, one of zeros gives the template.
+        batch, finite = self._model or (self._first.with_zero_sample(), 0)
         if self._evaluator.splits and reduce is None:
             # One row is enough for it; a whole sample may be too large.
             self._open_with(sink, self._evaluator.rows(batch, finite, 0, 1).template)

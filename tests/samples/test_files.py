@@ -325,6 +325,23 @@ def test_a_run_whose_rest_raises_is_filled(
     assert curvature.report.resumed_at == 3
 
 
+def test_a_run_whose_first_batch_failed_is_opened_by_another(tmp_path: Path) -> None:
+    x = X.clone()
+    x[:3] = float("nan")
+    run = ad.per_sample(ad.hessian(square), (None, 0), on_error="nan")
+    expected = run(W, iter([x[:2], x[2:4], x[4:]]), out=tmp_path / "h.npy")
+    again = run(W, iter([x[:2], x[2:4], x[4:]]), out=tmp_path / "h.npy")
+    assert_close(again, expected, equal_nan=True)
+
+
+def test_samples_that_all_fail_behind_an_empty_batch() -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise ValueError("no number")
+
+    with pytest.raises(ad.errors.SampleError, match="all 3 samples failed"):
+        ad.per_sample(fails, on_error="nan")(iter([X[:0], X[:2], X[2:3]]))
+
+
 def test_a_complete_run_of_rows_is_opened_by_a_row(tmp_path: Path) -> None:
     """A sample that is too large as a whole is not computed as a whole to see what it looks like."""
     x = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
