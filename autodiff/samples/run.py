@@ -17,6 +17,7 @@ from torch import Tensor
 from autodiff import _torch
 from autodiff.checks.consistency import OutputConsistency
 from autodiff.core import memory, trees
+from autodiff.core.specs import TensorSpec
 from autodiff.errors import AutodiffError, BatchError, SampleError
 from autodiff.samples.engine import Engine, RowsPiece, SamplesPiece
 from autodiff.samples.evaluator import Evaluator, name_of
@@ -266,19 +267,26 @@ class Run:
         where = f"samples {piece.start} to {piece.stop - 1}" if count > 1 else f"sample {piece.start}"
         leaves, spec = self._consistency.match(result.leaves, result.spec, where)
         consistent = Result(spec, leaves)
-        self._check_dtypes(template_of(consistent), where)
+        self._check_dtypes(consistent, where)
         return consistent
 
-    def _check_dtypes(self, template: Template, where: str) -> None:
-        dtypes = [spec.dtype for spec in template.tensors()]
+    def _check_dtypes(self, result: Result | Template, where: str) -> None:
+        dtypes = [
+            leaf.spec.dtype if isinstance(leaf, Leaf) else leaf.dtype
+            for leaf in result.leaves
+            if isinstance(leaf, Leaf | TensorSpec)
+        ]
         if self._dtypes is None:
             self._dtypes = dtypes
-        for place, came, before in zip(template.places(), dtypes, self._dtypes, strict=True):
-            if came != before:
-                raise BatchError(
-                    f"per_sample: {place} is {came} for {where}, but {before} for the samples before. Expected one "
-                    f"dtype for all samples. Give all batches one dtype, or convert the result, as in result.float()."
-                )
+        if dtypes == self._dtypes:
+            return
+        places = (template_of(result) if isinstance(result, Result) else result).places()
+        pairs = zip(places, dtypes, self._dtypes, strict=True)
+        place, came, before = next(triple for triple in pairs if triple[1] != triple[2])
+        raise BatchError(
+            f"per_sample: {place} is {came} for {where}, but {before} for the samples before. Expected one dtype for "
+            f"all samples. Give all batches one dtype, or convert the result, as in result.float()."
+        )
 
     def _open(self, sink: Sink, reduce: Reduce | None) -> None:
         """Open a sink for which no sample was, or had to be, computed."""
