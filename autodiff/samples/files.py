@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from autodiff.errors import DtypeError, OptionError, ResumeError
-from autodiff.samples.fingerprint import OPAQUE, fingerprint
+from autodiff.samples.fingerprint import OPAQUE, difference, fingerprint
 from autodiff.samples.journal import Journal
 from autodiff.samples.results import nan, with_tensors
 from autodiff.samples.sinks import Sink
@@ -224,6 +224,8 @@ class FileSink(Sink):
                 f"numbers, strings, tensors, modules, and objects of them. Leave it out, or choose another path."
             )
         if known != value:
+            place = difference(value, known)
+            what += "" if place is None else f" (the first that differs is {place})"
             raise ResumeError(
                 f"per_sample: {self._path} holds results of another run, with other {what}. Expected the same "
                 f"{expected}. Choose another path, or remove {self._path.name} and its journal."

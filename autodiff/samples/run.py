@@ -341,7 +341,7 @@ class Run:
         """What identifies this run, apart from the samples."""
         options = dataclasses.asdict(self._options) | {"in_dims": self._in_dims, "progress": None}
         return {
-            "code or captured values": fingerprint(self._func, "func"),
+            "code or captured values": fingerprint(self._func, "func", outline=True),
             "reduction": fingerprint(reduce, "reduce"),
             "shared arguments": fingerprint(self._first.arguments(mapped=False), "arguments"),
             "options": fingerprint(options),

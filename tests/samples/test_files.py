@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -509,15 +510,11 @@ def test_whatever_happens_to_a_journal_the_result_is_right_or_refused(
     stop_after(10**9)
     text = (torn / journal).read_bytes()
     first = text.index(b"\n") + 1
-    damages: list[tuple[bytes, bool]] = [(text[:size], size < first) for size in range(0, len(text), 41)]
-    damages += [
-        (text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :], at < first) for at in range(3, len(text), 67)
-    ]
-    damages += [
-        (text + b"\0" * 50, False),
-        (text + text, False),
-        (text[: len(text) // 2] + b"\0" * 4096, False),
-    ]
+    draw = random.Random(0)
+    places = [*draw.sample(range(3, first), 6), *draw.sample(range(first, len(text)), 12)]
+    damages: list[tuple[bytes, bool]] = [(text[:at], at < first) for at in (0, *places)]
+    damages += [(text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :], at < first) for at in places]
+    damages += [(text + b"\0" * 50, False), (text + text, False), (text[:-20] + b"\0" * 4096, False)]
     damages += [(b'{"a": 1}\n', True), (b"[1]\n\n", True), (b"precious", True), (b"\xff\xfe\n", True)]
     damages += [(b'{"per_sample": 1, "run": {}, "files": ["h.npy"]}\n', True)]
     for damaged, refused in damages:
@@ -664,6 +661,30 @@ def test_what_cannot_be_compared_cannot_be_resumed(tmp_path: Path) -> None:
         match=r"cannot be resumed: among its code or captured values is numbers, a builtins.generator",
     ):
         ad.per_sample(func, chunk_size=30)(X, out=tmp_path / "x.npy")
+
+
+def test_the_value_that_has_changed_is_named(tmp_path: Path) -> None:
+    class Counting:
+        def __init__(self) -> None:
+            self.settings = {"calls": 0}
+
+        def __call__(self, x: Tensor) -> Tensor:
+            self.settings["calls"] += 1
+            return x.sin()
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Tanh())
+    for func, place in (
+        (Counting(), r"func.settings\['calls'\]"),
+        (lambda x: model(x).sum() * x, r"model._modules\['0'\]._parameters\['weight'\]"),
+    ):
+        path = tmp_path / f"{type(func).__name__}.npy"
+        ad.per_sample(func)(X, out=path)
+        with torch.no_grad():
+            model[0].weight += 1
+        with pytest.raises(
+            ResumeError, match=rf"with other code or captured values \(the first that differs is {place}\)"
+        ):
+            ad.per_sample(func)(X, out=path)
 
 
 def test_paths_of_bytes(tmp_path: Path) -> None:
