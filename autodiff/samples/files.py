@@ -165,8 +165,9 @@ class FileSink(Sink):
         first, *others = entries
         files = [self._file(name) for _, name, _, _ in first.get("files", [])]
         if not any(file.exists() for file in files):
-            self._journal.restart()  # whoever removes the files wants new ones
+            # Whoever removes the files wants new ones.
             self._check_free()
+            self._journal.restart()
             return
         if first["per_sample"] != _VERSION:
             self._raise_foreign()
@@ -200,12 +201,18 @@ class FileSink(Sink):
             taken = any(path != journal for path in self._path.iterdir())
         else:
             taken = self._path.exists()
-        if journal.exists() and (taken or not self._journal.mine):
+        listed = bool(self._journal.entries)
+        if journal.exists() and not listed and (taken or not self._journal.mine):
             self._raise_foreign()
         if taken:
+            what = (
+                "holds other files than its journal lists"
+                if listed
+                else "exists, but has no journal of per_sample beside it"
+            )
             raise ResumeError(
-                f"per_sample: {self._path} exists, but has no journal of per_sample beside it. Expected a path that is "
-                f"free, or that of an interrupted run. Remove it, or choose another path."
+                f"per_sample: {self._path} {what}. Expected a path that is free, or that of an interrupted run. Remove "
+                f"it, or choose another path."
             )
 
     def _raise_foreign(self) -> NoReturn:
@@ -287,7 +294,7 @@ class FileSink(Sink):
             _numpy_dtype(spec.dtype)
         paths = self._paths(template)
         files = [
-            [place, path.name, str(spec.dtype), list(spec.shape)]
+            [place, "" if self._single else path.name, str(spec.dtype), list(spec.shape)]
             for place, path, spec in zip(template.places(), paths, specs, strict=True)
         ]
         constants = fingerprint(template.constants())

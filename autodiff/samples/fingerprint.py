@@ -117,10 +117,10 @@ class _Hasher:
     def _read(self, place: str, value: Any) -> list[Part]:
         """Feed a value, and say which parts of it are to be read next."""
         kind = type(value)
-        self._feed(kind.__module__, kind.__qualname__)
         if kind in _PLAIN:
-            self._feed(value)
+            self._feed(f"{kind.__qualname__} {value!r}")
             return []
+        self._feed(kind.__module__, kind.__qualname__)
         if kind is not tuple:  # whether equal tuples are one object is for Python to decide
             if id(value) in self._seen:
                 self._feed("again", self._seen[id(value)])

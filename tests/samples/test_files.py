@@ -687,6 +687,35 @@ def test_the_value_that_has_changed_is_named(tmp_path: Path) -> None:
             ad.per_sample(func)(X, out=path)
 
 
+def test_results_that_were_moved_are_found(tmp_path: Path) -> None:
+    run = ad.per_sample(torch.sin)
+    run(X, out=tmp_path / "one.npy")
+    (tmp_path / "one.npy").rename(tmp_path / "two.npy")
+    (tmp_path / "one.npy.journal").rename(tmp_path / "two.npy.journal")
+    assert_close(run(X, out=tmp_path / "two.npy"), X.sin())
+    assert run.report.resumed_at == 20
+    run(X, out=tmp_path / "folder")
+    (tmp_path / "folder").rename(tmp_path / "moved")
+    run(X, out=tmp_path / "moved")
+    assert run.report.resumed_at == 20
+
+
+def test_files_of_somebody_else_beside_a_journal(tmp_path: Path) -> None:
+    """The results may be removed, to begin anew; what else is in the folder by then stays."""
+    run = ad.per_sample(torch.sin)
+    run(X, out=tmp_path / "s")
+    (tmp_path / "s" / "notes.txt").write_text("mine")
+    run(X, out=tmp_path / "s")
+    assert run.report.resumed_at == 20
+    (tmp_path / "s" / "result.npy").unlink()
+    before = contents(tmp_path)
+    with pytest.raises(ResumeError, match="holds other files than its journal lists"):
+        run(X, out=tmp_path / "s")
+    assert contents(tmp_path) == before
+    (tmp_path / "s" / "notes.txt").unlink()
+    assert_close(run(X, out=tmp_path / "s"), X.sin())
+
+
 def test_paths_of_bytes(tmp_path: Path) -> None:
     assert_close(ad.per_sample(torch.sin)(X, out=os.fsencode(tmp_path / "s.npy")), X.sin())
     assert sorted(contents(tmp_path)) == ["s.npy", "s.npy.journal"]
