@@ -878,6 +878,34 @@ def test_modules_may_be_nested_deeper_than_functions() -> None:
     assert ad.functional_call(module, given, (torch.ones(()),)).item() == 20
 
 
+def test_parts_that_are_shared_on_many_levels_are_taken_once() -> None:
+    """They have 2 ** 60 names."""
+
+    class Twice(nn.Module):
+        def __init__(self, below: nn.Module) -> None:
+            super().__init__()
+            self.first, self.second = below, below
+
+        def forward(self, x: Tensor) -> Tensor:
+            module = self
+            while isinstance(module, Twice):
+                module = module.second
+            return module(x)
+
+    module: nn.Module = nn.BatchNorm1d(3)
+    for _ in range(60):
+        module = Twice(module)
+    names, own = ["first." * 60 + name for name in ("weight", "bias")], [torch.full((3,), 2.0), torch.ones(3)]
+    output, buffers = ad.functional_call(
+        module, dict(zip(names, own, strict=True)), (X,), return_buffers=True
+    )
+    assert_close(output, nn.functional.batch_norm(X, None, None, *own, training=True))
+    assert_close(buffers["first." * 60 + "running_mean"], 0.1 * X.mean(0))
+    assert len(buffers) == 3
+    with pytest.warns(BufferWarning, match="to its buffers " + r"(first\.){60}num_batches_tracked, "):
+        ad.functional_call(module, {}, (X,))
+
+
 @pytest.mark.parametrize(
     "data",
     [
