@@ -269,6 +269,18 @@ class OptionError(AutodiffError, ValueError, RuntimeError):
     """
 
 
+class OptionCombinationError(OptionError, NotImplementedError):
+    """Options that are each allowed, but not together.
+
+    >>> import torch, autodiff
+    >>> autodiff.functional.jacobian(
+    ...     torch.sin, torch.ones(2), create_graph=True, strict=True, strategy="forward-mode"
+    ... )
+    Traceback (most recent call last):
+    autodiff.errors.OptionCombinationError: torch.autograd.functional.jacobian: `create_graph=True` and ...
+    """
+
+
 class DerivativeError(AutodiffError, AssertionError):
     """A derivative is not that of the function's values, found by :mod:`autodiff.testing`.
 

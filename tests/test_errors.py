@@ -23,6 +23,7 @@ TORCH_RAISES = {
     "IndependenceError": (RuntimeError,),
     "BatchError": (ValueError,),
     "OptionError": (ValueError, RuntimeError),
+    "OptionCombinationError": (ValueError, RuntimeError, NotImplementedError),
     "SampleError": (RuntimeError,),
     "BudgetError": (MemoryError,),
     "ResumeError": (RuntimeError, ValueError),

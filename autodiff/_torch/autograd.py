@@ -10,9 +10,12 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch._C import _functorch
 from torch._functorch import autograd_function
 from torch.autograd import Variable
 from torch.autograd import graph as autograd_graph
+from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.torch_version import TorchVersion
 from torch.utils import _python_dispatch
 from torch.utils import _pytree as torch_pytree
@@ -20,9 +23,7 @@ from torch.utils import _pytree as torch_pytree
 from autodiff._torch.modes import OutsideInferenceMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
+    from collections.abc import Callable, Iterable, Sequence
 
 # Without the local part, as in 2.13.0+cpu.
 version = TorchVersion(torch.__version__.split("+")[0])
@@ -60,6 +61,50 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor._version for tensor in tensors]
 
 
+def next_sequence_number() -> int:
+    """What the next node that this thread makes is numbered by."""
+    number: int = torch._C._autograd._get_sequence_nr()
+    return number
+
+
+def sequence_number(node: Any) -> int:
+    """What its thread numbered a node by; of a leaf's node the largest number there is."""
+    number: int = node._sequence_nr()
+    return number
+
+
+def is_function_node(node: Any) -> bool:
+    """Whether a node of a graph belongs to an autograd Function."""
+    return isinstance(node, BackwardCFunction)
+
+
+def user_function(node: Any) -> type:
+    """The autograd Function that a node belongs to: inside a level torch makes one of its own around the user's."""
+    cls: Any = node._forward_cls
+    if issubclass(cls, torch.autograd.Function):
+        return cls  # type: ignore[no-any-return]
+    around = cls.backward.__closure__[cls.backward.__code__.co_freevars.index("autograd_function")]
+    return around.cell_contents  # type: ignore[no-any-return]
+
+
+def is_differentiable_once(node: Any) -> bool:
+    """Whether the backward of an autograd Function is marked so: torch forgets what its result depends on."""
+    backward = getattr(user_function(node), "backward", None)
+    return getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE
+
+
+def scales_by_frequency(nodes: Iterable[Any]) -> bool:
+    """Whether an embedding among the nodes divides gradients by how often a word occurs."""
+    embeddings = (node for node in nodes if type(node).__name__.startswith("Embedding"))
+    return any(getattr(node, "_saved_scale_grad_by_freq", False) for node in embeddings)
+
+
+def hooks_registered() -> int:
+    """How many hooks on tensors, nodes and modules have been registered in this process."""
+    count: int = torch.utils.hooks.RemovableHandle.next_id
+    return count
+
+
 def is_zero_tensor(tensor: Tensor) -> bool:
     """Whether the tensor is a zero without memory, such as the tangent of a constant."""
     return tensor._is_zerotensor()
@@ -68,6 +113,16 @@ def is_zero_tensor(tensor: Tensor) -> bool:
 def cotangent_sizes(node: Any) -> list[int]:
     """The bytes of the cotangents that come into a node of a graph."""
     return [prod(metadata.shape) * metadata.dtype.itemsize for metadata in node._input_metadata]
+
+
+def saved_by(node: Any, name: str) -> Any:
+    """What a node of a graph has saved; a tensor without the wrapper of a level that has been left."""
+    value = getattr(node, f"_saved_{name}")
+    return _functorch.unwrap_if_dead(value) if isinstance(value, Tensor) else value
+
+
+# What every backward that is marked by once_differentiable runs.
+_ONCE_DIFFERENTIABLE: Any = once_differentiable(repr).__code__
 
 
 # Trees that torch flattens itself.

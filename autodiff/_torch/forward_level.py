@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from autodiff._torch.modes import ForwardModeAllowed, OutsideInferenceMode, on_stack
 from autodiff.errors import ForwardLevelError
@@ -258,7 +259,11 @@ def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
     if not primal.is_contiguous() and 0 in primal.stride():
         # torch lays the tangent out like the primal, which it cannot do where that is expanded.
         primal = primal.contiguous()
-    return _make_dual(primal, tangent, level=0)
+    if type(primal) in (Tensor, Parameter):
+        return _make_dual(primal, tangent, level=0)
+    # A name that a package may replace to keep its class: PyPose's retain_ltype does.
+    dual: Tensor = forward_ad.make_dual(primal, tangent, level=0)
+    return dual
 
 
 def unpack_dual(tensor: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,6 @@
 """Torch's levels and the wrappers around tensors at each of them, reverse mode and batching.
 
-Provides where this thread stands, and levels to enter by `with`. Imports `modes` and `forward`.
+Provides where this thread stands, and levels to enter by `with`. Imports `modes`, `forward` and `compiled`.
 """
 
 from __future__ import annotations
@@ -8,17 +8,24 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch import predispatch, pyfunctorch
+from torch._functorch import eager_transforms, predispatch, pyfunctorch
+from torch._functorch import vmap as torch_vmap
 from torch.autograd import forward_ad
 from torch.autograd import graph as autograd_graph
+from torch.nn import Parameter
 
 from autodiff._torch import forward_level as forward
+from autodiff._torch.compiled import uncompiled
 from autodiff._torch.modes import GradMode, OutsideInferenceMode, on_stack
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+# Classes that no package needs to keep.
+_PLAIN = (Tensor, Parameter)
 
 _SAVED_TENSOR_HOOKS = (
     "a saved-tensor hook (torch.utils.checkpoint, save_on_cpu, saved_tensors_hooks) cannot run inside a transform "
@@ -118,6 +125,13 @@ def fully_unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def may_overlap(tensor: Tensor) -> bool:
+    """Whether elements of the tensor may share their memory."""
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
+        return False
+    return torch._debug_has_internal_overlap(fully_unwrapped(tensor)) != 0
+
+
 def unwrapped_if_dead(tensor: Tensor) -> Tensor:
     """The tensor without the wrapper of a level that has been left."""
     return _functorch.unwrap_if_dead(tensor)
@@ -141,7 +155,7 @@ def grad_level() -> Iterator[int]:
     with OutsideInferenceMode(), autograd_graph.disable_saved_tensors_hooks(_SAVED_TENSOR_HOOKS):
         level = _functorch._grad_increment_nesting()
         try:
-            with GradMode():
+            with GradMode(), uncompiled:
                 yield level
         finally:
             _functorch._grad_decrement_nesting()
@@ -151,7 +165,14 @@ def wrap(tensor: Tensor, level: int) -> Tensor:
     """The tensor as a wrapper of the level, not yet tracked by it."""
     if _functorch.maybe_get_level(tensor) == level:
         return tensor
-    return _functorch._wrap_for_grad(tensor, level)
+    return _wrap_for_grad(tensor, level)
+
+
+def _wrap_for_grad(tensor: Tensor, level: int) -> Tensor:
+    if type(tensor) in _PLAIN:
+        return _functorch._wrap_for_grad(tensor, level)
+    # torch.func's own name of it, which a package may replace to keep its class: PyPose's retain_ltype does.
+    return eager_transforms._wrap_tensor_for_grad(tensor, level)
 
 
 def wrap_tracked(tensor: Tensor, level: int) -> Tensor:
@@ -159,7 +180,7 @@ def wrap_tracked(tensor: Tensor, level: int) -> Tensor:
     allowed = _functorch.get_inplace_requires_grad_allowed()
     _functorch.set_inplace_requires_grad_allowed(True)
     try:
-        return _functorch._wrap_for_grad(tensor, level).requires_grad_()
+        return _wrap_for_grad(tensor, level).requires_grad_()
     finally:
         _functorch.set_inplace_requires_grad_allowed(allowed)
 
@@ -183,7 +204,8 @@ def batch_level(size: int, randomness: str) -> Iterator[int]:
     predispatch.lazy_load_decompositions()
     level = _functorch._vmap_increment_nesting(size, randomness)
     try:
-        yield level
+        with uncompiled:
+            yield level
     finally:
         _functorch._vmap_decrement_nesting()
 
@@ -197,7 +219,10 @@ def vmap_levels() -> list[tuple[int, int]]:
 
 def add_batch(tensor: Tensor, dim: int, level: int) -> Tensor:
     """The tensor with one dimension hidden as the level's batch."""
-    return _functorch._add_batch_dim(tensor, dim, level)
+    if type(tensor) in _PLAIN:
+        return _functorch._add_batch_dim(tensor, dim, level)
+    # As in `_wrap_for_grad`.
+    return torch_vmap._add_batch_dim(tensor, dim, level)  # type: ignore[attr-defined]
 
 
 def is_batched_at(tensor: Tensor, level: int) -> bool:

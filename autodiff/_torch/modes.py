@@ -16,9 +16,10 @@ import torch
 from torch import overrides
 from torch._C import _functorch
 from torch._C._dynamo import eval_frame
+from torch._subclasses import fake_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
@@ -105,6 +106,16 @@ _FALLBACKS = "ignore", re.compile("There is a performance drop"), UserWarning, N
 
 # No warning where vmap loops over an operation without a batching rule.
 silenced_fallback_warning = SharedSwitch(_silence_fallbacks)
+
+
+def computes_numbers(tensors: Iterable[Tensor]) -> bool:
+    """Whether a comparison of such tensors has an answer: nothing traces, and they are neither fake nor meta."""
+    return not any(torch._C._get_dispatch_mode(key) is not None for key in _WITHOUT_NUMBERS) and not any(
+        tensor.is_meta or isinstance(tensor, fake_tensor.FakeTensor) for tensor in tensors
+    )
+
+
+_WITHOUT_NUMBERS = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 
 
 def on_stack(kind: _functorch.TransformType) -> bool:

@@ -26,6 +26,7 @@ from autodiff.checks.options import wrt as wrt
 from autodiff.checks.outputs import advise as advise
 from autodiff.checks.outputs import aux_pair as aux_pair
 from autodiff.checks.outputs import raise_independent as raise_independent
+from autodiff.checks.outputs import raise_nonlinear_backward as raise_nonlinear_backward
 from autodiff.checks.outputs import scalar_output as scalar_output
 from autodiff.checks.outputs import tensor_outputs as tensor_outputs
 from autodiff.checks.vectors import matching_leaf as matching_leaf

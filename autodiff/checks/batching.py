@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
@@ -42,12 +42,13 @@ def raise_unknown_in_dims_name(name: str, unknown: str, known: Sequence[str]) ->
     )
 
 
-def in_dim(name: str, in_dims: object, path: str, dim: object, leaf: object) -> None:
-    """A dim is None, or an int in the range of the tensor that it is for."""
+def in_dim(name: str, in_dims: object, path: str, dim: object, leaf: Any) -> None:
+    """A dim is None, or an int in the range of the tensor, or container, that it is for."""
     if dim is None:
         return
     number = dim if isinstance(dim, int) and not isinstance(dim, bool) else None
-    if number is not None and isinstance(leaf, Tensor) and -leaf.dim() <= number < leaf.dim():
+    has_dims = isinstance(leaf, Tensor) or trees.hides_batches(leaf)
+    if number is not None and has_dims and -leaf.dim() <= number < leaf.dim():
         return
     # Written only when there is an error: a tracer would guard on the number in the text.
     opening = f"{name}(in_dims={in_dims}): Got in_dim={dim} for an input"
@@ -55,13 +56,14 @@ def in_dim(name: str, in_dims: object, path: str, dim: object, leaf: object) -> 
         raise BatchError(
             f"{opening} but in_dim must be either an integer dimension or None. It is for {path}."
         )
-    if not isinstance(leaf, Tensor):
+    if not has_dims:
         raise BatchError(
             f"{opening} but the input is of type {type(leaf)}. We cannot vmap over non-Tensor arguments, "
             f"please use None as the respective in_dim. It is {path}."
         )
+    kind = "Tensor" if isinstance(leaf, Tensor) else type(leaf).__name__
     raise BatchError(
-        f"{name}(in_dims={in_dims}): Got in_dim={dim} for some input, but that input is a Tensor of "
+        f"{name}(in_dims={in_dims}): Got in_dim={dim} for some input, but that input is a {kind} of "
         f"dimensionality {leaf.dim()} so expected in_dim to satisfy -{leaf.dim()} <= in_dim < "
         f"{leaf.dim()}. It is {path}, of shape {tuple(leaf.shape)}."
     )
@@ -108,7 +110,7 @@ def raise_out_dims_structure(name: str, out_dims: object, spec: Spec) -> NoRetur
     )
 
 
-def out_dim(name: str, path: str, dim: int | None, leaf: Tensor, batched: bool) -> None:
+def out_dim(name: str, path: str, dim: int | None, leaf: Any, batched: bool) -> None:
     """A dim is in range, and None only for what all samples share."""
     if dim is None:
         if batched:

@@ -40,7 +40,7 @@ class OutputConsistency:
         if self._spec is None:
             self._spec = spec
             # Only the shape of a tensor, which may be large, or belong to a level.
-            self._first = [_Shape(leaf.shape) if isinstance(leaf, self._tensors) else leaf for leaf in leaves]
+            self._first = [_Shape(leaf.shape) if self._varies(leaf) else leaf for leaf in leaves]
             return leaves, spec
         if spec is not self._spec and spec != self._spec:
             # Dicts agree whatever their order.
@@ -49,11 +49,14 @@ class OutputConsistency:
                 batching.raise_structures_differ(self._name, where, spec, self._spec)
             leaves = ordered
         for position, (first, leaf) in enumerate(zip(self._first, leaves, strict=True)):
-            came = _Shape(leaf.shape) if isinstance(leaf, self._tensors) else leaf
+            came = _Shape(leaf.shape) if self._varies(leaf) else leaf
             if not is_same(came, first):
                 path = trees.paths(self._spec, "output")[position]
                 batching.raise_outputs_differ(self._name, path, where, came, first)
         return leaves, self._spec
+
+    def _varies(self, leaf: Any) -> bool:
+        return isinstance(leaf, self._tensors) or trees.hides_batches(leaf)
 
 
 class _Shape(NamedTuple):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor
 
 from autodiff.checks.leaves import holomorphic_dtypes
-from autodiff.errors import IndependenceError, OutputError
+from autodiff.errors import IndependenceError, OutputError, RuleError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -89,3 +89,12 @@ def advise(name: str, error: RuntimeError, phrases: Sequence[str], way_out: str)
     note = f"{name}: {way_out}"
     if any(phrase in str(error) for phrase in phrases) and note not in getattr(error, "__notes__", ()):
         error.add_note(note)
+
+
+def raise_nonlinear_backward(functions: Sequence[str]) -> NoReturn:
+    raise RuleError(
+        f"The pullback of this function is transposed (by linearize, jacobian, functional.jvp, or where an operation "
+        f"has no forward mode), but the backward of {' or '.join(functions)} does not act as a linear function of the "
+        f"cotangent. Expected no branch and no bound that depends on the cotangent, a solver that converges for each, "
+        f"and no once_differentiable. Write such a backward, or use grad, vjp or jacrev."
+    )

@@ -1,6 +1,6 @@
 """The batching level.
 
-Provides `run`, a vmap level over flat leaves. Never sees a tree.
+Provides `run`, a vmap level over flat leaves: tensors, and containers that hide a batch dimension themselves.
 """
 
 from __future__ import annotations
@@ -11,11 +11,55 @@ import torch
 from torch import Tensor
 
 from autodiff import _torch
+from autodiff.core import trees
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from autodiff.types import Randomness
+
+
+def container_with_dim(container: Any, dim: int | None) -> Any:
+    """The container, whose batch dimensions include ``dim`` if they can, and into which a function may write.
+
+    What all samples share is not to keep what the function writes into it. All tensors of a container may have the
+    dimension although it was made without naming any.
+    """
+    if dim is None:
+        return container.clone(recurse=False)
+    if isinstance(dim, int) and dim >= container.dim():
+        return container.clone(recurse=False).auto_batch_size_(dim + 1)
+    return container
+
+
+def narrow(leaf: Any, dim: int, start: int, count: int) -> Any:
+    """``count`` samples, from ``start`` on."""
+    if isinstance(leaf, Tensor):
+        return leaf.narrow(dim, start, count)
+    return leaf[(slice(None),) * dim + (slice(start, start + count),)]
+
+
+def select(leaf: Any, dim: int, sample: int) -> Any:
+    """One sample."""
+    return leaf.select(dim, sample) if isinstance(leaf, Tensor) else leaf[(slice(None),) * dim + (sample,)]
+
+
+def _hidden(leaf: Any, dim: int, level: int) -> Any:
+    if isinstance(leaf, Tensor):
+        return _torch.add_batch(leaf, dim, level)
+    return leaf._add_batch_dim(in_dim=dim, vmap_level=level)  # noqa: SLF001  what torch.func.vmap calls as well
+
+
+def _shown(output: Any, dim: int, size: int, level: int) -> Any:
+    if isinstance(output, Tensor):
+        return _torch.remove_batch(output, dim, size, level)
+    return output._maybe_remove_batch_dim("vmap", vmap_level=level, batch_size=size, out_dim=dim)  # noqa: SLF001
+
+
+def _holds_batch(output: Any, level: int) -> bool:
+    return trees.hides_batches(output) and any(
+        isinstance(leaf, Tensor) and _torch.is_batched_at(leaf, level) for leaf in trees.leaves(output)
+    )
 
 
 @_torch.traced_inline_only
@@ -36,13 +80,15 @@ def run(
         return _run_traced(func, leaves, dims, randomness, out_dims)
     with _torch.batch_level(size, randomness) as level:
         entered = [
-            leaf if dim is None else _torch.add_batch(leaf, dim, level)
-            for leaf, dim in zip(leaves, dims, strict=True)
+            leaf if dim is None else _hidden(leaf, dim, level) for leaf, dim in zip(leaves, dims, strict=True)
         ]
         outputs = func(entered)
-        batched = [isinstance(output, Tensor) and _torch.is_batched_at(output, level) for output in outputs]
+        batched = [
+            _torch.is_batched_at(output, level) if isinstance(output, Tensor) else _holds_batch(output, level)
+            for output in outputs
+        ]
         return [
-            output if dim is None else _torch.remove_batch(output, dim, size, level)
+            output if dim is None else _shown(output, dim, size, level)
             for output, dim in zip(outputs, out_dims(outputs, batched), strict=True)
         ]
 

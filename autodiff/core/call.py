@@ -74,13 +74,20 @@ class Call:
         else:
             self._selected = _resolve_argnums(name, func, args, kwargs, argnums)
             tree = self._select()
-        self._leaves, self.spec = trees.flatten(tree)
-        self._primal_positions = [
-            i
-            for i, leaf in enumerate(self._leaves)
-            # `is_differentiable`, inlined: this loop is hot.
-            if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-        ]
+        while True:
+            self._leaves, self.spec = trees.flatten(tree)
+            self._primal_positions = [
+                i
+                for i, leaf in enumerate(self._leaves)
+                # `is_differentiable`, inlined: this loop is hot.
+                if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+            ]
+            if len(self._primal_positions) == len(self._leaves):
+                break
+            known = trees.with_known_classes(self._leaves, self.spec)
+            if known is None:
+                break
+            tree = known
         if not self._primal_positions:
             checks.raise_no_differentiable_leaf(name, self.spec, self._leaves, self.root)
         if wrt is not None:

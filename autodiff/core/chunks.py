@@ -216,10 +216,10 @@ class Chunks:
         if key in self._buffers:
             return self._buffers[key]
         pieces = self._pieces.get(key, [])
-        model = next((piece for piece in pieces if isinstance(piece, Tensor)), None)
+        model = next((piece for piece in pieces if not isinstance(piece, int)), None)
         if model is None or len(pieces) == 1:
             return model
-        return torch.cat([p if isinstance(p, Tensor) else _zeros_like(model, dim, p) for p in pieces], dim)
+        return torch.cat([_zeros_like(model, dim, p) if isinstance(p, int) else p for p in pieces], dim)
 
 
 def _without(tensor: Tensor, dim: int) -> list[int]:

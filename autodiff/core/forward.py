@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from autodiff import _torch
 from autodiff.core import hooks
-from autodiff.core.reverse import record, recorded_outside
+from autodiff.core.reverse import record
+from autodiff.core.tape import recorded_outside
 from autodiff.core.transpose import transpose
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from autodiff.core.call import Lift
-    from autodiff.core.reverse import FlatFunction
+    from autodiff.core.tape import FlatFunction
 
 
 class Pushed(NamedTuple):
@@ -85,7 +86,7 @@ def push(
         with mode():
             return func(leaves, lift)
 
-    with hooks.higher_order.get("eager", hooks.NOTHING):
+    with hooks.AROUND_HIGHER_ORDER:
         pushed = push_impl(in_mode, primals, tangents)
     if torch.is_grad_enabled() or _torch.forward_level_active():
         return pushed
@@ -123,9 +124,15 @@ def _push_traced(func: FlatFunction, primals: Sequence[Tensor], tangents: Sequen
 
 def _duals(primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
     return [
-        _torch.make_dual(_torch.outside_inference_mode(primal), _torch.outside_inference_mode(tangent))
+        _torch.make_dual(_prepared(primal), _torch.outside_inference_mode(tangent))
         for primal, tangent in zip(primals, tangents, strict=True)
     ]
+
+
+def _prepared(primal: Tensor) -> Tensor:
+    """A primal that can carry a tangent. It gets the strides: elements in one place, as in unfold, would share it."""
+    primal = _torch.outside_inference_mode(primal)
+    return primal.clone() if _torch.may_overlap(primal) else primal
 
 
 def _split(leaf: Any) -> tuple[Any, Tensor | None]:

@@ -5,9 +5,11 @@ Imports nothing from the package.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
 
 # Called with the operation, its arguments and its keywords, in place of the operation.
 Override: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -15,8 +17,13 @@ Override: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, A
 # An operation's override in forward mode, by the function that the user calls, or by that function's type.
 forward_overrides: dict[Any, Override] = {}
 forward_overrides_by_type: dict[type, Override] = {}
+# What runs instead of an operation that torch composes of others, by its overload, where one of its arguments is
+# batched; called with the arguments. torch.func's vmap comes by here too.
+batch_overrides: dict[Any, Callable[..., Any]] = {}
 # What runs an operation instead where torch raises a NotImplementedError in forward mode; None where it cannot help.
 missing_forward_rule: dict[Literal["override"], Callable[..., Override | None]] = {}
+# What runs inside transforms in place of a higher-order operator of torch's, which calls functions.
+control_flow: dict[Any, Callable[..., Any]] = {}
 # Operations whose derivative in forward mode is not that in reverse mode, though neither is wrong.
 differ_by_mode: dict[Any, None] = {}
 # An operation's override beneath all transforms, where memory is measured.
@@ -41,15 +48,34 @@ pull_policies: dict[PullPolicy, dict[str, str]] = {
     "transposed at ones": {},
 }
 
+# How a node of this name is pulled back where that makes a graph: from the node and its cotangents to a cotangent for
+# each of its inputs, or to None where the node's own are right.
+NodePullback: TypeAlias = Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None] | None]
+node_pullbacks: dict[str, NodePullback] = {}
+
 # Operations whose pullback carries tangents only where it makes a graph: if there are any, every pull in forward mode
 # makes one.
 needs_graph_in_forward_mode: dict[str, None] = {}
 
-# What is entered around operations that are differentiated forward, or more than once. While torch.compile traces, it
-# is made anew each time.
-NOTHING = nullcontext()
-higher_order: dict[Literal["eager"], AbstractContextManager[Any]] = {}
+# What is entered around operations that are differentiated forward, or more than once, by the names of fixes. While
+# torch.compile traces, it is made anew each time.
+higher_order: dict[str, AbstractContextManager[Any]] = {}
 higher_order_traced: dict[Literal["make"], Callable[[], AbstractContextManager[Any]]] = {}
+
+
+class _AroundHigherOrder(AbstractContextManager[None]):
+    """All that is registered in `higher_order`."""
+
+    def __enter__(self) -> None:
+        for context in higher_order.values():
+            context.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        for context in higher_order.values():
+            context.__exit__(None, None, None)
+
+
+AROUND_HIGHER_ORDER = _AroundHigherOrder()
 
 # Called when a registry has changed.
 when_changed: list[Callable[[], None]] = []

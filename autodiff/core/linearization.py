@@ -12,7 +12,8 @@ import torch
 from autodiff import _torch, checks
 from autodiff.core import graph
 from autodiff.core.chunks import Sizes
-from autodiff.core.reverse import ALL, ONE_BY_ONE, differentiated, record, record_derivative
+from autodiff.core.reverse import differentiated, record, record_derivative
+from autodiff.core.tape import ALL, ONE_BY_ONE
 from autodiff.core.transpose import transpose
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from autodiff.core.call import Call
-    from autodiff.core.reverse import FlatFunction, Tape
+    from autodiff.core.tape import FlatFunction, Tape
 
     Vectors: TypeAlias = Sequence[Tensor | None]
     # From the tape of a call to the leaves of its derivative.
@@ -56,16 +57,13 @@ class Linearization:
     hvp = vjp
 
     def jvp(
-        self,
-        inspect: Callable[[list[Tensor | None]], None] = lambda _: None,
-        *,
-        at: Callable[[Tensor], Tensor] | None = None,
+        self, inspect: Callable[[list[Tensor | None]], None] = lambda _: None
     ) -> Callable[[Vectors], list[Tensor | None]]:
         """A function from tangents to a tangent for each output, by the pullback of the pullback.
 
-        It is made once for all tangents; see `transpose` for the arguments.
+        It is made once for all tangents; see `transpose` for the argument.
         """
-        return transpose(self._tape, inspect, at=at)
+        return transpose(self._tape, inspect)
 
     def batchable(self, sizes: Sizes) -> Sizes:
         """The sizes of batches of cotangents: one, where torch pulls a batch back wrongly."""
@@ -74,25 +72,44 @@ class Linearization:
 
     def bytes_of_a_pull(self) -> tuple[int, int]:
         """The bytes of all the cotangents that a pull makes, and of the largest of them."""
-        return graph.bytes_of_a_pull(self._tape.graph_outputs)
+        return graph.bytes_of_a_pull(self._tape.nodes())
 
     def has_custom_gradient(self) -> bool:
-        """Whether an autograd Function is in the graph: what it gives need not be the gradient of anything."""
-        return not _torch.compiling() and graph.has_custom_gradient(self._tape.graph_outputs)
+        """Whether a pull may give something else than the derivative: by a hook, a Function or scaled frequencies."""
+        return not _torch.compiling() and (
+            self.has_hooks() or bool(self._tape.functions()) or _torch.scales_by_frequency(self._tape.nodes())
+        )
+
+    def has_hooks(self) -> bool:
+        """Whether a hook was registered while the function ran."""
+        return self._tape.has_hooks
+
+    def is_differentiable_once(self) -> bool:
+        """Whether torch cannot differentiate its pullback, since a backward is marked so."""
+        return not _torch.compiling() and any(map(_torch.is_differentiable_once, self._tape.functions()))
 
     def first_constant(self) -> int | None:
         """The first output that does not depend on any tensor that requires grad, None where all do."""
         return next((i for i, one in enumerate(self._tape.graph_outputs) if not one.requires_grad), None)
 
 
-def linearize(func: FlatFunction, primals: Sequence[Tensor], *, higher_order: bool = False) -> Linearization:
-    """Evaluate the function once; ``higher_order`` says that its pullback will be differentiated as well."""
-    return Linearization(record(func, primals, higher_order=higher_order))
+def linearize(
+    func: FlatFunction,
+    primals: Sequence[Tensor],
+    *,
+    higher_order: bool = False,
+    origin: Callable[..., Any] | None = None,
+) -> Linearization:
+    """Evaluate the function once; ``higher_order`` says that its pullback will be differentiated as well.
+
+    ``origin`` is the user's function inside, for `record`.
+    """
+    return Linearization(record(func, primals, higher_order=higher_order, origin=origin))
 
 
 def linearize_derivative(call: Call, differentiate: Differentiate) -> Linearization:
     """What ``differentiate`` makes of the tape of a call, such as its gradient, evaluated once itself."""
-    tape = record_derivative(call.evaluate, call.primals, _of_tape(differentiate))
+    tape = record_derivative(call.evaluate, call.primals, _of_tape(differentiate), origin=call.func)
     result, count = Linearization(tape), call.output_count
     result.values, result.aux = tape.aux[:count], tape.aux[count:]
     return result

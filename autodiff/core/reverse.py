@@ -6,178 +6,27 @@ Never sees a tree.
 
 from __future__ import annotations
 
-import threading
 import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeAlias
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from autodiff import _torch
-from autodiff.core import graph, hooks
-from autodiff.core.call import Lift
-from autodiff.errors import BatchedPullError, InPlaceError
+from autodiff.core import graph, history, hooks
+from autodiff.core.call import is_differentiable, refilled
+from autodiff.core.tape import ALL, FlatFunction, Tape, TapeFunction, recorded_outside
+from autodiff.errors import InPlaceError
 
 if TYPE_CHECKING:
-    from autodiff.core.hooks import PullPolicy
+    from collections.abc import Callable, Sequence
+    from typing import TypeAlias
 
-# From the inputs, and what to do with every other tensor among the arguments, to the outputs and the leaves of aux.
-FlatFunction: TypeAlias = Callable[[Sequence[Tensor], Lift | None], tuple[list[Any], list[Any]]]
-# From a tape to what pulls through it give, and the leaves of aux.
-TapeFunction: TypeAlias = Callable[["Tape"], tuple[list[Any], list[Any]]]
+    from autodiff.core.call import Lift
 
-ALL = slice(None)
-ONE_BY_ONE: PullPolicy = "one cotangent at a time"
-
-
-class _Thread(threading.local):
-    """How many functions this thread is recording, each inside the one before."""
-
-    recording = 0
-
-
-_thread = _Thread()
-
-
-@contextmanager
-def recording_once() -> Iterator[None]:
-    """Set the recording depth to one, so that a second run takes the same branches as the first."""
-    before, _thread.recording = _thread.recording, 1
-    try:
-        yield
-    finally:
-        _thread.recording = before
-
-
-class Tape(ABC):
-    """The result of one run of a function: its outputs, and the way back to its inputs.
-
-    ``outputs`` and ``aux`` are what the caller may show; ``graph_outputs`` and ``inputs`` are the outputs and the
-    primals as the graph knows them, which nobody outside sees.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "_higher_order",
-        "_nodes",
-        "_policies",
-        "aux",
-        "graph_outputs",
-        "inputs",
-        "outputs",
-    )
-
-    outputs: list[Any]
-    aux: list[Any]
-    graph_outputs: list[Any]
-    inputs: list[Tensor]
-
-    def __init__(self) -> None:
-        self._nodes: set[Any] | None = None
-        self._policies: dict[PullPolicy, set[str]] | None = None
-
-    def policies(self) -> dict[PullPolicy, set[str]]:
-        """How the graph is to be pulled back, with the operations that ask for it."""
-        if self._policies is None:
-            nodes = graph.walk(self.graph_outputs)[1] if self._nodes is None else self._nodes
-            self._policies, self._nodes = graph.policies_of(nodes), None
-        return self._policies
-
-    def _run(
-        self, func: FlatFunction, lift: Lift, higher_order: bool, differentiate: TapeFunction | None = None
-    ) -> list[Any]:
-        """Run the function on the inputs, keep its outputs; the leaves of aux.
-
-        ``higher_order`` says that what a pull gives may be differentiated in turn. ``differentiate`` maps the finished
-        tape to the outputs and the leaves of aux that replace its own.
-        """
-        # The thread's own dict: attributes of a threading.local take three times as long.
-        thread = _thread.__dict__
-        depth = thread.get("recording", 0)
-        self._higher_order = False
-        thread["recording"] = depth + 1
-        try:
-            if higher_order:
-                with hooks.higher_order.get("eager", hooks.NOTHING):
-                    self.graph_outputs, aux = func(self.inputs, lift)
-                    if differentiate is not None:
-                        self.outputs, self.aux = self.graph_outputs, aux
-                        self.graph_outputs, aux = differentiate(self)
-            else:  # without a context that does nothing: a gradient of four numbers takes 1 % longer in it
-                self.graph_outputs, aux = func(self.inputs, lift)
-        finally:
-            thread["recording"] = depth
-        # A pull runs again what is in torch.utils.checkpoint, and has to do so under the same hook. It does not reach
-        # what a nested tape recorded, which runs again after this one is left.
-        self._higher_order = higher_order and depth == 0
-        return aux
-
-    def pull(
-        self,
-        cotangents: Sequence[Tensor | None],
-        *,
-        wanted: slice = ALL,
-        retain_graph: bool = False,
-        create_graph: bool | None = None,
-    ) -> list[Tensor | None]:
-        """A cotangent for each input, None where no output depends on it.
-
-        ``wanted`` says which inputs are asked for; nothing is computed for the others alone.
-        ``create_graph=None`` makes a graph only where the result can be differentiated from outside. A pull
-        that makes a graph keeps the one that it reads, since the two share saved tensors.
-        """
-        inputs = self.inputs if wanted is ALL else self.inputs[wanted]
-        if (
-            _torch.functorch_active()
-            and (wrong := self.policies().get(ONE_BY_ONE))
-            and self._is_batch(cotangents)
-        ):
-            raise BatchedPullError(
-                f"torch pulls a batch of cotangents of {' or '.join(sorted(wrong))} back wrongly. Expected one "
-                f"cotangent at a time: pull them back in a loop."
-            )
-        roots, grad_outputs = [], []
-        for root, cotangent in zip(self.graph_outputs, cotangents, strict=True):
-            if cotangent is not None and root.requires_grad:
-                roots.append(root)
-                grad_outputs.append(cotangent)
-        if not roots:
-            return [None] * len(inputs)
-        detach_result = False
-        if create_graph is None:
-            create_graph = torch.is_grad_enabled() and (
-                self._is_tracked() or any(map(_torch.requires_grad_at_any_depth, grad_outputs))
-            )
-            if not create_graph and self._needs_graph():
-                create_graph = True
-                # A push detaches what it gives when it is done.
-                detach_result = not torch.is_grad_enabled() and not _torch.forward_level_active()
-        if create_graph and any(map(torch.is_inference, grad_outputs)):
-            with _torch.OutsideInferenceMode():
-                grad_outputs = [_torch.outside_inference_mode(seed) for seed in grad_outputs]
-        arguments = roots, grad_outputs, inputs, retain_graph or create_graph, create_graph
-        if self._higher_order:
-            with hooks.higher_order.get("eager", hooks.NOTHING):
-                pulled = _torch.backward(*arguments)
-        else:
-            pulled = _torch.backward(*arguments)
-        return [_torch.detached(one) for one in pulled] if detach_result else pulled
-
-    def _is_batch(self, cotangents: Sequence[Tensor | None]) -> bool:
-        """Whether the cotangents carry a batch that the inputs do not."""
-        given = [cotangent for cotangent in cotangents if cotangent is not None]
-        return not _torch.batch_levels(given) <= _torch.batch_levels(self.inputs)
-
-    def _needs_graph(self) -> bool:
-        """Whether the pull makes a graph though nothing tracks its result."""
-        return False
-
-    @abstractmethod
-    def _is_tracked(self) -> bool:
-        """Whether what this tape gives can be differentiated from outside."""
+    # From all tensors that an operation depends on to the leaves of its result.
+    Flat: TypeAlias = Callable[[Sequence[Tensor]], list[Any]]
 
 
 @_torch.traced_inline_only
@@ -188,29 +37,47 @@ def record(
     internal_leaves: Sequence[Tensor] = (),
     higher_order: bool = False,
     inputs_recorded: bool = False,
+    origin: Callable[..., Any] | None = None,
+    at_level: bool = False,
 ) -> Tape:
     """Run ``func`` once on the primals, and keep the way back.
 
     ``internal_leaves`` are inputs of other tapes of the same transform: what depends on them alone is not tracked from
     outside. ``higher_order`` says that a pull of the tape will be differentiated in turn. ``inputs_recorded`` says that
-    the primals are the inputs of another tape of the same transform, and need no views of their own.
+    the primals are the inputs of another tape of the same transform, and need no views of their own. ``origin`` is the
+    user's function inside, by which it is known whether a level pays off; ``at_level`` asks for one.
     """
     if _torch.compiling():
         return _TracedTape(func, primals, higher_order or inputs_recorded)
-    if _torch.is_eager():
-        return _EagerTape(func, primals, internal_leaves, higher_order, inputs_recorded)
-    return _LevelTape(func, primals, higher_order)
+    if at_level or not _torch.is_eager():
+        return _LevelTape(func, primals, higher_order)
+    if history.reaches_far(origin):
+        try:
+            tape = _LevelTape(func, primals, higher_order)
+        except RuntimeError:
+            history.forget(origin, for_good=True)
+        else:
+            if not tape.is_tracked():
+                history.forget(origin)
+            return tape
+    return _EagerTape(func, primals, internal_leaves, higher_order, inputs_recorded, origin=origin)
 
 
 @_torch.traced_inline_only
-def record_derivative(func: FlatFunction, primals: Sequence[Tensor], differentiate: TapeFunction) -> Tape:
+def record_derivative(
+    func: FlatFunction,
+    primals: Sequence[Tensor],
+    differentiate: TapeFunction,
+    *,
+    origin: Callable[..., Any] | None = None,
+) -> Tape:
     """The tape of what ``differentiate`` makes of the tape of ``func``, such as its gradient.
 
     Eagerly both are one tape, which takes 0.85 x as long as a tape inside a tape.
     """
-    if _torch.compiling() or not _torch.is_eager():
-        return record(differentiated(func, differentiate), primals)
-    return _EagerTape(func, primals, differentiate=differentiate)
+    if _torch.compiling() or not _torch.is_eager() or history.reaches_far(origin):
+        return record(differentiated(func, differentiate), primals, origin=origin)
+    return _EagerTape(func, primals, differentiate=differentiate, origin=origin)
 
 
 def differentiated(func: FlatFunction, differentiate: TapeFunction) -> FlatFunction:
@@ -229,6 +96,26 @@ def lifted_by(outer: Lift | None, func: FlatFunction) -> FlatFunction:
     return lambda leaves, inner: func(leaves, lambda t: outer(t) if inner is None else inner(outer(t)))
 
 
+def rerecord(
+    func: Flat,
+    tensors: Sequence[Tensor],
+    wanted: Sequence[bool],
+    *,
+    higher_order: bool = False,
+) -> tuple[Tape, list[int]]:
+    """Run ``func`` once more, recorded; the tape, and which of the tensors are its inputs: of those that are wanted.
+
+    What is not wanted costs a pull its time all the same, and under vmap a cotangent for every sample.
+    """
+    pairs = enumerate(zip(tensors, wanted, strict=True))
+    where = [i for i, (tensor, is_wanted) in pairs if is_wanted and is_differentiable(tensor)]
+
+    def recordable(primals: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
+        return [leaf for leaf in func(refilled(tensors, where, primals, lift)) if is_differentiable(leaf)], []
+
+    return record(recordable, [tensors[i] for i in where], higher_order=higher_order), where
+
+
 def conjugated(pulled: Sequence[Tensor | None]) -> list[Tensor | None]:
     """What the engine pulled by the conjugate transpose, as the transpose gives it.
 
@@ -237,17 +124,10 @@ def conjugated(pulled: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if one is None else one.conj().resolve_conj() for one in pulled]
 
 
-def recorded_outside(leaves: Sequence[Tensor]) -> bool:
-    """Whether an outer tape of this thread, or a graph that a leaf belongs to, records what happens here."""
-    return torch.is_grad_enabled() and (
-        _thread.recording > 0 or any(map(_torch.requires_grad_at_any_depth, leaves))
-    )
-
-
 class _EagerTape(Tape):
     """Plain autograd, where no transform is active around this one."""
 
-    __slots__ = ("_own_leaves", "_tracked")
+    __slots__ = ("_origin", "_own_leaves", "_start", "_tracked")
 
     def __init__(
         self,
@@ -257,9 +137,11 @@ class _EagerTape(Tape):
         higher_order: bool = False,
         inputs_recorded: bool = False,
         differentiate: TapeFunction | None = None,
+        origin: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
         recording = torch.is_grad_enabled()
+        self._origin, self._start = origin, _torch.next_sequence_number()
         with _torch.GradMode():
             self.inputs, views, requires_grad = [], [], False
             this = weakref.ref(self)
@@ -285,7 +167,7 @@ class _EagerTape(Tape):
             higher_order = (
                 higher_order
                 or differentiate is not None
-                or (recording and (requires_grad or _thread.recording > 0))
+                or (recording and (requires_grad or recorded_outside(())))
             )
             aux = self._run(func, _torch.outside_inference_mode, higher_order, differentiate)
             self._tracked = requires_grad or None
@@ -299,7 +181,7 @@ class _EagerTape(Tape):
                 self._tracked, recording = False, False
             if not of_aux:
                 self._tracked, self._nodes = tracked, nodes
-        if recording and self._is_tracked():
+        if recording and self.is_tracked():
             self.outputs, self.aux = self.graph_outputs, aux
         else:
             self.outputs = [_torch.detached(output) for output in self.graph_outputs]
@@ -308,7 +190,7 @@ class _EagerTape(Tape):
                 for leaf in aux
             ]
 
-    def _is_tracked(self) -> bool:
+    def is_tracked(self) -> bool:
         if self._tracked is None:
             self._tracked, self._nodes = self._depends_on_outer_leaf(self.graph_outputs)
         return self._tracked
@@ -318,20 +200,38 @@ class _EagerTape(Tape):
 
         The walk costs 1 to 5 % of a gradient (chains of 1 to 1000 operations, a transformer layer).
         """
-        leaf_nodes, nodes = graph.walk(outputs)
+        inputs = (*self.inputs, *self._own_leaves)
+        leaf_nodes, nodes = graph.walk(outputs, inputs)
+        # An input that is no leaf is connected to the graph outside.
+        if not {one.grad_fn for one in inputs}.isdisjoint(leaf_nodes):
+            return True, nodes
         # Only the node that accumulates into a leaf has a variable.
         leaves = [
             leaf for leaf in (getattr(node, "variable", None) for node in leaf_nodes) if leaf is not None
         ]
         leaves += [one for one in outputs if isinstance(one, Tensor) and one.is_leaf and one.requires_grad]
-        own = {id(leaf) for leaf in (*self.inputs, *self._own_leaves)}
+        own = set(map(id, inputs))
         for leaf in leaves:
             if id(leaf) not in own:
                 # The leaf of a tape that is gone, as of a transform inside this one, is not tracked either.
                 tape = getattr(leaf, "autodiff_tape", None)
                 if tape is None or tape() is not None:
+                    history.remember(self._origin, nodes, self._start)
                     return True, nodes
         return False, nodes
+
+    def _cut_where_untracked(self, pulled: list[Tensor | None]) -> list[Tensor | None]:
+        def is_tracked(one: Tensor | None) -> bool:
+            # A batched tensor's graph is that of the tensor under it.
+            return one is not None and self._depends_on_outer_leaf([_torch.fully_unwrapped(one)])[0]
+
+        return [one if is_tracked(one) else _torch.detached(one) for one in pulled]
+
+    def nodes(self) -> set[Any]:
+        nodes = super().nodes()
+        if self._tracked:
+            history.remember(self._origin, nodes, self._start)
+        return nodes
 
 
 class _LevelTape(Tape):
@@ -341,15 +241,18 @@ class _LevelTape(Tape):
     interpreter less than they do in torch.func.grad.
     """
 
+    at_level = True
+
     __slots__ = ()
 
     def __init__(self, func: FlatFunction, primals: Sequence[Tensor], higher_order: bool) -> None:
         super().__init__()
+        self._without_tangents = not _torch.forward_level_active()
         higher_order = (
             higher_order
             or recorded_outside(primals)
             or _torch.grad_level_active()
-            or _torch.forward_level_active()
+            or not self._without_tangents
         )
         with _torch.grad_level() as level:
             self.inputs = [_torch.wrap_tracked(primal, level) for primal in primals]
@@ -368,7 +271,7 @@ class _LevelTape(Tape):
             bool(hooks.needs_graph_in_forward_mode) and _torch.forward_level_active()
         )
 
-    def _is_tracked(self) -> bool:
+    def is_tracked(self) -> bool:
         return _torch.grad_level_active() or any(
             isinstance(output, Tensor) and _torch.requires_grad_at_any_depth(output)
             for output in self.outputs
@@ -410,7 +313,7 @@ class _TracedTape(Tape):
         ]
         return list(self._pullback(tuple(filled)))[wanted]
 
-    def _is_tracked(self) -> bool:
+    def is_tracked(self) -> bool:
         return True
 
 

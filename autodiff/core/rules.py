@@ -1,33 +1,26 @@
 """Operations whose derivatives are given by rules, under every transform and at every order.
 
-Provides `Rules`, `attach`, which ties values to the tensors that they depend on by rules, and `rerecord`, by
-which a rule differentiates a function. Never sees a tree.
+Provides `Rules`, and `attach`, which ties values to the tensors that they depend on by rules. Never sees a tree.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from autodiff import _torch
 from autodiff.core import batch
-from autodiff.core.call import is_differentiable, refilled
-from autodiff.core.reverse import record
+from autodiff.core.call import is_differentiable
 from autodiff.core.specs import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from autodiff.core.call import Lift
-    from autodiff.core.reverse import Tape
     from autodiff.types import Randomness
-
-    # From all tensors that an operation depends on to the leaves of its result.
-    Flat: TypeAlias = Callable[[Sequence[Tensor]], list[Any]]
 
 
 class Rules(ABC):
@@ -43,23 +36,39 @@ class Rules(ABC):
     ) -> Sequence[Tensor | None]:
         """A cotangent for each of ``saved``; what is given where it is not ``wanted`` is ignored."""
 
+    def user_code(self) -> Iterable[Any]:
+        """The code of the user's that the rules run: it may reach more than ``saved``, and need not be linear."""
+        return ()
+
     @abstractmethod
     def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """A tangent for each output."""
 
 
-def attach(rules: Rules, values: Sequence[Any], saved: Sequence[Tensor]) -> list[Any]:
+def attach(
+    rules: Rules, values: Sequence[Any], saved: Sequence[Tensor], *, constant: bool = True
+) -> list[Any]:
     """``values``, differentiated by ``rules``; leaves that are no floating or complex tensors as they are.
 
-    The values are cut off from all graphs first. What is differentiated is a zero that is added to them: minus
+    ``constant`` values are cut off from all graphs first. What is differentiated is a zero that is added to them: minus
     zero, which leaves the sign of a zero alone. So a value may be computed anywhere, and be any tensor.
     """
-    values = [value.detach() if isinstance(value, Tensor) else value for value in values]
+    if constant:
+        values = [value.detach() if isinstance(value, Tensor) else value for value in values]
+    values = list(values)
     where = [i for i, value in enumerate(values) if is_differentiable(value)]
     specs = [TensorSpec.of(values[i]) for i in where]
     for i, zero in zip(where, _RuleFunction.apply(_RulesAndSpecs(rules, specs), *saved), strict=True):
         values[i] = values[i] + zero
     return values
+
+
+def user_code(node: Any) -> Sequence[Any]:
+    """What the backward of an autograd Function may run that is the user's; empty for rules of this package."""
+    ruled: _RulesAndSpecs | None = getattr(node, "ruled", None)
+    if ruled is not None:
+        return list(ruled.rules.user_code())
+    return [vars(node), *vars(_torch.user_function(node)).values()]
 
 
 def is_tracked(tensor: Tensor) -> bool:
@@ -80,22 +89,6 @@ def inplace_counts(leaves: Iterable[Any]) -> list[int]:
     with _torch.WithoutFunctionModes():  # no mode of the user's sees what is inside wrappers
         tensors = [_torch.fully_unwrapped(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         return _torch.versions([tensor for tensor in tensors if not tensor.is_inference()])
-
-
-def rerecord(
-    func: Flat, tensors: Sequence[Tensor], wanted: Sequence[bool], *, higher_order: bool = False
-) -> tuple[Tape, list[int]]:
-    """Run ``func`` once more, recorded; the tape, and which of the tensors are its inputs: of those that are wanted.
-
-    What is not wanted costs a pull its time all the same, and under vmap a cotangent for every sample.
-    """
-    pairs = enumerate(zip(tensors, wanted, strict=True))
-    where = [i for i, (tensor, is_wanted) in pairs if is_wanted and is_differentiable(tensor)]
-
-    def recordable(primals: Sequence[Tensor], lift: Lift | None) -> tuple[list[Any], list[Any]]:
-        return [leaf for leaf in func(refilled(tensors, where, primals, lift)) if is_differentiable(leaf)], []
-
-    return record(recordable, [tensors[i] for i in where], higher_order=higher_order), where
 
 
 class _RulesAndSpecs(NamedTuple):
@@ -153,6 +146,9 @@ class _Batched(Rules):
 
     def __init__(self, rules: Rules, dims: Sequence[int | None], size: int, randomness: Randomness) -> None:
         self._rules, self._dims, self._size, self._randomness = rules, dims, size, randomness
+
+    def user_code(self) -> Iterable[Any]:
+        return self._rules.user_code()
 
     def pull(
         self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]

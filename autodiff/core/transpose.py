@@ -5,62 +5,134 @@ Works on flat lists of tensors. Never sees a tree.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from autodiff import _torch
+from autodiff import _torch, checks
+from autodiff.core import graph, randomness
+from autodiff.core.call import spread
 from autodiff.core.reverse import record
+from autodiff.core.rules import user_code
+from autodiff.core.seeds import generic_vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import NoReturn, TypeAlias
 
-    from torch import Tensor
+    from autodiff.core.tape import Tape
 
-    from autodiff.core.reverse import Tape
+    Vectors: TypeAlias = Sequence[Tensor | None]
+    Linear: TypeAlias = Callable[[Sequence[Tensor]], Vectors]
 
 
 def transpose(
-    tape: Tape,
-    inspect: Callable[[list[Tensor | None]], None] = lambda _: None,
-    *,
-    at: Callable[[Tensor], Tensor] | None = None,
-) -> Callable[[Sequence[Tensor | None]], list[Tensor | None]]:
+    tape: Tape, inspect: Callable[[list[Tensor | None]], None] = lambda _: None
+) -> Callable[[Vectors], list[Tensor | None]]:
     """The tape's derivative as a function of tangents: the pullback of its pullback.
 
     It is the conjugate transpose of a conjugate transpose. ``inspect`` is shown what the first pullback gives, None
-    where no output depends on an input. ``at`` makes the cotangent at which the pullback is transposed: zeros, where
-    every pullback is defined, unless a policy says ones. While a function is traced there is no graph to ask, and it
-    is ones.
+    where no output depends on an input. The pullback is transposed at a cotangent of zeros, where each of torch's own
+    is defined, unless a policy says ones. That of an autograd Function may do anything there, such as not to iterate
+    at all: it is transposed at a generic cotangent, and checked. While a function is traced there is no graph to ask,
+    and it is ones.
     """
-    if at is None:
-        ones = _torch.compiling() or "transposed at ones" in tape.policies()
-        at = torch.ones_like if ones else torch.zeros_like
 
     def pull(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
         pulled = tape.pull(cotangents, retain_graph=True)
-        inspect(pulled)
+        if torch.is_grad_enabled():  # not once more for a check
+            inspect(pulled)
         return pulled
 
-    return transposed(pull, [at(output) for output in tape.outputs], internal_leaves=tape.inputs)
+    traced = _torch.compiling()
+    if not traced and (users := [node for node in tape.functions() if user_code(node)]):
+        point = [generic_vector(output) for output in tape.outputs]
+        names = sorted({_torch.user_function(node).__name__ for node in users})
+        check = LinearityCheck(partial(checks.raise_nonlinear_backward, names), unless_shown=True)
+        return transposed(pull, point, check, internal_leaves=tape.inputs, at_level=tape.at_level)
+    ones = traced or "transposed at ones" in tape.policies()
+    at = torch.ones_like if ones else torch.zeros_like
+    point = [at(output) for output in tape.outputs]
+    return transposed(pull, point, internal_leaves=tape.inputs, at_level=tape.at_level)
+
+
+class LinearityCheck(NamedTuple):
+    """How it is ensured that a function is linear.
+
+    ``refuse`` raises an error. ``unless_shown``: not where the nodes of its graph show that it is.
+    """
+
+    refuse: Callable[[], NoReturn]
+    unless_shown: bool
 
 
 def transposed(
-    linear: Callable[[Sequence[Tensor]], Sequence[Tensor | None]],
+    linear: Linear,
     point: Sequence[Tensor],
+    check: LinearityCheck | None = None,
     *,
     internal_leaves: Sequence[Tensor] = (),
-) -> Callable[[Sequence[Tensor | None]], list[Tensor | None]]:
+    at_level: bool = False,
+) -> Callable[[Vectors], list[Tensor | None]]:
     """The conjugate transpose of a linear function; None stands for zero, before and after.
 
-    ``point`` are vectors to record it at: its derivative is the same everywhere.
+    ``point`` are vectors to record it at: its derivative is the same everywhere. With a ``check``, the first product is
+    compared with the function, at the point and elsewhere.
     """
     reached: list[int] = []
+    checking = check is not None and _torch.computes_numbers(point)
+    state = randomness.random_state() if checking else {}
 
     def apply(vectors: Sequence[Tensor], _: Any) -> tuple[list[Tensor | None], list[Any]]:
         images = linear(vectors)
         reached[:] = [i for i, image in enumerate(images) if image is not None]
         return [images[i] for i in reached], []
 
-    tape = record(apply, point, internal_leaves=internal_leaves)
-    return lambda vectors: tape.pull([vectors[i] for i in reached], retain_graph=True)
+    tape = record(apply, point, internal_leaves=internal_leaves, at_level=at_level)
+    if check is None or (check.unless_shown and graph.shows_linear(tape.graph_outputs, tape.inputs)):
+        checking = False
+
+    def pull(vectors: Vectors) -> list[Tensor | None]:
+        nonlocal checking
+        pulled = tape.pull([vectors[i] for i in reached], retain_graph=True)
+        if checking:
+            checking = False
+            other = [generic_vector(vector, elsewhere=True) for vector in point]
+            with torch.no_grad():
+                with randomness.random_numbers_from(state):
+                    images = linear(other)
+                here = spread(tape.outputs, reached, len(vectors))
+                if _differ((here, vectors), (point, pulled)) or _differ((images, vectors), (other, pulled)):
+                    assert check is not None
+                    check.refuse()
+        return pulled
+
+    return pull
+
+
+def _differ(one: tuple[Vectors, Vectors], other: tuple[Vectors, Vectors]) -> bool:
+    """Whether two inner products are not the same number, for one of the samples of the batches around.
+
+    They are compared with what sums of random signs would be. NaN and infinities are not judged.
+    """
+    (a, scale_a), (b, scale_b) = _inner(*one), _inner(*other)
+    dtypes = {vector.dtype for vectors in (*one, *other) for vector in vectors if vector is not None}
+    tolerance = min(4 * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) ** (1 / 3), 0.25)
+    differ = abs(a - b) > tolerance * (scale_a + scale_b)
+    return bool(_torch.fully_unwrapped(differ).any()) if isinstance(differ, Tensor) else differ
+
+
+def _inner(ones: Vectors, others: Vectors) -> tuple[Tensor | float, Tensor | float]:
+    """The real part of an inner product, and the norm of its terms."""
+    total: Tensor | float = 0.0
+    scale: Tensor | float = 0.0
+    for one, other in zip(ones, others, strict=True):
+        if one is None or other is None:
+            continue
+        terms = (one.conj() * other).real if one.is_complex() else one * other
+        if terms.dtype.itemsize < 4:
+            terms = terms.float()
+        total, scale = total + terms.sum(), scale + torch.linalg.vector_norm(terms)
+    return total, scale

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import optree
@@ -26,8 +27,11 @@ LEAF = optree.treespec_leaf(none_is_leaf=True, namespace=NAMESPACE)
 _ALONE = optree.treespec_tuple([LEAF], none_is_leaf=True, namespace=NAMESPACE)
 
 
-def flatten(tree: Any) -> tuple[list[Any], Spec]:
-    """Leaves and structure. An object of an unregistered class, and None, are leaves."""
+def flatten(tree: Any, *, batches: bool = False) -> tuple[list[Any], Spec]:
+    """Leaves and structure. An object of an unregistered class, and None, are leaves.
+
+    With ``batches``, what hides a batch dimension itself is a leaf too; see `hides_batches`.
+    """
     if not compiling():
         if isinstance(tree, Tensor):
             # Most trees are one tensor, or the only one of a tuple of arguments, and every transform flattens
@@ -37,16 +41,29 @@ def flatten(tree: Any) -> tuple[list[Any], Spec]:
             return [tree[0]], _ALONE
         if len(torch_registry) != _mirrored:
             _mirror_torchs_classes()
-    return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    is_leaf = hides_batches if batches and _some_hide_batches else None
+    return optree.tree_flatten(tree, is_leaf, none_is_leaf=True, namespace=NAMESPACE)
+
+
+def hides_batches(tree: Any) -> bool:
+    """Whether an object is a container that hides a batch dimension itself, and shows it again, as a TensorDict does.
+
+    By these methods torch.func.vmap, once tensordict is imported, knows them as well. They know more than a tree does:
+    which dimensions are batches, their names, which batch a lazy stack is made of.
+    """
+    return hasattr(type(tree), "_maybe_remove_batch_dim")
 
 
 _mirrored = 0
+# Whether a registered class does: only then is every node of a tree asked.
+_some_hide_batches = False
 
 
 def _mirror_torchs_classes() -> None:
     """Register with optree what torch.utils._pytree.register_dataclass registered with torch alone."""
-    global _mirrored  # noqa: PLW0603  a count of what has been seen
+    global _mirrored, _some_hide_batches  # noqa: PLW0603  what has been seen
     seen = len(torch_registry)
+    _some_hide_batches = any(hasattr(cls, "_maybe_remove_batch_dim") for cls in torch_registry)
     for cls, node in list(torch_registry.items()):
         if not dataclasses.is_dataclass(cls):
             continue
@@ -62,6 +79,22 @@ def _mirror_torchs_classes() -> None:
         with contextlib.suppress(ValueError):
             optree.register_pytree_node(cast("Any", cls), flatten_one, unflatten_one, namespace=NAMESPACE)
     _mirrored = seen
+
+
+def with_known_classes(leaves: Sequence[Any], spec: Spec) -> Any:
+    """The tree with leaves that hide batches as containers of a class that is a tree; None if there are none.
+
+    A TensorDictParams is a TensorDict that is a module as well, and that no registry knows.
+    """
+
+    def known_class(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) or not hides_batches(leaf):
+            return leaf
+        container = leaf.apply(lambda tensor: tensor)
+        return leaf if is_leaf(container) else container
+
+    known = [known_class(leaf) for leaf in leaves]
+    return None if all(map(operator.is_, known, leaves)) else unflatten(spec, known)
 
 
 def leaves(tree: Any) -> list[Any]:
@@ -92,7 +125,8 @@ def match(spec: Spec, tree: Any) -> list[Any] | None:
     try:
         by_key = spec.flatten_up_to(tree)
     except ValueError:
-        return None
+        known = with_known_classes(found, own)
+        return None if known is None else match(spec, known)
     return by_key if len(found) == len(by_key) and all(map(is_leaf, by_key)) else None
 
 

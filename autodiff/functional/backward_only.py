@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from autodiff._torch import GradMode, set_grad_enabled
 from autodiff.core.forward import ForwardMode
@@ -55,28 +54,3 @@ def refusing_backward_only(func: Callable[..., Any]) -> Callable[..., Any]:
             return func(*args)
 
     return checked
-
-
-class HookDetector(TorchFunctionMode):
-    """Notices whether a hook is registered: then what a pull gives need not be the gradient of anything."""
-
-    found = False
-
-    def around(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """``func`` inside this mode."""
-
-        def inside(*args: Any) -> Any:
-            with self:
-                return func(*args)
-
-        return inside
-
-    def may_batch(self) -> bool:
-        """Whether no hook would be shown a batch of cotangents."""
-        return not self.found
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.found = self.found or func in _HOOKS
-        return func(*args, **kwargs) if kwargs else func(*args)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from autodiff.core.call import Call
     from autodiff.core.linearization import Linearization
     from autodiff.core.products import Blocks
-    from autodiff.core.reverse import Tape
+    from autodiff.core.tape import Tape
 
 # So many bytes more or less do not matter, and rows of tiny functions all go into one batch.
 _NEGLIGIBLE = 2**16
@@ -31,11 +31,11 @@ _NEGLIGIBLE = 2**16
 class BoundedJacobian(Jacobian):
     """A Jacobian whose rows are pulled in batches that take about the memory of single rows.
 
-    ``may_batch`` is asked after the function has run, and says whether rows may be batched at all. None pulls all rows
-    in one batch. ``in_output_dtype`` gives blocks the dtype of their output, as forward mode does.
+    Where the function registers a hook, they are pulled one by one: it would be shown a batch. ``bounded=False`` pulls
+    all rows in one batch. ``in_output_dtype`` gives blocks the dtype of their output, as forward mode does.
     """
 
-    may_batch: Callable[[], bool] | None = None
+    bounded: bool = False
     in_output_dtype: bool = False
 
     def by_rows(self, call: Call, linearized: Linearization) -> Blocks:
@@ -43,12 +43,12 @@ class BoundedJacobian(Jacobian):
 
         A pull never runs the user's function again, so a batch that fails costs only its own time.
         """
-        if self.may_batch is None or compiling():
+        if not self.bounded or compiling():
             return super().by_rows(call, linearized)
         blocks: Blocks = []
         pull = self.puller(linearized)
         count = len(linearized.outputs)
-        chunk_sizes = _chunk_sizes(linearized, call.primals) if self.may_batch() else [1] * count
+        chunk_sizes = [1] * count if linearized.has_hooks() else _chunk_sizes(linearized, call.primals)
         for position, (output, chunk_size) in enumerate(zip(linearized.outputs, chunk_sizes, strict=True)):
             pull_one = restricted_to_outputs(pull, slice(position, position + 1), count, is_last=False)
             try:

@@ -15,9 +15,12 @@ from torch import Tensor
 from autodiff._torch import GradMode, compiling, is_eager
 from autodiff.core import trees
 from autodiff.core.call import Call, is_differentiable
+from autodiff.core.rules import is_tracked
+from autodiff.core.tape import inside_derivative
 from autodiff.errors import (
     IndependenceError,
     LeafError,
+    OptionError,
     OutputError,
     ShapeError,
     StrictModeError,
@@ -27,11 +30,15 @@ from autodiff.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from autodiff.types import R
+
 
 _OUTPUT_DETACHED = (
     "Output {output} of the user-provided function does not require gradients. The outputs must be computed "
     "in a differentiable manner from the input when running in strict mode."
 )
+# The transform that does the same and composes.
+_TRANSFORMS = {name: name for name in ("vjp", "jvp", "hvp", "hessian")} | {"vhp": "hvp", "jacobian": "jacrev"}
 _ONE_INPUT = "the input to the user-provided function is a single Tensor with a single element."
 
 
@@ -41,9 +48,12 @@ class Contract:
     A tuple of inputs means several arguments; any other tree is one.
     """
 
-    __slots__ = ("args", "create_graph", "name", "several", "strict")
+    __slots__ = ("args", "create_graph", "must_be_constant", "name", "several", "strict")
 
     def __init__(self, name: str, inputs: Any, create_graph: bool, strict: bool) -> None:
+        # Without a graph the results are constants. A transform around the call would take their derivative for zero.
+        self.must_be_constant = not (create_graph or compiling()) and inside_derivative()
+        create_graph = create_graph or self.must_be_constant
         self.name, self.create_graph, self.strict = name, create_graph, strict
         self.several = isinstance(inputs, tuple)
         self._refuse_bare_leaves("inputs", inputs)
@@ -75,7 +85,9 @@ class Contract:
             return leaf.detach()
         # Without a leaf that requires grad, no result would carry a grad_fn. Inside a transform the
         # transform decides what is tracked.
-        return leaf if leaf.requires_grad or not is_eager() else leaf.detach().requires_grad_()
+        if leaf.requires_grad or self.must_be_constant or not is_eager():
+            return leaf
+        return leaf.detach().requires_grad_()
 
     def call(self, func: Callable[..., Any]) -> Call:
         """The call, whose output is checked where it is made."""
@@ -95,6 +107,7 @@ class Contract:
                 self._refuse_independent_outputs(output)
             return output
 
+        returning.__wrapped__ = func  # type: ignore[attr-defined]
         return returning
 
     def scalar(self, func: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -106,6 +119,7 @@ class Contract:
             self._refuse_several_numbers(output)
             return (output if output.dim() == 0 else output.squeeze()), output
 
+        returning.__wrapped__ = func  # type: ignore[attr-defined]
         return returning
 
     def _refuse_bare_leaves(self, what: str, tree: Any) -> None:
@@ -184,6 +198,19 @@ class Contract:
         if leaf.requires_grad and not self.create_graph:
             leaf = leaf.detach()
         return leaf.to(model.dtype) if leaf.dtype != model.dtype and not leaf.is_complex() else leaf
+
+    # On the way out.
+
+    def leaving(self, results: R) -> R:
+        """The results; inside a transform that differentiates them, without ``create_graph``, an error instead."""
+        if self.must_be_constant and any(map(is_tracked, filter(is_differentiable, trees.leaves(results)))):
+            raise OptionError(
+                f"functional.{self.name}: a transform around this call differentiates its result, which is a constant "
+                f"without create_graph=True: its derivative would be zero. Expected create_graph=True, or "
+                f"autodiff.{_TRANSFORMS[self.name]} in its place; or detached inputs, and torch.no_grad() around the "
+                f"call, where a constant is meant."
+            )
+        return results
 
     # Strict.
 

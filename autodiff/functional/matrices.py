@@ -12,8 +12,7 @@ from torch import Tensor
 from autodiff._torch import compiling
 from autodiff.core import trees
 from autodiff.core.randomness import remember_randomness
-from autodiff.errors import OptionError, StrategyError, StrictModeError
-from autodiff.functional.backward_only import HookDetector
+from autodiff.errors import OptionCombinationError, OptionError, StrategyError, StrictModeError
 from autodiff.functional.bounded_rows import BoundedHessian, BoundedJacobian
 from autodiff.functional.contract import Contract
 from autodiff.functional.vector_products import GRADIENT_CONSTANT, JACOBIAN_CONSTANT
@@ -81,7 +80,7 @@ def jacobian(
         _refuse_strict_batch(strict, vectorize)
         return output
 
-    return _derivative(contract, make, of_inputs, vectorize, strategy)
+    return contract.leaving(_derivative(contract, make, of_inputs, vectorize, strategy))
 
 
 def hessian(
@@ -143,7 +142,8 @@ def hessian(
         has_aux=True,
         check_gradient=refuse_constant,
     )
-    return _derivative(contract, make, contract.scalar(func), vectorize, outer_jacobian_strategy)
+    blocks = _derivative(contract, make, contract.scalar(func), vectorize, outer_jacobian_strategy)
+    return contract.leaving(blocks)
 
 
 def _derivative(
@@ -155,6 +155,12 @@ def _derivative(
 ) -> Any:
     if strategy == "forward-mode":
         if contract.strict:
+            if contract.create_graph and not contract.must_be_constant:
+                raise OptionCombinationError(
+                    'torch.autograd.functional.jacobian: `create_graph=True` and `strategy="forward-mode"` are not '
+                    "supported together (yet) with `strict=True`. Please either set `strict=False` or "
+                    '`strategy="reverse-mode"`.'
+                )
             raise OptionError(
                 'torch.autograd.functional.jacobian: `strict=True` and `strategy="forward-mode"` are not '
                 'supported together (yet). Please either set `strict=False` or `strategy="reverse-mode"`.'
@@ -162,7 +168,7 @@ def _derivative(
         return _forward(contract, make, func)
     with contract.modes(), contract.words(_OUTPUT_INDEPENDENT):
         blocks = _result(make(func=func), contract) if vectorize else _by_rows(contract, make, func)
-    if contract.strict and contract.create_graph:
+    if contract.strict and contract.create_graph and not contract.must_be_constant:
         leaves = trees.leaves(blocks)
         per_output = len(trees.leaves(contract.args))
         for index, block in enumerate(leaves):
@@ -208,10 +214,8 @@ def _by_rows(
     *,
     in_output_dtype: bool = False,
 ) -> Any:
-    """Rows in batches; one by one where a hook would be shown a batch."""
-    hooks = HookDetector()
-    rows = make(func=hooks.around(func), may_batch=hooks.may_batch, in_output_dtype=in_output_dtype)
-    return _result(rows, contract)
+    """Rows in batches of bounded memory."""
+    return _result(make(func=func, bounded=True, in_output_dtype=in_output_dtype), contract)
 
 
 def _result(derive: BoundedJacobian, contract: Contract) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from autodiff import checks
@@ -16,7 +15,7 @@ from autodiff.core.forward import push
 from autodiff.core.linearization import Linearization, gradient, linearize, linearize_derivative
 from autodiff.core.randomness import remember_randomness
 from autodiff.errors import OutputError
-from autodiff.functional.backward_only import BackwardOnlyError, HookDetector, refusing_backward_only
+from autodiff.functional.backward_only import BackwardOnlyError, refusing_backward_only
 from autodiff.functional.contract import Contract
 
 _OUTPUT_INDEPENDENT = (
@@ -98,7 +97,7 @@ def vjp(
             )
     if strict and create_graph:
         contract.refuse_constants(product, JACOBIAN_CONSTANT)
-    return output, product
+    return contract.leaving((output, product))
 
 
 def jvp(
@@ -135,7 +134,7 @@ def jvp(
     contract = Contract("jvp", inputs, create_graph, strict)
     tangents = contract.input_vector(v)
     with contract.modes():
-        if not (strict or create_graph or compiling()):
+        if not (strict or contract.create_graph or compiling()):
             rewind = remember_randomness()
             try:
                 return _pushed(contract.call(refusing_backward_only(func)), tangents)
@@ -151,7 +150,7 @@ def jvp(
             product = call.like_output(call.dense_tangents(linearized.outputs, pushed, strict))
     if strict and create_graph:
         contract.refuse_constants(product, JACOBIAN_CONSTANT)
-    return call.like_output(linearized.outputs), product
+    return contract.leaving((call.like_output(linearized.outputs), product))
 
 
 def vhp(
@@ -194,7 +193,7 @@ def vhp(
             )
     if strict and create_graph:
         contract.refuse_constants(product, _HESSIAN_CONSTANT)
-    return output, product
+    return contract.leaving((output, product))
 
 
 def hvp(
@@ -234,13 +233,13 @@ def hvp(
     contract = Contract("hvp", inputs, create_graph, strict)
     vector = contract.input_vector(v)
     with contract.modes():
-        hooks, custom = HookDetector(), [False]
+        custom: list[bool] = []
 
         def inspect(linearized: Linearization) -> None:
-            custom[0] = linearized.has_custom_gradient()
+            custom.append(linearized.has_custom_gradient())
 
-        call, gradient_at_point, output = _gradient(contract, hooks.around(func), inspect)
-        if strict or custom[0] or hooks.found:
+        call, gradient_at_point, output = _gradient(contract, func, inspect)
+        if strict or any(custom):
             pushed = _by_double_backward(contract, gradient_at_point, vector, _JACOBIAN_INDEPENDENT)
         else:
             pushed = gradient_at_point.hvp(vector, last=True)
@@ -248,7 +247,7 @@ def hvp(
             product = call.like_arguments(call.dense_cotangents(pushed, strict))
     if strict and create_graph:
         contract.refuse_constants(product, _HESSIAN_CONSTANT)
-    return output, product
+    return contract.leaving((output, product))
 
 
 def _gradient(
@@ -281,7 +280,7 @@ def _by_double_backward(
             if not cotangent.requires_grad:
                 contract.refuse(_GRADIENT_INDEPENDENT, input=index)
 
-    return linearized.jvp(inspect, at=torch.zeros_like)(tangents)
+    return linearized.jvp(inspect)(tangents)
 
 
 def _check_outputs_of_jvp(call: Call, outputs: list[Any]) -> None:

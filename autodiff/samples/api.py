@@ -139,7 +139,8 @@ class PerSample:
 
         Raises:
             ResumeError: the path holds results of another run, or something else.
-            ShapeError: ``out``'s tensors are not the results' shapes and dtypes.
+            ShapeError: ``out``'s tensors do not have the results' keys, shapes, dtypes or number of samples.
+            OptionError: ``out`` cannot be written to, or overlaps itself or an argument.
         """
         return self._collected(None, args, kwargs, out)
 

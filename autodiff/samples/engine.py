@@ -165,7 +165,7 @@ class Engine:
             self._failed(first + sample, "the result holds infinities or NaN")
         if not bad:
             return result
-        tensors = iter([leaf.overwritten(bad, float("nan")) for leaf in result.tensors()])
+        tensors = iter([leaf.with_nan(bad, first) for leaf in result.tensors()])
         kept = set(map(id, result.tensors()))
         return Result(result.spec, [next(tensors) if id(leaf) in kept else leaf for leaf in result.leaves])
 

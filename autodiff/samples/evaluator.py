@@ -67,7 +67,9 @@ class Evaluator:
             widths = [primal.numel() for primal in call.primals]
             blocks = [leaves[at : at + len(widths)] for at in range(0, len(leaves), len(widths))]
             return Result(trees.LEAF, [Matrix(blocks, heights, widths)])
-        return Result(batch.out_spec, [Plain(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+        # A container that hid its batch is a tree of tensors with the samples in front.
+        leaves, spec = trees.flatten(trees.unflatten(batch.out_spec, leaves))
+        return Result(spec, [Plain(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
     def rows(self, batch: Mapped, sample: int, start: int, stop: int) -> JacobianRows:
         """Rows ``start`` to ``stop`` of one sample's Jacobian."""
@@ -135,7 +137,12 @@ class Evaluator:
             set_random_state(self._start)
         # Results are constants: a graph would keep every chunk alive.
         with torch.no_grad():
-            return batch.of_samples(start, stop, self._randomness)
+            leaves = batch.of_samples(start, stop, self._randomness)
+        # Results stay what they are when a loader writes the next batch to this one's memory.
+        inputs = {_memory(leaf) for leaf in batch.leaves if isinstance(leaf, Tensor)}
+        return [
+            leaf.clone() if isinstance(leaf, Tensor) and _memory(leaf) in inputs else leaf for leaf in leaves
+        ]
 
     def _blocks(self, *args: Any, **kwargs: Any) -> list[list[Tensor]]:
         assert self._jacobian is not None
@@ -157,25 +164,32 @@ class Evaluator:
             shape = sum(size for _, size in shapes), seeds.size_of(primals)
             return Template(trees.LEAF, [TensorSpec(shape, dtype, primals[0].device)]), []
         assert self._jacobian is not None
-        numbered = [[_BlockPosition(i, j) for j in range(len(primals))] for i in range(len(shapes))]
+        numbered = [
+            [_BlockPosition(i, j, torch.Size((*shape, *primal.shape))) for j, primal in enumerate(primals)]
+            for i, (shape, _) in enumerate(shapes)
+        ]
         leaves, spec = trees.flatten(self._jacobian.nested(call, numbered))
         positions = [[0] * len(primals) for _ in shapes]
         tensors = 0
         for at, block in enumerate(leaves):
             if isinstance(block, _BlockPosition):
                 primal = primals[block.primal]
-                shape = (*shapes[block.output][0], *primal.shape)
-                leaves[at] = TensorSpec(shape, primal.dtype, primal.device)
+                leaves[at] = TensorSpec(block.shape, primal.dtype, primal.device)
                 positions[block.output][block.primal] = tensors
                 tensors += 1
         return Template(spec, leaves), positions
 
 
-class _BlockPosition:
-    """A leaf that stands for a block of the Jacobian."""
+def _memory(tensor: Tensor) -> int:
+    """Where the numbers of a dense tensor and of its views are."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
-    def __init__(self, output: int, primal: int) -> None:
-        self.output, self.primal = output, primal
+
+class _BlockPosition:
+    """A leaf that stands for a block of the Jacobian; a container of tensors may look at its shape."""
+
+    def __init__(self, output: int, primal: int, shape: torch.Size) -> None:
+        self.output, self.primal, self.shape = output, primal, shape
 
 
 def name_of(func: object) -> str:

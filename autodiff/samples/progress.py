@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,6 +11,9 @@ from autodiff.errors import OptionError
 
 if TYPE_CHECKING:
     from autodiff.samples.report import Report
+
+# What tqdm raises where stderr is missing, closed or on a full disk: no bar is a reason to lose a run.
+_UNSEEN = (AttributeError, OSError, ValueError)
 
 
 class Progress:
@@ -20,7 +24,8 @@ class Progress:
         if shown:
             from tqdm.auto import tqdm  # noqa: PLC0415  an extra
 
-            self._bar = tqdm(desc=what, total=total, initial=done, unit="sample")
+            with contextlib.suppress(*_UNSEEN):
+                self._bar = tqdm(desc=what, total=total, initial=done, unit="sample")
 
     @staticmethod
     def check() -> None:
@@ -36,12 +41,14 @@ class Progress:
 
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(*_UNSEEN):
+                self._bar.close()
 
     def advance(self, samples: int, report: Report) -> None:
         """Count samples that are done."""
         if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"chunk {report.largest}, peak {memory.format_bytes(report.peak)}", refresh=False
-            )
-            self._bar.update(samples)
+            with contextlib.suppress(*_UNSEEN):
+                self._bar.set_postfix_str(
+                    f"chunk {report.largest}, peak {memory.format_bytes(report.peak)}", refresh=False
+                )
+                self._bar.update(samples)

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 # Matrices that go to disk are put together in portions of this many bytes.
 _PORTION = 8 * 2**20
+# Dtypes that torch cannot sum, and those that hold all of their numbers.
+_WITHOUT_SUM = {
+    torch.complex32: torch.complex64,
+    torch.float8_e4m3fn: torch.float32,
+    torch.float8_e4m3fnuz: torch.float32,
+    torch.float8_e5m2: torch.float32,
+    torch.float8_e5m2fnuz: torch.float32,
+}
 
 
 def empty(spec: TensorSpec, samples: int) -> Tensor:
@@ -45,8 +53,15 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether the tensor holds neither infinities nor NaN."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
+    if tensor.dtype in _WITHOUT_SUM:
+        return bool(_finite_numbers(tensor).all())
     # Where the sum is finite, so are all numbers; to look at each takes 25 x as long, and memory.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _finite_numbers(tensor: Tensor) -> Tensor:
+    """Which numbers are finite, in a dtype that torch can hardly compute with, too."""
+    return torch.isfinite(tensor.to(_WITHOUT_SUM.get(tensor.dtype, tensor.dtype)))
 
 
 class Leaf(ABC):
@@ -80,15 +95,15 @@ class Leaf(ABC):
         found: set[int] = set()
         for part in self.parts():
             if not is_finite(part):
-                bad = ~torch.isfinite(part).reshape(len(part), -1).all(dim=1)
+                bad = ~_finite_numbers(part).reshape(len(part), -1).all(dim=1)
                 found.update(bad.nonzero().flatten().tolist())
         return sorted(found)
 
-    def overwritten(self, samples: Sequence[int], value: float) -> Leaf:
-        """The leaf with another value for some samples."""
+    def with_nan(self, samples: Sequence[int], first: int) -> Leaf:
+        """The leaf with NaN for some samples, counted from sample ``first``."""
         # A copy: the tensor may be an argument of the function, or expanded.
         tensor = self.tensor().clone()
-        tensor[list(samples)] = value
+        tensor[list(samples)] = nan(self.spec, first + samples[0])
         return Plain(tensor)
 
 
@@ -178,12 +193,20 @@ class Template(NamedTuple):
         """The size of one sample's result."""
         return sum(spec.nbytes for spec in self.tensors())
 
-    def paths(self) -> list[str]:
+    def constants(self) -> list[Any]:
+        """The leaves that are not tensors."""
+        return [leaf for leaf in self.leaves if not isinstance(leaf, TensorSpec)]
+
+    def places(self) -> list[str]:
+        """The places of the tensors, written as code: ``result['w'][0]``."""
+        return self._of_tensors(trees.paths(self.spec, "result"))
+
+    def names(self) -> list[str]:
         """The places of the tensors, written with dots; empty for one that is the whole result."""
-        places = trees.dotted_paths(self.spec)
-        return [
-            place for place, leaf in zip(places, self.leaves, strict=True) if isinstance(leaf, TensorSpec)
-        ]
+        return self._of_tensors(trees.dotted_paths(self.spec))
+
+    def _of_tensors(self, texts: list[str]) -> list[str]:
+        return [text for text, leaf in zip(texts, self.leaves, strict=True) if isinstance(leaf, TensorSpec)]
 
 
 def template_of(result: Result) -> Template:

@@ -22,6 +22,7 @@ from autodiff.samples.engine import Engine, RowsPiece, SamplesPiece
 from autodiff.samples.evaluator import Evaluator, name_of
 from autodiff.samples.files import FileSink
 from autodiff.samples.fingerprint import fingerprint
+from autodiff.samples.given import GivenSink
 from autodiff.samples.plan import Plan
 from autodiff.samples.progress import Progress
 from autodiff.samples.report import Report
@@ -108,7 +109,8 @@ class Run:
         self._early: list[int] = []  # samples that failed before there was a template
         self._assembling: MemorySink | None = None
         self._consistency = OutputConsistency("per_sample", Leaf)
-        device = memory.device_of(trees.leaves((args, kwargs)))
+        self._dtypes: list[torch.dtype] | None = None
+        device = memory.device_of(batch.leaves)
         self._budget = options.memory or int(memory.SHARE * memory.free_bytes(device))
         self.report = Report(f"per_sample({name_of(func)})", self._budget)
         plan = Plan(
@@ -120,9 +122,13 @@ class Run:
 
     def collect(self, out: Any, reduce: Reduce | None) -> Any:
         """All results, reduced sample by sample where ``reduce`` is given, at their destination."""
-        if isinstance(out, str | os.PathLike):
+        if isinstance(out, str | bytes | os.PathLike):
             return self._to_files(FileSink(out, self._header(reduce), self._total), reduce)
-        sink = MemorySink(self._total, self._engine.plan, out)
+        sink: Sink
+        if out is None:
+            sink = MemorySink(self._source.expected or self._total or 0, self._engine.plan)
+        else:
+            sink = GivenSink(out, self._total, self._first.leaves)
         with self._sizes_kept():
             for pieces in self._pieces():
                 self._put(sink, self._reduced(pieces, reduce))
@@ -161,8 +167,8 @@ class Run:
                 self._evaluator.random_state = _tensors_of(sink.resumed["random"])
             for pieces in self._pieces(sink):
                 self._put(sink, self._reduced(pieces, reduce))
-                # A sample that is reduced is done when all its rows are there.
-                if reduce is None or engine.position[1] == 0:
+                # A sample that is reduced is done when all its rows are there, one that failed when it is filled.
+                if sink.template is not None and (reduce is None or engine.position[1] == 0):
                     sink.commit(self._state(), report.failed)
             self._open(sink, reduce)
             if not sink.complete:
@@ -179,7 +185,7 @@ class Run:
 
     def _pieces(self, sink: FileSink | None = None) -> Iterator[list[Piece]]:
         """What the engine computes, from its position on; ``sink`` is shown every batch of the source."""
-        engine, first = self._engine, 0
+        engine, first, index = self._engine, 0, 0
         batch: Mapped | None = self._first
         expected = self._total if self._source.one else self._source.expected
         with Progress(
@@ -187,7 +193,7 @@ class Run:
         ) as progress:
             while batch is not None:
                 if sink is not None:
-                    sink.begin_batch(first, fingerprint(batch.mapped_leaves()))
+                    sink.begin_batch(index, fingerprint(batch.arguments(mapped=True)))
                 done = engine.position[0]
                 if done < first + batch.size:
                     for pieces in engine.chunks(batch, first):
@@ -195,8 +201,10 @@ class Run:
                         progress.advance(engine.position[0] - done, self.report)
                         done = engine.position[0]
                         yield pieces
-                first += batch.size
+                first, index = first + batch.size, index + 1
                 batch = self._next_batch()
+        if sink is not None:
+            sink.end_batches(index)
 
     def _whole(self, pieces: Iterable[Piece]) -> Iterator[SamplesPiece]:
         """Pieces of whole samples: rows are put together."""
@@ -232,6 +240,7 @@ class Run:
     def _put(self, sink: Sink, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
             if isinstance(piece, RowsPiece):
+                self._check_dtypes(piece.rows.template, f"sample {piece.sample}")
                 if sink.template is None:
                     self._open_with(sink, piece.rows.template)
                 sink.put_rows(piece.sample, piece.rows)
@@ -250,7 +259,20 @@ class Run:
         count = piece.stop - piece.start
         where = f"samples {piece.start} to {piece.stop - 1}" if count > 1 else f"sample {piece.start}"
         leaves, spec = self._consistency.match(result.leaves, result.spec, where)
-        return Result(spec, leaves)
+        consistent = Result(spec, leaves)
+        self._check_dtypes(template_of(consistent), where)
+        return consistent
+
+    def _check_dtypes(self, template: Template, where: str) -> None:
+        dtypes = [spec.dtype for spec in template.tensors()]
+        if self._dtypes is None:
+            self._dtypes = dtypes
+        for place, came, before in zip(template.places(), dtypes, self._dtypes, strict=True):
+            if came != before:
+                raise BatchError(
+                    f"per_sample: {place} is {came} for {where}, but {before} for the samples before. Expected one "
+                    f"dtype for all samples. Give all batches one dtype, or convert the result, as in result.float()."
+                )
 
     def _open(self, sink: Sink, reduce: Reduce | None) -> None:
         """Open a sink for which no sample was, or had to be, computed."""
@@ -306,10 +328,18 @@ class Run:
         """What identifies this run, apart from the samples."""
         options = dataclasses.asdict(self._options) | {"in_dims": self._in_dims, "progress": None}
         return {
-            "code or captured values": fingerprint([self._func, reduce]),
-            "shared arguments": fingerprint(self._first.shared_leaves()),
+            "code or captured values": fingerprint(self._func, "func"),
+            "reduction": fingerprint(reduce, "reduce"),
+            "shared arguments": fingerprint(self._first.arguments(mapped=False), "arguments"),
             "options": fingerprint(options),
+            "settings of torch": fingerprint(_settings()),
         }
+
+
+def _settings() -> list[Any]:
+    """What decides on dtypes and precision, besides arguments."""
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return [torch.get_default_dtype(), torch.get_float32_matmul_precision(), *autocast]
 
 
 def _tensors_of(texts: dict[str, str] | None) -> dict[str, Tensor] | None:

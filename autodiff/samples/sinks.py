@@ -1,24 +1,21 @@
-"""Destinations of results in memory: new tensors, or tensors of the caller.
+"""Destinations of results: the interface of all, and new tensors in memory.
 
-Provides `Sink`, the interface of every destination, and `MemorySink`. Files are in `files`.
+Provides `Sink` and `MemorySink`. Tensors of the caller's are in `given`, files in `files`.
 """
 
 from __future__ import annotations
 
-import mmap
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from autodiff.core import memory, trees
-from autodiff.errors import BudgetError, OptionError, ShapeError
+from autodiff.core import memory
+from autodiff.errors import BudgetError
 from autodiff.samples.results import empty, nan, with_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from autodiff.samples.plan import Plan
     from autodiff.samples.results import JacobianRows, Result, Template
 
@@ -50,124 +47,108 @@ class Sink(ABC):
 
 
 class MemorySink(Sink):
-    """Tensors of all samples: those of the tree ``out``, or new ones.
+    """New tensors, for as many samples as are expected.
 
-    Where the number of samples is not known, it keeps pieces until the end.
+    What comes beyond these is kept in pieces, which are put together in the end.
     """
 
-    def __init__(self, total: int | None, plan: Plan | None = None, out: Any = None) -> None:
-        self._total, self._plan = total, plan
-        self._given = None if out is None else _given_tensors(out)
-        self._memmaps = [leaf.base for leaf in trees.leaves(out) if _is_mapped(leaf)]
-        self._tensors: list[Tensor] = []
-        self._pieces: list[list[Tensor]] = []
+    def __init__(self, expected: int, plan: Plan | None = None) -> None:
+        self._expected, self._plan = expected, plan
+        self._whole: list[Tensor] = []
+        self._filled = 0  # samples in them
+        self._pieces: list[list[Tensor]] = []  # of each tensor
+        self._stop = 0  # after the last sample
+        self._bytes = 0  # of pieces
 
     def open(self, template: Template) -> None:
         super().open(template)
-        if self._given is not None:
-            _check_given(self._given, template, self._total)
-            self._tensors = self._given
-            return
         self._pieces = [[] for _ in template.tensors()]
-        if self._plan is not None and self._total is not None:
-            size = self._total * template.nbytes
-            if size > self._plan.budget:
-                raise BudgetError(
-                    f"per_sample: the results of {self._total} samples take {memory.format_bytes(size)}, more than "
-                    f"the {memory.format_bytes(self._plan.budget)} that memory allows. Write them to "
-                    f"disk (out='file.npy'), "
-                    f"take them chunk by chunk (.stream), reduce each (.map), or give memory=."
-                )
-            self._plan.reserve(size)
+        size = self._expected * template.nbytes
+        self._reserve(size, size, f"the results of {self._expected} samples take")
+
+    def _reserve(self, size: int, needed: int, what: str) -> None:
+        """Leave so many bytes less for chunks, where ``needed`` bytes in all are no more than memory allows."""
+        if self._plan is None:
+            return
+        if needed > self._plan.budget:
+            raise BudgetError(
+                f"per_sample: {what} {memory.format_bytes(needed)}, more than the "
+                f"{memory.format_bytes(self._plan.budget)} that memory allows. Write them to disk (out='file.npy'), "
+                f"take them chunk by chunk (.stream), reduce each (.map), or give memory=."
+            )
+        self._plan.reserve(size)
 
     def put(self, start: int, stop: int, result: Result) -> None:
         leaves = result.tensors()
-        if stop - start == self._total and not self._tensors:
-            self._tensors = [_unexpanded(leaf.tensor()) for leaf in leaves]
-        elif self._total is None and self._given is None:
-            for pieces, leaf in zip(self._pieces, leaves, strict=True):
-                pieces.append(_unexpanded(leaf.tensor()))
+        if stop > self._expected:
+            # Copies: a captured tensor that is returned may be written to before the next batch.
+            self._add_piece(stop, [leaf.tensor().clone() for leaf in leaves])
+        elif stop - start == self._expected:
+            self._whole = [_unexpanded(leaf.tensor()) for leaf in leaves]
+            self._filled = self._stop = stop
         else:
             for whole, leaf in zip(self._allocated(), leaves, strict=True):
                 leaf.copy_to(whole[start:stop])
-        for mapped in self._memmaps:
-            # What was written stays in the file, but no longer counts as memory of this process.
-            mapped.madvise(mmap.MADV_DONTNEED)
+            self._filled = self._stop = stop
+
+    def _add_piece(self, stop: int, tensors: list[Tensor]) -> None:
+        assert self.template is not None
+        size = (stop - self._stop) * self.template.nbytes
+        self._bytes += size
+        needed = self._filled * self.template.nbytes + self._bytes
+        what = f"the results of {stop} samples, kept in pieces as their number is not known, and put together, take"
+        self._reserve(size, 2 * needed, what)
+        self._stop = stop
+        for pieces, tensor in zip(self._pieces, tensors, strict=True):
+            pieces.append(tensor)
 
     def put_rows(self, sample: int, rows: JacobianRows) -> None:
+        targets = self._of_sample(sample)
         for leaf, first, piece in rows.pieces:
-            target = self._of_sample(sample, leaf).view(-1, *piece.shape[1:])
-            target[first : first + len(piece)].copy_(piece)
+            write_rows(targets[leaf], first, piece)
 
     def put_nan(self, sample: int) -> None:
         assert self.template is not None
-        for leaf, spec in enumerate(self.template.tensors()):
-            self._of_sample(sample, leaf).copy_(nan(spec, sample))
+        for target, spec in zip(self._of_sample(sample), self.template.tensors(), strict=True):
+            target.copy_(nan(spec, sample))
 
     def tree(self) -> Any:
         assert self.template is not None
-        if self._tensors or self._total is not None:
-            return with_tensors(self.template, self._allocated())
-        return with_tensors(self.template, [torch.cat(pieces) for pieces in self._pieces])
+        tensors = self._allocated()
+        if self._stop != self._expected:
+            # Each leaf's pieces die before those of the next are put together.
+            for leaf in range(len(tensors)):
+                tensors[leaf] = torch.cat([tensors[leaf][: self._filled], *self._pieces[leaf]])
+                self._pieces[leaf] = []
+        return with_tensors(self.template, tensors)
 
     def _allocated(self) -> list[Tensor]:
-        if not self._tensors:
+        if not self._whole:
             assert self.template is not None
-            assert self._total is not None
-            self._tensors = [empty(spec, self._total) for spec in self.template.tensors()]
-        return self._tensors
+            self._whole = [empty(spec, self._expected) for spec in self.template.tensors()]
+        return self._whole
 
-    def _of_sample(self, sample: int, leaf: int) -> Tensor:
-        """The tensor of one sample; where the number of samples is not known, it is the last piece."""
-        if self._total is not None or self._given is not None:
-            return self._allocated()[leaf][sample]
-        assert self.template is not None
-        pieces = self._pieces[leaf]
-        if sum(map(len, pieces)) <= sample:
-            pieces.append(empty(self.template.tensors()[leaf], 1))
-        return pieces[-1][0]
-
-
-def _given_tensors(out: Any) -> list[Tensor]:
-    """The tensors of a tree of tensors and NumPy arrays that the caller wants filled."""
-    leaves = trees.leaves(out)
-    tensors = [torch.from_numpy(leaf) if hasattr(leaf, "__array_interface__") else leaf for leaf in leaves]
-    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise OptionError(
-            f"per_sample: out is a tensor, a NumPy array or memmap, a tree of them like the result, or a path, got "
-            f"{type(out)}. Allocate it by torch.empty([samples, *shape]), or name a file, as in out='hessians.npy'."
-        )
-    return tensors
-
-
-def _is_mapped(leaf: Any) -> bool:
-    """Whether the leaf is a NumPy memmap that shares its file."""
-    return (
-        isinstance(getattr(leaf, "base", None), mmap.mmap)
-        and getattr(leaf, "mode", None) in ("r+", "w+")
-        and hasattr(mmap, "MADV_DONTNEED")
-    )
-
-
-def _check_given(given: Sequence[Tensor], template: Template, total: int | None) -> None:
-    specs = template.tensors()
-    wanted = [((total, *spec.shape), spec.dtype) for spec in specs]
-    came = [(tuple(tensor.shape), tensor.dtype) for tensor in given]
-    fits = len(given) == len(specs) and all(
-        shape[1:] == spec.shape and dtype == spec.dtype and total in (None, shape[0])
-        for (shape, dtype), spec in zip(came, specs, strict=True)
-    )
-    if not fits:
-        raise ShapeError(
-            f"per_sample: out has {_listed(came)}, but the result is {_listed(wanted)}. Give one tensor for each "
-            f"leaf of the result, in its order, with the samples in front."
-        )
-
-
-def _listed(pairs: Sequence[tuple[tuple[Any, ...], torch.dtype]]) -> str:
-    return ", ".join(f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in pairs)
+    def _of_sample(self, sample: int) -> list[Tensor]:
+        """The tensors of one sample, the last one or the next."""
+        if sample < self._expected:
+            self._filled = self._stop = sample + 1
+            return [tensor[sample] for tensor in self._allocated()]
+        if sample == self._stop:
+            assert self.template is not None
+            self._add_piece(sample + 1, [empty(spec, 1) for spec in self.template.tensors()])
+        return [pieces[-1][0] for pieces in self._pieces]
 
 
 def _unexpanded(tensor: Tensor) -> Tensor:
     """The tensor, or a copy where it is expanded, so that samples share memory."""
     return tensor.clone() if 0 in tensor.stride() else tensor
+
+
+def write_rows(target: Tensor, first: int, rows: Tensor) -> None:
+    """Write rows ``first`` on of ``target``, seen as ``[-1, *rest]``."""
+    shape = target.shape[: target.dim() - rows.dim() + 1]
+    if len(shape) == 1 or target.is_contiguous():
+        target.view(-1, *rows.shape[1:])[first : first + len(rows)].copy_(rows)
+        return
+    indices = torch.unravel_index(torch.arange(first, first + len(rows)), shape)
+    target[indices] = rows.to(target.device)

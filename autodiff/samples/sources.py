@@ -94,8 +94,10 @@ def _parts(batch: Any, count: int, names: list[str] | None = None) -> list[Any]:
 
 
 def _count(loader: Any) -> int | None:
-    """How many samples a DataLoader will give, for the progress bar."""
+    """How many samples a DataLoader will give, unless its dataset or collate_fn changes their number."""
     try:
+        if loader.batch_size is None:
+            return None  # its items are batches, of any size
         return int(len(loader) * loader.batch_size if loader.drop_last else len(loader.sampler))
     except (AttributeError, TypeError):
         return None

@@ -6,6 +6,7 @@ in forward mode; the others lack a rule. Imports nothing from the package.
 
 from __future__ import annotations
 
+from math import isinf, log, pi, prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +29,7 @@ def layer_norm(
     """As torch.nn.functional.layer_norm and torch.layer_norm."""
     del cudnn_enable
     dims = list(range(input.dim() - len(normalized_shape), input.dim()))
-    return _affine(_standardised(_upcast(input), dims, eps)[0], weight, bias).to(input.dtype)
+    return _affine(_standardised(upcast(input), dims, eps)[0], weight, bias).to(input.dtype)
 
 
 def batch_norm(
@@ -72,18 +73,18 @@ def _by_channel(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    dtype, x = x.dtype, _upcast(x)
+    dtype, x = x.dtype, upcast(x)
     channels = [1, -1, *[1] * (x.dim() - 2)]
     weight, bias = (None if one is None else one.view(channels) for one in (weight, bias))
     if not by_batch:
         assert running_mean is not None
         assert running_var is not None
         centred = x - running_mean.view(channels)
-        return _affine(centred * (_upcast(running_var).view(channels) + eps).rsqrt(), weight, bias).to(dtype)
+        return _affine(centred * (upcast(running_var).view(channels) + eps).rsqrt(), weight, bias).to(dtype)
+    count = prod(x.shape[dim] for dim in dims)
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value for each mean when training, got input size {x.shape}")
     y, mean, variance = _standardised(x, dims, eps)
-    count = 1
-    for dim in dims:
-        count *= x.shape[dim]
     with torch.no_grad():
         for running, new in ((running_mean, mean), (running_var, variance * count / max(count - 1, 1))):
             if running is not None:
@@ -92,7 +93,7 @@ def _by_channel(
     return _affine(y, weight, bias).to(dtype)
 
 
-def _upcast(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """The tensor as torch computes with it: the square of 256 is infinite in half precision."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -124,10 +125,104 @@ def pdist(input: Tensor, p: float = 2.0) -> Tensor:  # noqa: A002
     return distances
 
 
+def cumprod(
+    input: Tensor,  # noqa: A002
+    dim: int,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As torch.cumprod: products of ever longer windows, in n log n; there is no division, so a zero is a number.
+
+    A window's product may overflow where what stands before it has become zero: then NaN, where torch has zero.
+    """
+    x = input if dtype is None else input.to(dtype)
+    if out is not None or not (x.is_floating_point() or x.is_complex()):
+        return torch.cumprod(input, dim, dtype=dtype, out=out)
+    x, result = upcast(x), x.dtype
+    count = x.size(dim) if x.dim() else 1
+    shift = 1
+    while shift < count:
+        longer = x.narrow(dim, shift, count - shift) * x.narrow(dim, 0, count - shift)
+        x = torch.cat([x.narrow(dim, 0, shift), longer], dim)
+        shift *= 2
+    return x.to(result) if count > 1 else x.to(result).clone()
+
+
+def mvlgamma(input: Tensor, p: int, *, out: Tensor | None = None) -> Tensor:  # noqa: A002
+    """As torch.mvlgamma, which writes in place to what may have fewer batches."""
+    if out is not None or not input.is_floating_point():
+        return torch.mvlgamma(input, p) if out is None else torch.special.multigammaln(input, p, out=out)
+    x = upcast(input)
+    steps = torch.arange(p, dtype=x.dtype, device=x.device) / 2
+    logarithms = (x.unsqueeze(-1) - steps).lgamma().sum(-1)
+    return (logarithms + p * (p - 1) / 4 * log(pi)).to(input.dtype)
+
+
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
     """As torch.nn.functional.hardsigmoid."""
     result = functional.relu6(input + 3) / 6
     return input.copy_(result) if inplace else result
+
+
+def mse_loss(
+    input: Tensor,  # noqa: A002
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """As torch.nn.functional.mse_loss: of torch's own, only the mean cannot be pushed forward twice."""
+    reduction = _reduction(size_average, reduce, reduction)
+    if weight is not None:
+        return functional.mse_loss(input, target, None, None, reduction, weight)  # type: ignore[call-arg]
+    if reduction != "mean":
+        return functional.mse_loss(input, target, reduction=reduction)
+    loss = functional.mse_loss(upcast(input), upcast(target), reduction="sum")
+    return _of_torch_dtype(loss / _pairs(input, target), input, target)
+
+
+def huber_loss(
+    input: Tensor,  # noqa: A002
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """As torch.nn.functional.huber_loss: a smooth L1 loss, which torch differentiates in every mode."""
+    if weight is not None:
+        weighted = huber_loss(input, target, "none", delta) * weight
+        return {"none": weighted, "sum": weighted.sum(), "mean": weighted.mean()}[reduction]
+    if isinf(delta):
+        return 0.5 * mse_loss(input, target, reduction=reduction)
+    loss = delta * functional.smooth_l1_loss(upcast(input), upcast(target), reduction=reduction, beta=delta)
+    return _of_torch_dtype(loss, input, target)
+
+
+def _pairs(one: Tensor, other: Tensor) -> int:
+    return prod(torch.broadcast_shapes(one.shape, other.shape))
+
+
+def _of_torch_dtype(loss: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """The loss in the dtype of its arguments; under autocast it stays in float32."""
+    autocast = torch.is_autocast_enabled(one.device.type)
+    return loss if autocast else loss.to(torch.promote_types(one.dtype, other.dtype))
+
+
+def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """What the two deprecated options mean."""
+    if size_average is None and reduce is None:
+        return reduction
+    return "none" if reduce is False else "sum" if size_average is False else "mean"
+
+
+def glu(input: Tensor, dim: int = -1) -> Tensor:  # noqa: A002
+    """As torch.nn.functional.glu."""
+    if input.dim() == 0 or input.size(dim) % 2:
+        return functional.glu(input, dim)  # raises
+    values, gates = upcast(input).chunk(2, dim)
+    return (values * gates.sigmoid()).to(input.dtype)
 
 
 def soft_margin_loss(
@@ -138,9 +233,26 @@ def soft_margin_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """As torch.nn.functional.soft_margin_loss."""
-    if size_average is not None or reduce is not None:
-        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
-    loss = functional.softplus(-target * input)
+    reduction = _reduction(size_average, reduce, reduction)
+    margin = (target.expand_as(input) * input).to(input.dtype)
+    loss = torch.log1p(torch.exp(-margin)) if input.is_complex() else functional.softplus(-margin)
+    return _reduced(loss, reduction)
+
+
+def hinge_embedding_loss(
+    input: Tensor,  # noqa: A002
+    target: Tensor,
+    margin: float = 1.0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """As torch.nn.functional.hinge_embedding_loss, which writes in place to what may have fewer batches."""
+    apart = (margin - input).clamp_min(0).where(target != 1, 0)
+    return _reduced(apart + input.where(target != -1, 0), _reduction(size_average, reduce, reduction))
+
+
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
     match reduction:
         case "mean":
             return loss.mean()

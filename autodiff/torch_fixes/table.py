@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autodiff import _torch
 from autodiff.core import hooks
-from autodiff.torch_fixes import formulas
+from autodiff.torch_fixes import control_flow, formulas, norm_pullbacks, recurrent
 from autodiff.torch_fixes.attention import plain_attention
 from autodiff.torch_fixes.by_pullback import by_pullback
 from autodiff.torch_fixes.fix import Fix
@@ -25,6 +25,8 @@ from autodiff.torch_fixes.functions import with_nesting_jvp
 from autodiff.torch_fixes.overrides import (
     OVERLOAD,
     PACKET,
+    batch_overrides,
+    body_in_forward_mode,
     by_formula,
     by_pullback_inside,
     chunked_by_pullback,
@@ -36,6 +38,8 @@ from autodiff.torch_fixes.overrides import (
     where_rule_is_missing,
     zeros_with_memory,
 )
+
+_cumprod = inside_transforms(by_formula(formulas.cumprod, ("cuda",)))
 
 FIXES = (
     Fix(
@@ -61,11 +65,10 @@ FIXES = (
     ),
     Fix(
         "factors",
-        "cholesky_inverse, linalg.householder_product, cumprod",
+        "cholesky_inverse, linalg.householder_product",
         "wrong numbers in forward mode inside forward mode",
         "the pullback of the pullback, inside other transforms",
         (
-            "jvp_of_jvp_of_other_operations-cumprod",
             "jvp_of_jvp_of_other_operations-cholesky_inverse",
             "jvp_of_jvp_of_other_operations-householder_product",
         ),
@@ -74,9 +77,18 @@ FIXES = (
                 by_pullback_inside,
                 *(Tensor.cholesky_inverse, torch.cholesky_inverse),
                 *(Tensor.orgqr, torch.orgqr, torch.linalg.householder_product),
-                *(Tensor.cumprod, torch.cumprod),
             ),
-            forward_overrides(in_place(by_pullback_inside, Tensor.cumprod), Tensor.cumprod_),
+        ),
+    ),
+    Fix(
+        "cumprod",
+        "cumprod",
+        "wrong numbers in forward mode inside forward mode; time and memory square in reverse mode inside transforms",
+        "a formula, inside other transforms",
+        ("jvp_of_jvp_of_other_operations-cumprod",),
+        (
+            forward_overrides(_cumprod, Tensor.cumprod, torch.cumprod),
+            forward_overrides(in_place(_cumprod, Tensor.cumprod), Tensor.cumprod_),
         ),
     ),
     Fix(
@@ -92,13 +104,20 @@ FIXES = (
         "losses",
         "mse_loss, huber_loss, glu",
         "forward over reverse: an error, or no rule",
-        "the pullback of the pullback, inside other transforms",
+        "a formula, inside other transforms",
         (
             "forward_over_reverse_of_mse_loss",
             "both_combinations_of_losses_and_activations-huber_loss",
             "reverse_over_forward_of_glu",
         ),
-        (forward_overrides(by_pullback_inside, functional.mse_loss, functional.huber_loss, functional.glu),),
+        tuple(
+            forward_overrides(inside_transforms(by_formula(formula)), operation)
+            for operation, formula in (
+                (functional.mse_loss, formulas.mse_loss),
+                (functional.huber_loss, formulas.huber_loss),
+                (functional.glu, formulas.glu),
+            )
+        ),
         issue="pytorch PR#197723",
     ),
     Fix(
@@ -141,11 +160,12 @@ FIXES = (
         "missing_rules",
         "whatever raises for want of a forward rule",
         "NotImplementedError in forward mode",
-        "the pullback of the pullback",
+        "the pullback of the pullback; of the same draw, where it is random",
         (
             "jvp_of_operations_without_forward_mode-index_reduce",
             "jvp_of_operations_without_forward_mode-cholesky",
             "jvp_of_grid_sample <2.15",
+            "forward_mode_of_random_draws",
         ),
         ((hooks.missing_forward_rule, {"override": where_rule_is_missing}),),
     ),
@@ -171,8 +191,8 @@ FIXES = (
             "jvp_of_operations_without_forward_mode-pdist <2.15",
         ),
         (
-            forward_overrides(by_formula(formulas.cdist), torch.cdist),
-            forward_overrides(by_formula(formulas.pdist), functional.pdist),
+            forward_overrides(by_formula(formulas.cdist, ("cpu", "cuda")), torch.cdist),
+            forward_overrides(by_formula(formulas.pdist, ("cuda",)), functional.pdist),
         ),
     ),
     Fix(
@@ -183,11 +203,29 @@ FIXES = (
         ("jvp_of_jvp_of_normalisations",),
         (
             forward_overrides(
-                inside_transforms(by_formula(formulas.layer_norm)), functional.layer_norm, torch.layer_norm
+                inside_transforms(by_formula(formulas.layer_norm, ("cuda",))),
+                functional.layer_norm,
+                torch.layer_norm,
             ),
             forward_overrides(inside_transforms(by_formula(formulas.batch_norm)), functional.batch_norm),
             forward_overrides(
                 inside_transforms(by_formula(formulas.instance_norm)), functional.instance_norm
+            ),
+        ),
+    ),
+    Fix(
+        "third_derivatives_of_norms",
+        "third derivatives of layer_norm, batch_norm, instance_norm",
+        "mean and deviation are taken for constants, in pure reverse mode",
+        "the pullback of the pullback's node is a formula, where it makes a graph",
+        ("third_derivatives_of_normalisations",),
+        (
+            (
+                hooks.node_pullbacks,
+                {
+                    "NativeLayerNormBackwardBackward0": norm_pullbacks.of_layer_norm,
+                    "NativeBatchNormBackwardBackward0": norm_pullbacks.of_batch_norm,
+                },
             ),
         ),
     ),
@@ -204,7 +242,25 @@ FIXES = (
         (
             forward_overrides(inside_transforms(by_formula(formulas.hardsigmoid)), functional.hardsigmoid),
             forward_overrides(
-                inside_transforms(by_formula(formulas.soft_margin_loss)), functional.soft_margin_loss
+                inside_transforms(by_formula(formulas.soft_margin_loss, ("cpu", "cuda"))),
+                functional.soft_margin_loss,
+            ),
+        ),
+    ),
+    Fix(
+        "writes_in_place",
+        "mvlgamma, hinge_embedding_loss",
+        "an error in vmap of vmap of forward mode: torch writes in place to a tensor that has fewer batches",
+        "a formula, inside other transforms",
+        ("hessians_by_columns_per_sample",),
+        (
+            forward_overrides(
+                inside_transforms(by_formula(formulas.mvlgamma)),
+                *(Tensor.mvlgamma, torch.mvlgamma, torch.special.multigammaln),
+            ),
+            forward_overrides(
+                inside_transforms(by_formula(formulas.hinge_embedding_loss, ("cpu", "cuda"))),
+                functional.hinge_embedding_loss,
             ),
         ),
     ),
@@ -221,6 +277,20 @@ FIXES = (
         ),
     ),
     Fix(
+        "functions_in_python",
+        "multi_head_attention_forward, triplet_margin_with_distance_loss",
+        "torch hands them to a function mode as a whole: overrides of what they call are not seen",
+        "their bodies run inside forward mode's function mode",
+        ("attention_with_dropout_in_an_encoder_layer", "jvp_of_jvp_inside_a_triplet_loss"),
+        (
+            forward_overrides(
+                body_in_forward_mode,
+                functional.multi_head_attention_forward,
+                functional.triplet_margin_with_distance_loss,
+            ),
+        ),
+    ),
+    Fix(
         "fused_attention",
         "scaled_dot_product_attention, MultiheadAttention, TransformerEncoderLayer",
         "the fused kernels have a gradient, but neither a second derivative nor forward mode",
@@ -230,10 +300,47 @@ FIXES = (
             "hessians_of_attention_modules",
         ),
         (
-            (hooks.higher_order, {"eager": plain_attention}),
+            (hooks.higher_order, {"attention": plain_attention}),
             (hooks.higher_order_traced, {"make": partial(sdpa_kernel, SDPBackend.MATH)}),
         ),
         issue="pytorch#128971",
+    ),
+    Fix(
+        "compiled_functions",
+        "functions made by torch.compile, called inside a transform",
+        "no second derivative, or zeros; in forward mode the fixes of this table are not seen",
+        "they run uncompiled, wherever more than a gradient may be asked for, in this thread alone",
+        ("compiled_functions_inside",),
+        ((hooks.higher_order, {"compiled": _torch.uncompiled}),),
+    ),
+    Fix(
+        "control_flow",
+        "torch.cond, while_loop, scan, map, associative_scan, flex_attention",
+        "zeros in forward mode and for second derivatives, or an error",
+        "the branch and the loop themselves, inside transforms",
+        ("derivatives_of_control_flow",),
+        ((hooks.control_flow, control_flow.FORMULAS),),
+    ),
+    Fix(
+        "compiled_pullbacks",
+        "Jacobians of functions made by torch.compile",
+        "an error: a compiled pullback cannot be batched",
+        "Jacobians pull their rows one by one; another batch of cotangents is an error",
+        ("jacrev_of_a_compiled_function",),
+        (
+            (
+                hooks.pull_policies["one cotangent at a time"],
+                {"CompiledFunctionBackward": "a function made by torch.compile"},
+            ),
+        ),
+    ),
+    Fix(
+        "recurrent_layers",
+        "LSTM, GRU, RNN and their cells",
+        "no batching rule, or a write in place to a state without a batch",
+        "a formula under vmap: steps in time, one after the other",
+        ("gradients_of_recurrent_layers_per_sample",),
+        (batch_overrides(recurrent.FORMULAS),),
     ),
     Fix(
         "batched_pulls",
@@ -316,7 +423,7 @@ FIXES = (
                 dict.fromkeys(
                     (
                         *(Tensor.cholesky, torch.cholesky, torch.linalg.cholesky, torch.linalg.cholesky_ex),
-                        functional.embedding,
+                        *(torch.linalg.eigh, torch.linalg.eigvalsh, functional.embedding),
                     )
                 ),
             ),

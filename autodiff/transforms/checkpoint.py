@@ -14,8 +14,9 @@ from autodiff import _torch
 from autodiff.core import randomness, trees
 from autodiff.core.call import Lift, is_differentiable, refilled, spread, wraps
 from autodiff.core.forward import push
-from autodiff.core.reverse import recording_once
-from autodiff.core.rules import Rules, attach, inplace_counts, is_tracked, rerecord
+from autodiff.core.reverse import rerecord
+from autodiff.core.rules import Rules, attach, inplace_counts, is_tracked
+from autodiff.core.tape import recording_once
 from autodiff.errors import CaptureError, InPlaceError
 from autodiff.types import P, R
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
-from typing import Any, Generic, TypeAlias, overload
+from typing import Any, Generic, NoReturn, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -20,13 +20,15 @@ from autodiff._torch import traced_inline_only
 from autodiff.core import randomness, trees
 from autodiff.core.call import is_differentiable, spread, wraps
 from autodiff.core.rules import Rules, attach, inplace_counts, is_tracked
+from autodiff.core.seeds import generic_vector
 from autodiff.core.specs import TensorSpec
-from autodiff.core.transpose import transposed
+from autodiff.core.transpose import LinearityCheck, transposed
 from autodiff.core.trees import Spec
 from autodiff.transforms import custom_checks
 from autodiff.types import NondiffArgnums, P, R
 
 Vectors: TypeAlias = Sequence[Tensor | None]
+Linear: TypeAlias = Callable[[Sequence[Tensor]], Vectors]
 
 
 @overload
@@ -45,8 +47,8 @@ def custom_vjp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffA
     tree for each differentiated argument, like that argument, with None for zero in place of a leaf or of a
     whole tree. Where no derivative is asked for, ``func`` itself runs.
 
-    Forward mode transposes ``bwd``, which has to be linear in the cotangent then. A second derivative
-    differentiates ``bwd``, and runs ``fwd`` once more in order to differentiate the residuals.
+    Forward mode transposes ``bwd``, which has to be linear in the cotangent then, and is checked. A second
+    derivative differentiates ``bwd``, and runs ``fwd`` once more in order to differentiate the residuals.
 
     >>> import torch
     >>> import autodiff as ad
@@ -68,8 +70,8 @@ def custom_vjp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffA
 
     Raises:
         RuleError: when it is called or differentiated: there is no rule yet; a rule returns another structure,
-            shape or dtype; ``func`` writes in place to an argument that is differentiated, or reaches a
-            differentiated tensor that is no argument, or one in ``nondiff_argnums``.
+            shape or dtype, or is transposed and not linear; ``func`` writes in place to an argument that is
+            differentiated, or reaches a differentiated tensor that is no argument, or one in ``nondiff_argnums``.
         ArgnumsError: ``nondiff_argnums`` names no parameter.
 
     The interface is that of ``jax.custom_vjp``.
@@ -95,7 +97,7 @@ def custom_jvp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffA
     The decorated function gets its rule from ``defjvp(rule)``, also usable as a decorator.
     ``rule(*nondiff, primals, tangents)`` takes two tuples with a tree for each differentiated argument, and
     returns the output and its tangent, a tree like the output with None for zero. The rule has to be linear in
-    the tangents: reverse mode transposes it.
+    the tangents: reverse mode transposes and checks it.
 
     >>> import torch
     >>> import autodiff as ad
@@ -121,8 +123,8 @@ def custom_jvp(func: Callable[..., Any] | None = None, nondiff_argnums: NondiffA
 
     Raises:
         RuleError: when it is called or differentiated: there is no rule yet; a rule returns another structure,
-            shape or dtype; ``func`` writes in place to an argument that is differentiated, or reaches a
-            differentiated tensor that is no argument, or one in ``nondiff_argnums``.
+            shape or dtype, or is transposed and not linear; ``func`` writes in place to an argument that is
+            differentiated, or reaches a differentiated tensor that is no argument, or one in ``nondiff_argnums``.
         ArgnumsError: ``nondiff_argnums`` names no parameter.
 
     The interface is that of ``jax.custom_jvp``.
@@ -149,6 +151,7 @@ class Custom(ABC, Generic[P, R]):
             self._signature = None
         parameters = {} if self._signature is None else self._signature.parameters
         more = self._signature is None or any(one.kind is one.VAR_POSITIONAL for one in parameters.values())
+        self._was_linear = False
         self.nondiff = custom_checks.nondiff_argnums(self.name, nondiff_argnums, list(parameters), more=more)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -168,6 +171,17 @@ class Custom(ABC, Generic[P, R]):
     @abstractmethod
     def _differentiated(self, custom_call: CustomCall) -> R:
         """The output, tied to the arguments by the rule."""
+
+    def transposed(self, rule: Linear, point: Sequence[Tensor]) -> Callable[[Vectors], Vectors]:
+        """The transpose of a rule, checked the first time in any case: Python's branches leave no trace in a graph."""
+
+        def refuse() -> NoReturn:
+            self._was_linear = False
+            custom_checks.raise_nonlinear_rule(self.name, self.shown)
+
+        check = LinearityCheck(refuse, unless_shown=self._was_linear)
+        self._was_linear = True
+        return transposed(rule, point, check)
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         if self._signature is None:
@@ -260,22 +274,18 @@ class Output:
         self.where = [i for i, leaf in enumerate(self.leaves) if is_differentiable(leaf)]
         if any(is_tracked(leaf) for leaf in self.leaves if isinstance(leaf, Tensor)):
             custom_checks.raise_captured_tensor(custom.name, custom.shown)
-        self._specs = [TensorSpec.of(self.leaves[i]) for i in self.where]
-
-    def zeros(self) -> list[Tensor]:
-        """A zero vector for each differentiated leaf."""
-        return [spec.full(0.0) for spec in self._specs]
+        self.specs = [TensorSpec.of(self.leaves[i]) for i in self.where]
 
     def cotangent(self, vectors: Vectors) -> Any:
         """A tree like the output: zeros for None, None where the output is not differentiated."""
-        pairs = zip(vectors, self.zeros(), strict=True)
-        filled = [zero if vector is None else vector for vector, zero in pairs]
+        pairs = zip(vectors, self.specs, strict=True)
+        filled = [spec.full(0.0) if vector is None else vector for vector, spec in pairs]
         return trees.unflatten(self.spec, spread(filled, self.where, self.spec.num_leaves))
 
     def tangents(self, tree: Any) -> list[Tensor | None]:
         """What a rule gave for the output, as one tangent for each differentiated leaf."""
         leaves = _like(self._custom, "tangent", tree, self.spec, "output")
-        pairs = zip(self.where, self._specs, strict=True)
+        pairs = zip(self.where, self.specs, strict=True)
         return [_vector(self._custom, "tangent", leaves[i], spec, self.spec, i) for i, spec in pairs]
 
     def tied(self, rules: Rules, saved: Sequence[Tensor]) -> Any:
@@ -343,6 +353,9 @@ class _ByPullback(Rules):
         self._where = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.residuals: list[Tensor] = [self._leaves[i].detach() for i in self._where]
 
+    def user_code(self) -> Sequence[Any]:
+        return self._custom.fwd, self._custom.bwd
+
     def pull(self, saved: Sequence[Tensor], cotangents: Vectors, wanted: Sequence[bool]) -> Vectors:
         del wanted  # JAX's rules give all
         assert self._custom.bwd is not None
@@ -362,7 +375,8 @@ class _ByPullback(Rules):
 
     def push(self, saved: Sequence[Tensor], tangents: Vectors) -> Vectors:
         pull = partial(self.pull, saved, wanted=[True] * len(saved))
-        return transposed(pull, self._output.zeros())(tangents)
+        point = [generic_vector(spec) for spec in self._output.specs]
+        return self._custom.transposed(pull, point)(tangents)
 
 
 class CustomJvp(Custom[P, R]):
@@ -390,7 +404,8 @@ class CustomJvp(Custom[P, R]):
             for one, tangent in zip(rules, tangents, strict=True):
                 if one is not None:
                     moved = _like(self, "tangent", one(tangent, output, *primals), spec, "output")
-                    total = [_add_or_none(a, b) for a, b in zip(total, moved, strict=True)]
+                    pairs = zip(total, moved, strict=True)
+                    total = [b if a is None else a if b is None else a + b for a, b in pairs]
             return output, trees.unflatten(spec, total)
 
         self.rule = rule
@@ -406,6 +421,9 @@ class _ByPushforward(Rules):
     def __init__(self, custom: CustomJvp[..., Any], custom_call: CustomCall, output: Output) -> None:
         self._custom, self._custom_call, self._output = custom, custom_call, output
 
+    def user_code(self) -> Sequence[Any]:
+        return (self._custom.rule,)
+
     def push(self, saved: Sequence[Tensor], tangents: Vectors) -> Vectors:
         assert self._custom.rule is not None
         nondiff, primals = self._custom_call.parts(saved)
@@ -417,10 +435,6 @@ class _ByPushforward(Rules):
     def pull(self, saved: Sequence[Tensor], cotangents: Vectors, wanted: Sequence[bool]) -> Vectors:
         del wanted  # a rule for tangents is transposed as a whole
         count = len(self._custom_call.where)
-        origin = [torch.zeros_like(tensor) for tensor in saved[:count]]
-        pulled = transposed(partial(self.push, saved), origin)(cotangents)
+        point = [generic_vector(tensor) for tensor in saved[:count]]
+        pulled = self._custom.transposed(partial(self.push, saved), point)(cotangents)
         return [*pulled, *[None] * (len(saved) - count)]
-
-
-def _add_or_none(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return other if one is None else one if other is None else one + other

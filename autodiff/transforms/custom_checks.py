@@ -109,6 +109,19 @@ def raise_wrong_rule_leaf(
     )
 
 
+def raise_nonlinear_rule(name: str, func: str) -> NoReturn:
+    rule, vector, mode, other, instead = (
+        ("bwd", "cotangent", "forward mode", "custom_jvp", "reverse mode")
+        if name == "custom_vjp"
+        else ("rule", "tangents", "reverse mode", "custom_vjp", "forward mode")
+    )
+    raise RuleError(
+        f"{name}: {mode} transposes the {rule} of {func}, which does not act as a linear function of the {vector}. "
+        f"Expected no branch and no bound that depends on the {vector}, and a solver that converges for each. Write "
+        f"such a {rule}, give one for {mode} by {other}, or use {instead}."
+    )
+
+
 def raise_captured_tensor(name: str, func: str) -> NoReturn:
     raise RuleError(
         f"{name}: {func} captures a tensor that is differentiated, but is not an argument of it, so that no rule "

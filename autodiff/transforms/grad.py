@@ -222,7 +222,7 @@ def differentiate(
     call = Call(name, func, args, kwargs, argnums, has_aux, wrt)
     if holomorphic:
         checks.holomorphic_dtypes(name, call.primals, holomorphic, "inputs")
-    tape = record(call.evaluate, call.primals)
+    tape = record(call.evaluate, call.primals, origin=func)
     checks.scalar_output(name, call.out_spec, tape.outputs, holomorphic)
     (value,) = tape.outputs
     pulled = tape.pull([torch.ones_like(value)])

@@ -17,8 +17,9 @@ from autodiff.core.chunks import Sizes
 from autodiff.core.forward import push
 from autodiff.core.linearization import Linearization, derivative, gradient, linearize, linearize_derivative
 from autodiff.core.products import Blocks
-from autodiff.core.reverse import FlatFunction, Tape, lifted_by
+from autodiff.core.reverse import lifted_by
 from autodiff.core.seeds import StandardBasis
+from autodiff.core.tape import FlatFunction, Tape
 from autodiff.transforms.jacobian import Jacobian
 from autodiff.transforms.mode_combinations import Mode, first_supported
 from autodiff.types import A, Argnums, ChunkSize, HessianMode, HessianOptions, HvpMode, P, Trees, WithAux, Wrt
@@ -160,7 +161,7 @@ class Hessian(Jacobian):
     def linearization(self, call: Call) -> Linearization:
         """The Jacobian, evaluated once."""
         if self._inner_is_forward:
-            linearized = linearize(self.flat_function(call), call.primals)
+            linearized = linearize(self.flat_function(call), call.primals, origin=call.func)
         else:
             linearized = linearize_derivative(call, partial(self.first_derivative, call))
         self.check_dependence(call, linearized, partial(self.path_of_output, call))
@@ -273,7 +274,7 @@ def _product(
             checks.scalar_output("hvp", call.out_spec, pushed.outputs)
             return call.dense_tangents(pushed.outputs, pushed.tangents), [*pushed.outputs, *pushed.aux]
 
-        linearized = linearize(directional_derivative, call.primals)
+        linearized = linearize(directional_derivative, call.primals, origin=call.func)
         value, *aux = linearized.aux
         return value, linearized.vjp([torch.ones_like(linearized.outputs[0])], last=True), aux
     if outer == "forward":

@@ -26,8 +26,9 @@ from autodiff.core.products import (
     restricted_to_outputs,
 )
 from autodiff.core.randomness import remember_randomness
-from autodiff.core.reverse import FlatFunction, conjugated
+from autodiff.core.reverse import conjugated
 from autodiff.core.seeds import StandardBasis, size_of, zeros
+from autodiff.core.tape import FlatFunction
 from autodiff.types import (
     A,
     Argnums,
@@ -142,7 +143,9 @@ class Jacobian:
 
     def linearization(self, call: Call) -> Linearization:
         """That function, evaluated once."""
-        linearized = linearize(self.flat_function(call), call.primals, higher_order=self.mode == "auto")
+        linearized = linearize(
+            self.flat_function(call), call.primals, higher_order=self.mode == "auto", origin=call.func
+        )
         self.check_dependence(call, linearized, call.path_of_output)
         return linearized
 
@@ -160,7 +163,8 @@ class Jacobian:
         self, linearized: Linearization, primals: Sequence[Tensor], mode: JacobianMode, sizes: Sizes
     ) -> Blocks:
         """As `by_rows`: "auto" takes whichever needs fewer products. Traced, forward mode is here too; see `push`."""
-        if mode == "forward" or (mode == "auto" and size_of(primals) < size_of(linearized.outputs)):
+        fewer_inputs = mode == "auto" and size_of(primals) < size_of(linearized.outputs)
+        if mode == "forward" or (fewer_inputs and not linearized.is_differentiable_once()):
             pushforward = linearized.jvp()
 
             def pushed(tangents: Sequence[Tensor | None], *, last: bool) -> list[Tensor | None]:
@@ -244,6 +248,7 @@ def jacrev(
     holomorphic: bool = False,
     strict: bool = False,
     wrt: Wrt = None,
+    _preallocate_and_copy: bool = False,
 ) -> Callable[..., Any]:
     r"""Jacobian by reverse mode: one evaluation, then a pull for every number of the output.
 
@@ -277,6 +282,8 @@ def jacrev(
         ArgnumsError, LeafError: ``argnums`` or ``wrt`` does not fit the call, or selects nothing to differentiate.
         IndependenceError: ``strict`` and an output is independent of a leaf.
     """
+    # Code that wraps torch.func.jacrev passes it on. Chunks are always preallocated here.
+    del _preallocate_and_copy
     return Jacobian(
         name="jacrev",
         func=func,

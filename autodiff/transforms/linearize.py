@@ -39,7 +39,7 @@ def linearize(func: Callable[..., R], *primals: Any) -> tuple[R, Callable[..., R
         StructureError, ShapeError, DtypeError: tangents do not match the primals.
     """
     call = Call("linearize", func, primals, {}, None, has_aux=False)
-    linearized = linearize_flat(call.evaluate, call.primals, higher_order=True)
+    linearized = linearize_flat(call.evaluate, call.primals, higher_order=True, origin=func)
     checks.tensor_outputs("linearize", linearized.outputs, call.path_of_output)
 
     push = linearized.jvp()

@@ -49,7 +49,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, strict: 
         IndependenceError: ``strict`` and no output depends on a leaf.
     """
     call = Call("vjp", func, primals, {}, None, has_aux)
-    tape = record(call.evaluate, call.primals)
+    tape = record(call.evaluate, call.primals, origin=func)
     checks.tensor_outputs("vjp", tape.outputs, call.path_of_output)
 
     def pullback(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:

@@ -91,7 +91,7 @@ def vmap(
         kind = mapped.memory_signature()
         if kind not in learnt:
             learnt.clear()
-            learnt[kind] = sizes_for(chunk_size, mapped.leaves)
+            learnt[kind] = sizes_for(chunk_size, trees.leaves(mapped.leaves))
         return learnt[kind]
 
     @wraps(func)
@@ -170,21 +170,23 @@ class Mapped:
         copied.size = 1
         return copied
 
-    def mapped_leaves(self) -> list[Any]:
-        """The leaves that hold the samples, with the dimension where they are."""
-        return [[dim, leaf] for leaf, dim in zip(self.leaves, self.dims, strict=True) if dim is not None]
-
-    def shared_leaves(self) -> list[Any]:
-        """The leaves that all samples share."""
-        return [leaf for leaf, dim in zip(self.leaves, self.dims, strict=True) if dim is None]
+    def arguments(self, *, mapped: bool) -> Any:
+        """The arguments with what is mapped, or with what is shared; empty tensors stand for the others."""
+        pairs = zip(self.leaves, self.dims, strict=True)
+        kept = [
+            leaf.new_empty(0) if (dim is None) is mapped and isinstance(leaf, Tensor) else leaf
+            for leaf, dim in pairs
+        ]
+        return [self.dims, trees.unflatten(self._spec, kept)]
 
     def memory_signature(self) -> tuple[Any, ...]:
         """What the memory that one sample takes depends on: shapes without the batch, and dtypes."""
         pairs = zip(self.leaves, self.dims, strict=True)
         return tuple(
-            (leaf.dtype, *(size for at, size in enumerate(leaf.shape) if at != dim))
+            (tensor.dtype, *(size for at, size in enumerate(tensor.shape) if at != dim))
             for leaf, dim in pairs
-            if isinstance(leaf, Tensor)
+            for tensor in trees.leaves(leaf)
+            if isinstance(tensor, Tensor)
         )
 
     @traced_inline_only
@@ -215,12 +217,12 @@ class Mapped:
     def of_samples(self, start: int, stop: int, randomness: Randomness) -> list[Any]:
         """The leaves of the results of samples ``start`` to ``stop``, in one batch."""
         count = stop - start
-        pieces = self.leaves if count == self.size else self._each(Tensor.narrow, start, count)
+        pieces = self.leaves if count == self.size else self._each(batch.narrow, start, count)
         return batch.run(self._call, pieces, self.dims, count, randomness, self._destinations)
 
     def sample(self, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of one sample."""
-        args, kwargs = trees.unflatten(self._spec, self._each(Tensor.select, index))
+        args, kwargs = trees.unflatten(self._spec, self._each(batch.select, index))
         return args, kwargs
 
     def run_by_sample(self, randomness: Randomness) -> Any:
@@ -234,7 +236,7 @@ class Mapped:
             if randomness == "same":
                 set_random_state(state)
             self._where = f"sample {sample}"
-            results = self._call(self._each(Tensor.select, sample))
+            results = self._call(self._each(batch.select, sample))
             if randomness == "error" and has_drawn(state):
                 set_random_state(state)
                 batching.raise_random_numbers_drawn(self._name)
@@ -253,12 +255,12 @@ class Mapped:
 
     def _call(self, leaves: Sequence[Any]) -> list[Any]:
         args, kwargs = trees.unflatten(self._spec, leaves)
-        results, self.out_spec = trees.flatten(self._func(*args, **kwargs))
+        results, self.out_spec = trees.flatten(self._func(*args, **kwargs), batches=True)
         if self._consistency is not None:
             results, self.out_spec = self._consistency.match(results, self.out_spec, self._where)
         return results
 
-    def _each(self, part: Callable[..., Tensor], *of_dim: int) -> list[Any]:
+    def _each(self, part: Callable[..., Any], *of_dim: int) -> list[Any]:
         pairs = zip(self.leaves, self.dims, strict=True)
         return [leaf if dim is None else part(leaf, dim, *of_dim) for leaf, dim in pairs]
 
@@ -276,7 +278,7 @@ class Mapped:
         wanted = self._broadcast_out_dims()
         self.out_dims = []
         for position, (result, dim) in enumerate(zip(results, wanted, strict=True)):
-            if not isinstance(result, Tensor):
+            if not isinstance(result, Tensor) and not trees.hides_batches(result):
                 self.out_dims.append(None)
                 continue
             dims = result.dim() + 1
@@ -306,7 +308,7 @@ def _batched_leaves(
     batching.in_dims_type(name, in_dims)
     if not args and not kwargs:
         batching.raise_no_inputs(name)
-    leaves, spec = trees.flatten((args, kwargs))
+    leaves, spec = trees.flatten((args, kwargs), batches=True)
     args_spec, kwargs_spec = spec.children()
     if isinstance(in_dims, dict):
         positions, named = _by_name(name, func, in_dims, args, kwargs)
@@ -323,13 +325,16 @@ def _batched_leaves(
     alone = [child.is_leaf() for child in args_spec.children() for _ in range(child.num_leaves)]
     alone += [False] * len(of_kwargs)
     pairs = zip(where, leaves, [*of_args, *of_kwargs], alone, strict=True)
-    for path, leaf, (dim, exact), argument in pairs:
+    for position, (path, leaf, (dim, exact), argument) in enumerate(pairs):
         # A number or string inside a tree that one in_dim stands for is the same for all samples; as
         # an argument of its own it is a mistake.
         top = argument and not isinstance(in_dims, dict)
-        if not isinstance(leaf, Tensor) and not exact and not top:
-            dims.append(None)
-            continue
+        if not isinstance(leaf, Tensor):
+            if trees.hides_batches(leaf):
+                leaves[position] = leaf = batch.container_with_dim(leaf, dim)  # noqa: PLW2901
+            elif not exact and not top:
+                dims.append(None)
+                continue
         batching.in_dim(name, in_dims, path, dim, leaf)
         dims.append(dim if dim is None else dim % leaf.dim())
     return leaves, dims, spec, where

@@ -11,6 +11,7 @@ import dataclasses
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optree
@@ -20,8 +21,12 @@ from torch import Tensor, overrides
 from torch._C import _functorch
 from torch._C._dynamo import eval_frame
 from torch._functorch import autograd_function, eager_transforms, predispatch, pyfunctorch
+from torch._functorch import vmap as torch_vmap
+from torch._subclasses import FakeTensorMode
 from torch.autograd import Variable, forward_ad
 from torch.autograd import graph as autograd_graph
+from torch.autograd.function import once_differentiable
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.torch_version import TorchVersion
 from torch.utils import _pytree as torch_pytree
@@ -67,11 +72,21 @@ CONTRACTS = {
     "forward_ad.enter_dual_level": "test_one_dual_level_per_process_by_a_global",
     "torch._C._exit_dual_level": "test_one_dual_level_per_process_by_a_global",
     "forward_ad._maybe_load_decompositions": "test_loading_forward_rules_is_what_warns",
+    "forward_ad.make_dual": "test_torch_func_wraps_tensors_by_names_that_others_replace",
+    "eager_transforms._wrap_tensor_for_grad": "test_torch_func_wraps_tensors_by_names_that_others_replace",
+    "torch_vmap._add_batch_dim": "test_torch_func_wraps_tensors_by_names_that_others_replace",
+    "operator._op_dk": "test_operation_can_be_run_otherwise_inside_levels",
+    "torch._ops": "test_operation_can_be_run_otherwise_inside_levels",
     "eager_transforms.JVP_NESTING": "test_torch_func_jvp_enters_a_level_only_when_it_is_the_first",
     "torch._C._set_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._is_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._set_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
+    "torch._C._get_dispatch_mode": "test_tracers_and_fake_tensors_are_modes_of_their_own",
+    "torch._C._TorchDispatchModeKey": "test_tracers_and_fake_tensors_are_modes_of_their_own",
     "torch._dynamo": "test_graph_can_be_broken_with_words",
+    "operator._dispatch_cache": "test_kernels_of_higher_order_operators_are_in_tables",
+    "torch._C._len_torch_dispatch_stack": "test_stack_of_dispatch_modes_has_a_length",
+    "tracer._stance": "test_stance_is_asked_at_every_call_of_a_compiled_function",
     "eval_frame._FrameAction": "test_code_can_be_kept_from_being_compiled_alone",
     "eval_frame._FrameExecStrategy": "test_code_can_be_kept_from_being_compiled_alone",
     "eval_frame.set_code_exec_strategy": "test_code_can_be_kept_from_being_compiled_alone",
@@ -88,6 +103,10 @@ CONTRACTS = {
     "tensor._version": "test_writes_are_counted",
     "tensor._is_zerotensor": "test_zeros_without_memory_are_told",
     "node._input_metadata": "test_nodes_know_the_shapes_of_their_cotangents",
+    "node._sequence_nr": "test_nodes_are_numbered_in_the_order_of_their_making",
+    "torch._C._autograd": "test_nodes_are_numbered_in_the_order_of_their_making",
+    "node._forward_cls": "test_nodes_of_functions_know_their_class",
+    "torch._debug_has_internal_overlap": "test_overlap_is_seen",
     "torch_pytree._private_register_pytree_node": "test_torchs_own_trees_learn_a_class",
     "torch_pytree.SUPPORTED_NODES": "test_torchs_registry_holds_its_dataclasses",
     "_python_dispatch.TorchDispatchMode": "test_dispatch_mode_sees_operations_beneath_transforms",
@@ -294,6 +313,26 @@ def test_modes_are_switched_without_context_managers() -> None:
         torch._C._set_fwd_grad_enabled(True)
 
 
+@pytest.mark.parametrize(("mode", "fake"), [("real", False), ("fake", True)])
+def test_tracers_and_fake_tensors_are_modes_of_their_own(mode: str, fake: bool) -> None:
+    """_get_dispatch_mode(key) says whether numbers can be looked at: not while make_fx traces, nor of fake tensors."""
+    keys = torch._C._TorchDispatchModeKey
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.extend(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
+        return x * 2
+
+    look(X)
+    make_fx(look, tracing_mode=mode)(X)
+    assert seen == [False, False, True, fake]
+    assert _torch.computes_numbers([X])
+    assert not _torch.computes_numbers([X.to("meta")])
+    with FakeTensorMode():
+        fake_tensor = torch.ones(2)
+    assert not _torch.computes_numbers([fake_tensor])
+
+
 def test_dual_tensors_are_made_and_opened() -> None:
     """_VF._make_dual and _VF._unpack_dual take the level as an argument and give None for no tangent."""
     with forward_ad.dual_level():
@@ -462,6 +501,58 @@ def test_graph_can_be_broken_with_words() -> None:
     torch.compiler.reset()
 
 
+def test_stance_is_asked_at_every_call_of_a_compiled_function() -> None:
+    """torch._dynamo.eval_frame._stance is a global, whose ``stance`` decides whether the call is compiled."""
+    graphs: list[Any] = []
+    compiled = torch.compile(
+        torch.sin, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True
+    )
+    tracer: Any = torch._dynamo.eval_frame
+    before = tracer._stance
+    tracer._stance = SimpleNamespace(stance="force_eager", skip_guard_eval_unsafe=False, backend=None)
+    try:
+        assert torch.equal(compiled(X), X.sin())
+        assert graphs == []
+        tracer._stance.stance = "default"
+        compiled(X)
+    finally:
+        tracer._stance = before
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+def test_kernels_of_higher_order_operators_are_in_tables() -> None:
+    """``py_kernels`` and ``functorch_table`` are asked by dispatch key and by transform, unless the cache knows."""
+    operator: Any = torch.ops.higher_order.cond
+    key = torch._C.DispatchKey.Autograd
+    assert {key, torch._C.DispatchKey.CompositeExplicitAutograd} <= set(operator.py_kernels)
+    before, levels = operator.py_kernels[key], dict(operator.functorch_table)
+    operator.py_kernels[key] = lambda *_: "a kernel"
+    operator.functorch_table[_functorch.TransformType.Grad] = lambda *_: X
+    operator._dispatch_cache.clear()
+    try:
+        assert operator(torch.tensor(True), torch.sin, torch.cos, (X,)) == "a kernel"
+        seen = torch.func.grad(
+            lambda x: (operator(torch.tensor(True), torch.sin, torch.cos, (x,)) * x).sum()
+        )(X)
+    finally:
+        operator.py_kernels[key] = before
+        operator.functorch_table.clear()
+        operator.functorch_table.update(levels)
+        operator._dispatch_cache.clear()
+    assert torch.equal(seen, X)
+
+
+def test_stack_of_dispatch_modes_has_a_length() -> None:
+    """_len_torch_dispatch_stack() counts the tracers' own modes too."""
+    count = torch._C._len_torch_dispatch_stack
+    assert count() == 0
+    with _torch.DispatchMode():
+        assert count() == 1
+    with torch._subclasses.FakeTensorMode():
+        assert count() == 1
+
+
 def test_saved_tensor_hooks_can_be_forbidden() -> None:
     """disable_saved_tensors_hooks(message) makes a hook inside a level an error with our words."""
     with (
@@ -538,6 +629,23 @@ def test_nodes_know_the_shapes_of_their_cotangents() -> None:
     assert (tuple(metadata.shape), metadata.dtype) == ((3,), torch.float64)
 
 
+def test_nodes_of_norms_show_what_they_saved() -> None:
+    """The pullback of layer_norm's pullback has grad_out, input, rstd; its inputs are six, in this order."""
+    x, weight, bias = (
+        torch.randn(2, 3).requires_grad_(),
+        X.float().requires_grad_(),
+        X.float().requires_grad_(),
+    )
+    norm = torch.nn.functional.layer_norm(x, (3,), weight, bias)
+    (slope,) = torch.autograd.grad(norm, x, torch.ones(2, 3, requires_grad=True), create_graph=True)
+    node = slope.grad_fn
+    assert type(node).__name__ == "NativeLayerNormBackwardBackward0"
+    assert [parent is not None for parent, _ in node.next_functions] == [True, True, False, False, True, True]
+    saved = [_torch.saved_by(node, name) for name in ("grad_out", "input", "rstd", "weight")]
+    assert [tuple(one.shape) for one in saved] == [(2, 3), (2, 3), (2, 1), (3,)]
+    assert saved[1] is x
+
+
 def test_torch_registers_its_classes_with_optree_under_its_namespace() -> None:
     """torch.utils._cxx_pytree puts torch's own containers into optree's namespace "torch"."""
     result = torch.max(X, 0)
@@ -573,6 +681,106 @@ def test_dispatch_mode_sees_operations_beneath_transforms() -> None:
     assert shapes["aten::cos"] == (5, 3)
 
 
+def test_nodes_are_numbered_in_the_order_of_their_making() -> None:
+    """Older nodes have smaller numbers, and the thread tells the next one; a leaf's node has the largest there is."""
+    x = X.clone().requires_grad_()
+    first = (x * 2).grad_fn
+    following = torch._C._autograd._get_sequence_nr()
+    second = (x * 3).grad_fn
+    assert first is not None
+    assert second is not None
+    assert first._sequence_nr() < following <= second._sequence_nr()  # type: ignore[attr-defined]
+    assert second.next_functions[0][0]._sequence_nr() > 2**60  # type: ignore[union-attr]
+
+
+def test_nodes_of_functions_know_their_class() -> None:
+    """_forward_cls is the user's Function; inside a level it is one of torch's, whose backward encloses the user's."""
+    seen = []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return 2 * g
+
+    def func(x: Tensor) -> Tensor:
+        y = Double.apply(x)
+        seen.append(y.grad_fn)
+        return y.sum()
+
+    func(X.clone().requires_grad_())
+    torch.func.grad(func)(X)
+    assert seen[0]._forward_cls is Double
+    assert not issubclass(seen[1]._forward_cls, torch.autograd.Function)
+    assert [_torch.user_function(node) for node in seen] == [Double, Double]
+    assert all(map(_torch.is_differentiable_once, seen))
+
+
+def test_hooks_are_counted() -> None:
+    """Every hook on a tensor or a node takes a number: so it is noticed that a function registers one."""
+    y = X.clone().requires_grad_() * 2
+    assert y.grad_fn is not None
+    before = _torch.hooks_registered()
+    y.register_hook(lambda g: g)
+    y.grad_fn.register_hook(lambda inputs, outputs: None)
+    y.grad_fn.register_prehook(lambda outputs: None)
+    assert _torch.hooks_registered() == before + 3
+
+
+def test_overlap_is_seen() -> None:
+    """_debug_has_internal_overlap is 0 where elements cannot share memory, and not 0 where they may."""
+    overlaps = [X, X.unfold(0, 2, 1), X.expand(2, 3), torch.ones(3, 4).t()]
+    assert [torch._debug_has_internal_overlap(x) != 0 for x in overlaps] == [False, True, True, False]
+
+
+def test_torch_func_wraps_tensors_by_names_that_others_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package whose subclass of Tensor is to keep its class replaces these three, as PyPose does."""
+    seen = []
+
+    def watched(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, replacement)
+
+    watched(torch_vmap, "_add_batch_dim")
+    watched(eager_transforms, "_wrap_tensor_for_grad")
+    watched(forward_ad, "make_dual")
+    torch.func.vmap(torch.sin)(X)
+    torch.func.grad(torch.sum)(X)
+    torch.func.jvp(torch.sin, (X,), (X,))
+    assert seen[0] == "_add_batch_dim"
+    assert {"_wrap_tensor_for_grad", "make_dual"} <= set(seen)
+
+
+def test_operation_can_be_run_otherwise_inside_levels() -> None:
+    """A kernel for FuncTorchDynamicLayerFrontMode is asked inside levels alone, for an operation that torch composes."""
+    seen = []
+
+    def other(args: tuple[Any, ...]) -> Any:
+        seen.append(args)
+        return None if args[1] == 0 else lambda x, dim: x.movedim(0, dim)
+
+    # An operation that nothing else in these tests uses.
+    _torch.inside_levels(torch.ops.aten.moveaxis.int, lambda args: other(args[:2]))
+    operator = torch.ops.aten.moveaxis.int
+    assert operator(torch.zeros(2, 3), 0, 1).shape == (3, 2)
+    assert not seen
+    assert torch.func.vmap(lambda x: operator(x, 0, 1))(torch.zeros(5, 2, 3)).shape == (5, 3, 2)
+    assert len(seen) == 1
+
+
 def private_names(tree: ast.AST) -> set[str]:
     """Dotted names in the file that begin with one of torch's private modules, or end in a private part."""
     roots = {
@@ -584,6 +792,7 @@ def private_names(tree: ast.AST) -> set[str]:
         "autograd_function",
         "autograd_graph",
         "torch_pytree",
+        "torch_vmap",
         "overrides",
         "eval_frame",
         "_python_dispatch",

@@ -105,3 +105,26 @@ def test_expanded_primal() -> None:
 def test_expanded_tangent() -> None:
     tangent = torch.ones((), dtype=torch.float64).expand(3)
     assert_close(ad.jvp(torch.sin, (X,), (tangent,))[1], X.cos())
+
+
+@pytest.mark.parametrize(
+    "overlapping",
+    [X.unfold(0, 2, 1), X.expand(2, 3), X.as_strided((2, 2), (1, 1)), X.new_ones(2, 1).expand(2, 3)],
+    ids=["unfold", "expand", "as_strided", "broadcast"],
+)
+@pytest.mark.parametrize(
+    "derivative", [ad.jacfwd, lambda f: ad.hessian(f, mode="forward-over-reverse"), ad.jacrev]
+)
+def test_elements_that_share_memory_have_tangents_of_their_own(
+    overlapping: Tensor, derivative: object
+) -> None:
+    def func(x: Tensor) -> Tensor:
+        return (x.sin() * x**2).sum()
+
+    actual = derivative(func)(overlapping)  # type: ignore[operator]
+    assert_close(actual, derivative(func)(overlapping.clone()))  # type: ignore[operator]
+    tangent = torch.linspace(-1, 1, overlapping.numel(), dtype=X.dtype).reshape(overlapping.shape)
+    pushed = ad.jvp(torch.sin, (overlapping,), (tangent,))[1]
+    assert_close(pushed, overlapping.cos() * tangent)
+    samples = overlapping.expand(2, *overlapping.shape)
+    assert_close(ad.vmap(lambda x: ad.jvp(torch.sin, (x,), (tangent,))[1])(samples)[1], pushed)

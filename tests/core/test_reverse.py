@@ -317,3 +317,55 @@ def test_parts_of_a_hessian_pull_one_row_at_a_time_where_torch_cannot_batch() ->
     assert_close(ad.hessian_trace(cubes)(x), diagonal.sum())
     assert_close(ad.hessian_eigenvalues(cubes, 2)(x), diagonal.sort(descending=True).values[:2])
     assert_close(ad.hessian_eigenvalues(cubes, 1, iterations=1)(x.repeat(30)[:4]), diagonal.max()[None])
+
+
+OUTSIDE: dict[str, Any] = {
+    "silu": functional.silu,
+    "mish": functional.mish,
+    "group_norm": lambda x: functional.group_norm(x.view(1, 2, 2), 1).flatten(),
+    "hardsigmoid": functional.hardsigmoid,
+    "cdist": lambda x: torch.cdist(x[:, None], x[:2, None] + 1).flatten(),
+    "mse_loss": lambda x: functional.mse_loss(x, x.detach() + 1)[None],
+    "a captured parameter": lambda x: functional.silu(x * CAPTURED),
+}
+CAPTURED = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_pullback_made_outside_is_linear_in_forward_mode(name: str) -> None:
+    """Whatever rules its operations have: the tangent of what it gives is what it gives of the tangent."""
+    x = torch.tensor([0.3, -1.2, 0.8, 2.1], dtype=torch.float64)
+    output, pullback = ad.vjp(OUTSIDE[name], x)
+    pull = lambda c: pullback(c)[0]
+    cotangent = torch.linspace(1, 2, output.numel()).double()
+    moved = cotangent.cos()
+    expected = pull(cotangent).detach(), pull(moved).detach()
+    pushed = ad.jvp(lambda c: 2 * pull(c), (cotangent,), (moved,))
+    assert_close([one.detach() / 2 for one in pushed], list(expected))
+    if name != "cdist":  # whose pullback cannot be batched
+        assert_close(ad.jacfwd(pull)(cotangent).detach() @ moved, expected[1])
+        batched = ad.vmap(lambda c, t: ad.jvp(pull, (c,), (t,)))(cotangent[None], moved[None])
+        assert_close([one[0].detach() for one in batched], list(expected))
+    if name == "a captured parameter":
+        slopes = [
+            torch.autograd.grad(one.sum(), CAPTURED, retain_graph=True)[0]
+            for one in (pushed[1] / 2, pull(moved))
+        ]
+        assert_close(*slopes)
+
+
+def test_pushforward_made_outside_is_linear_in_forward_mode() -> None:
+    x, t = torch.tensor([0.3, -1.2], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64)
+    _, pushforward = ad.linearize(lambda x: functional.mse_loss(x, torch.zeros_like(x)), x)
+    assert_close(ad.jvp(pushforward, (x,), (t,)), (x @ x, x @ t))
+
+
+def test_pullback_made_inside_a_forward_mode_carries_its_tangents() -> None:
+    def pulled(x: Tensor) -> Tensor:
+        _, pullback = ad.vjp(functional.silu, x)
+        return pullback(x)[0]
+
+    closed = lambda x: x * (x.sigmoid() * (1 + x * (1 - x.sigmoid())))
+    expected = torch.autograd.functional.jacobian(closed, X) @ T
+    assert_close(ad.jvp(pulled, (X,), (T,)), (closed(X), expected))

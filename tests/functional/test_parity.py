@@ -23,7 +23,6 @@ import torch
 import torch.autograd.functional as legacy
 from torch import Tensor
 
-import autodiff
 import autodiff.functional as ours
 from tests.functional.cases import CASES, build
 
@@ -180,14 +179,3 @@ def test_random_numbers_are_legacys_and_end_where_legacys_end(name, func):
     came, after_ours = outcome(ours, name, func, x, **keywords), torch.get_rng_state()
     assert_same(came, expected, forward=False)
     assert torch.equal(after_ours, after_legacy)
-
-
-@every_function
-def test_a_result_without_a_graph_is_as_constant_under_forward_mode_as_legacys(name):
-    x = torch.rand(3)
-    keywords = vector_for(name, x)
-
-    def moved(api):
-        return autodiff.jvp(lambda x: getattr(api, name)(cubes, x, **keywords), (x,), (x,))
-
-    assert_same(moved(ours), moved(legacy), forward=False)

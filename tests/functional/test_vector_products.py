@@ -202,3 +202,36 @@ def test_inputs_are_not_changed_and_not_marked(name):
     assert not x.requires_grad
     assert not vector.requires_grad
     assert x.grad is None
+
+
+def _hook_on_a_node(x):
+    y = x.sin() * x
+    weights = torch.arange(1.0, x.numel() + 1, dtype=x.dtype).reshape(x.shape)
+    y.grad_fn.register_hook(lambda inputs, outputs: tuple(one * weights for one in inputs))
+    return (y**2).sum()
+
+
+def _words_by_frequency(weights):
+    words = torch.tensor([0, 1, 1, 2])
+    rows = torch.nn.functional.embedding(words, weights, scale_grad_by_freq=True)
+    return ((rows * torch.arange(1.0, 13.0, dtype=rows.dtype).reshape(4, 3)) ** 3).sum()
+
+
+@pytest.mark.parametrize("func", [_hook_on_a_node, _words_by_frequency])
+@pytest.mark.parametrize("product", ["hvp", "vhp", "jvp"])
+def test_gradients_that_are_not_those_of_a_function_are_as_in_torch(func, product):
+    generator = torch.Generator().manual_seed(0)
+    x, v = (torch.randn(3, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    theirs = getattr(torch.autograd.functional, product)(func, x, v)
+    assert_close(getattr(functional, product)(func, x, v), theirs)
+
+
+def test_jvp_of_eigenvectors_is_as_in_torch_for_a_tangent_that_is_not_symmetric():
+    generator = torch.Generator().manual_seed(0)
+    x, v = (torch.randn(3, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    x = x + x.T
+
+    def func(a):
+        return torch.linalg.eigh(a).eigenvectors.abs() ** 3
+
+    assert_close(functional.jvp(func, x, v), torch.autograd.functional.jvp(func, x, v))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+import threading
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +25,6 @@ from autodiff.core.memory import Meter
 from autodiff.errors import DtypeError, OptionError, ResumeError
 from autodiff.samples import files
 from problems import W, outer, square
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 X = torch.arange(60.0).view(20, 3) / 10
 
@@ -380,3 +382,335 @@ def test_a_failing_run_keeps_what_it_has(tmp_path: Path, every_chunk_is_entered:
     with pytest.raises(ad.errors.SampleError, match="sample 13"):
         curvature(W, x, out=tmp_path / "h.npy")
     assert_close(torch.from_numpy(np.load(tmp_path / "h.npy"))[:12], outer(X)[:12])
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"a.b": 1, "a": {"b": 2}},
+        {"w": 1, "W": 2, "w~1": 3},
+        {"../outside": 1, "/absolute": 2, "..": 3, ".": 4, "a/b": 5, "a:b": 6, "a\0b": 7, "a\nb": 8},
+        {"": 1, "result": 2, "journal": 3},
+        {0: 1, 1: 2},
+        {"0": 1, "1": {"x" * 300: 2}, "2": {"x" * 301: 3}},
+        {("a", 1): 1, "\N{GREEK SMALL LETTER ALPHA}": 2, "e\N{COMBINING ACUTE ACCENT}": 3, "é": 4},
+        [1, (2, {"b": 3}), None],
+    ],
+    ids=["dots", "case", "outside", "empty", "ints", "long", "not ascii", "nested"],
+)
+def test_every_tensor_has_a_file_of_its_own(tree: Any, tmp_path: Path) -> None:
+    def func(x: Tensor) -> Any:
+        return torch.utils._pytree.tree_map(lambda number: number if number is None else x * number, tree)
+
+    folder = tmp_path / "inner" / "out"
+    expected = ad.per_sample(func)(X[:, 0])
+    result = ad.per_sample(func)(X[:, 0], out=folder)
+    assert_close(result, expected)
+    assert_close(ad.per_sample(func)(X[:, 0], out=folder), expected)
+    count = sum(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(expected))
+    assert len(contents(folder)) == count + 1
+    assert contents(folder).keys() == {
+        str(path.relative_to(tmp_path / "inner" / "out")) for path in folder.iterdir()
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["inner"]
+    assert len({name.lower() for name in contents(folder)}) == count + 1
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0"), (1, "1")])
+def test_keys_that_look_alike_are_not_the_same_run(number: int, text: str, tmp_path: Path) -> None:
+    keys: list[Any] = [number]
+    func = ad.per_sample(lambda x: {sys.modules[__name__].KEYS[0]: x})
+    sys.modules[__name__].KEYS = keys  # type: ignore[attr-defined]
+    func(X, out=tmp_path / "out")
+    keys[0] = text
+    with pytest.raises(ResumeError, match=r"other keys.*result\[0\]|other keys.*result\[1\]"):
+        func(X, out=tmp_path / "out")
+
+
+@pytest.mark.usefixtures("every_chunk_is_entered")
+@pytest.mark.parametrize("source", ["tensors", "loader"])
+@pytest.mark.parametrize("rows", [None, 1])
+def test_a_file_that_has_lost_its_end_is_refused(
+    source: str, rows: int | None, tmp_path: Path, stop_after: Any
+) -> None:
+    path = tmp_path / "h.npy"
+    options: dict[str, Any] = {"chunk_size": 3} if rows is None else {"row_chunk_size": rows}
+    curvature = ad.per_sample(ad.hessian(stopping), (None, 0), **options)
+
+    def run() -> Any:
+        return curvature(W, X if source == "tensors" else iter([X[:10], X[10:]]), out=path)
+
+    stop_after(2)
+    with pytest.raises(Interrupted):
+        run()
+    stop_after(10**9)
+    whole = path.read_bytes()
+    for size in (len(whole) - 1, 128, 127, 5, 0):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ResumeError, match=r"Remove it and its journal to begin anew"):
+            run()
+    other = np.zeros((20, 3, 3), dtype=np.float64)
+    np.save(path, other)
+    with pytest.raises(ResumeError, match=r"holds numbers of shape .* and dtype float64"):
+        run()
+    path.write_bytes(whole)
+    assert torch.equal(run(), torch.stack([ad.hessian(stopping)(W, x) for x in X]))
+
+
+def test_of_many_files_one_is_missing(tmp_path: Path, stop_after: Any, every_chunk_is_entered: None) -> None:
+    curvature = ad.per_sample(ad.hessian(lambda p, x: stopping(p[0], x) * p[1]), (None, 0), chunk_size=3)
+    stop_after(2)
+    with pytest.raises(Interrupted):
+        curvature((W, torch.ones(())), X, out=tmp_path / "h")
+    stop_after(10**9)
+    (tmp_path / "h" / "0.1.npy").unlink()
+    before = contents(tmp_path)
+    with pytest.raises(ResumeError, match=r"0.1.npy is missing"):
+        curvature((W, torch.ones(())), X, out=tmp_path / "h")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.usefixtures("every_chunk_is_entered")
+@pytest.mark.parametrize("source", ["tensors", "loader"])
+@pytest.mark.parametrize("target", ["h.npy", "h"])
+def test_whatever_happens_to_a_journal_the_result_is_right_or_refused(
+    target: str, source: str, tmp_path: Path, stop_after: Any
+) -> None:
+    def run(folder: Path) -> Any:
+        curvature = ad.per_sample(ad.hessian(stopping), (None, 0), chunk_size=3, on_error="nan")
+        return curvature(W, x if source == "tensors" else iter([x[:7], x[7:]]), out=folder / target)
+
+    x = X.clone()
+    x[[2, 9]] = float("nan")
+    journal = "h.npy.journal" if target == "h.npy" else "h/journal"
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    whole.mkdir()
+    expected = run(whole)
+    stop_after(5)
+    with pytest.raises(Interrupted):
+        run(torn)
+    stop_after(10**9)
+    text = (torn / journal).read_bytes()
+    first = text.index(b"\n") + 1
+    damages: list[tuple[bytes, bool]] = [(text[:size], size < first) for size in range(0, len(text), 41)]
+    damages += [
+        (text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :], at < first) for at in range(3, len(text), 67)
+    ]
+    damages += [
+        (text + b"\0" * 50, False),
+        (text + text, False),
+        (text[: len(text) // 2] + b"\0" * 4096, False),
+    ]
+    damages += [(b'{"a": 1}\n', True), (b"[1]\n\n", True), (b"precious", True), (b"\xff\xfe\n", True)]
+    damages += [(b'{"per_sample": 1, "run": {}, "files": ["h.npy"]}\n', True)]
+    for damaged, refused in damages:
+        copy = tmp_path / "copy"
+        shutil.copytree(torn, copy)
+        (copy / journal).write_bytes(damaged)
+        if refused:
+            before = contents(copy)
+            with pytest.raises(ResumeError, match=r"journal is damaged, of another version .* Remove both"):
+                run(copy)
+            assert contents(copy) == before
+        else:
+            assert torch.equal(run(copy).nan_to_num(7.0), expected.nan_to_num(7.0))
+            assert all(
+                (copy / name).read_bytes() == data
+                for name, data in contents(whole).items()
+                if not name.endswith("journal")
+            )
+        shutil.rmtree(copy)
+
+
+def test_a_journal_grows_with_what_it_tells(tmp_path: Path, every_chunk_is_entered: None) -> None:
+    """Every failure is entered once, and the state of random generators where it has changed."""
+
+    def journal_of(samples: int) -> int:
+        x = torch.full((samples,), float("nan"))
+        x[0] = 1.0
+        path = tmp_path / f"{samples}.npy"
+        run = ad.per_sample(torch.sin, chunk_size=2, on_error="nan", randomness="same")
+        run(x, out=path)
+        assert list(run.report.failed) == list(range(1, samples))
+        again = ad.per_sample(torch.sin, chunk_size=2, on_error="nan", randomness="same")
+        again(x, out=path)
+        assert again.report.failed == run.report.failed
+        return path.with_name(path.name + ".journal").stat().st_size
+
+    small, large = journal_of(200), journal_of(1000)
+    assert (large - small) / 800 < 120 + len("the result holds infinities or NaN")
+
+
+@pytest.mark.usefixtures("every_chunk_is_entered")
+@pytest.mark.parametrize("target", ["h.npy", "h"])
+@pytest.mark.parametrize("source", ["tensors", "loader"])
+def test_a_run_on_a_full_disk_resumes(source: str, target: str, tmp_path: Path) -> None:
+    """Every write in turn finds the disk full, and has written a part or nothing."""
+    run = ad.per_sample(ad.hessian(lambda p, x: stopping(p[0], x) * p[1]), (None, 0), chunk_size=8)
+    if target == "h.npy":
+        run = ad.per_sample(ad.hessian(stopping), (None, 0), chunk_size=8)
+    params: Any = W if target == "h.npy" else (W, torch.ones(()))
+
+    def batches() -> Any:
+        return X if source == "tensors" else iter([X[:9], X[9:]])
+
+    expected = run(params, batches())
+    write, open_of = io.FileIO.write, Path.open
+    left = 0
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            nonlocal left
+            if left == 0:
+                raise OSError(28, "No space left on device")
+            left -= 1
+            return write(self, data if left else memoryview(data)[: len(data) // 2])
+
+    def opened(self: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        return (
+            Full(self, mode.replace("b", ""))
+            if options.get("buffering") == 0
+            else open_of(self, mode, *args, **options)
+        )
+
+    for writes in range(40):
+        left = writes
+        path = tmp_path / str(writes) / target
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Path, "open", opened)
+            try:
+                run(params, batches(), out=path)
+                break
+            except OSError as error:
+                assert error.errno == 28  # noqa: PT017
+        assert_close(run(params, batches(), out=path), expected, rtol=0, atol=0)
+    assert writes > 5
+
+
+def test_a_second_run_that_learns_its_chunks_resumes(tmp_path: Path) -> None:
+    inner = ad.vmap(lambda x: x.sin(), chunk_size="auto")
+    run = ad.per_sample(inner)
+    first = run(X, out=tmp_path / "sin.npy")
+    assert torch.equal(run(X, out=tmp_path / "sin.npy"), first)
+    assert run.report.resumed_at == 20
+
+
+def test_the_structure_of_the_arguments_is_part_of_the_run(tmp_path: Path) -> None:
+    """Leaves in the same order under other names are other arguments."""
+    run = ad.per_sample(lambda p, x: p["a"] - p["b"] + x["c"], (None, 0))
+    one, two = torch.ones(()), torch.zeros(())
+    run({"a": one, "b": two}, {"c": X}, out=tmp_path / "d.npy")
+    with pytest.raises(ResumeError, match="other shared arguments"):
+        run({"b": one, "a": two}, {"c": X}, out=tmp_path / "d.npy")
+    sums = ad.per_sample(lambda x: x["a"] - 2 * x["b"])
+    batches = [{"a": X, "b": X + 1}, {"a": X + 2, "b": X + 3}]
+    sums(iter(batches), out=tmp_path / "e.npy")
+    with pytest.raises(ResumeError, match="other samples in batch 1"):
+        sums(iter([batches[0], {"b": X + 2, "a": X + 3}]), out=tmp_path / "e.npy")
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_fewer_or_more_batches_are_another_run(batches: int, tmp_path: Path) -> None:
+    run = ad.per_sample(torch.sin)
+    run(iter([X[:5], X[5:9]]), out=tmp_path / "s.npy")
+    with pytest.raises(ResumeError, match="other samples"):
+        run(iter([X[:5], X[5:9], X[9:]][:batches]), out=tmp_path / "s.npy")
+
+
+def test_empty_batches_are_batches(tmp_path: Path) -> None:
+    run = ad.per_sample(torch.sin)
+    for _ in range(2):
+        result = run(iter([X[:0], X[:5], X[:0], X[5:], X[:0]]), out=tmp_path / "s.npy")
+        assert_close(result, X.sin())
+
+
+def test_settings_of_torch_are_part_of_the_run(tmp_path: Path) -> None:
+    run = ad.per_sample(lambda x: x * torch.tensor(0.1))
+    run(X, out=tmp_path / "x.npy")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(ResumeError, match="other settings of torch"):
+            run(X, out=tmp_path / "x.npy")
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_cannot_be_compared_cannot_be_resumed(tmp_path: Path) -> None:
+    numbers = (number for number in range(100))
+
+    def func(x: Tensor) -> Tensor:
+        return x * next(numbers)
+
+    ad.per_sample(func, chunk_size=30)(X, out=tmp_path / "x.npy")
+    with pytest.raises(
+        ResumeError,
+        match=r"cannot be resumed: among its code or captured values is numbers, a builtins.generator",
+    ):
+        ad.per_sample(func, chunk_size=30)(X, out=tmp_path / "x.npy")
+
+
+def test_paths_of_bytes(tmp_path: Path) -> None:
+    assert_close(ad.per_sample(torch.sin)(X, out=os.fsencode(tmp_path / "s.npy")), X.sin())
+    assert sorted(contents(tmp_path)) == ["s.npy", "s.npy.journal"]
+
+
+def test_paths_that_move(tmp_path: Path, monkeypatch: Any, every_chunk_is_entered: None) -> None:
+    """A relative path, and a function that changes the folder; symbolic links to files and folders."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def func(x: Tensor) -> Tensor:
+        os.chdir(tmp_path / "elsewhere")
+        return x.sin()
+
+    run = ad.per_sample(func, chunk_size=6)
+    assert_close(run(X, out="s.npy"), X.sin())
+    monkeypatch.chdir(tmp_path)
+    assert_close(run(X, out="s.npy"), X.sin())
+    assert sorted(contents(tmp_path)) == ["s.npy", "s.npy.journal"]
+    (tmp_path / "link.npy").symlink_to("s.npy")
+    (tmp_path / "folder").symlink_to("elsewhere")
+    plain = ad.per_sample(torch.sin)
+    assert_close(run(X, out=tmp_path / "link.npy"), X.sin())
+    assert run.report.resumed_at == 20
+    for _ in range(2):
+        assert_close(plain(X, out=tmp_path / "folder"), X.sin())
+    assert (tmp_path / "elsewhere" / "journal").exists()
+    with pytest.raises(ResumeError, match="has no journal"):
+        plain(X, out=tmp_path / "s.npy.journal")
+
+
+def test_a_complete_run_needs_no_permission_to_write(tmp_path: Path, monkeypatch: Any) -> None:
+    run = ad.per_sample(torch.sin)
+    run(X, out=tmp_path / "s.npy")
+    open_of = Path.open
+
+    def opened(self: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        assert mode in ("r", "rb")
+        return open_of(self, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert_close(run(X, out=tmp_path / "s.npy"), X.sin())
+
+
+def test_a_run_of_another_thread_is_not_disturbed(tmp_path: Path, every_chunk_is_entered: None) -> None:
+    path = tmp_path / "s.npy"
+    entered, go_on = threading.Event(), threading.Event()
+
+    def waits() -> Any:
+        yield X[:5]
+        yield X[5:9]
+        entered.set()
+        assert go_on.wait(60)
+        yield X[9:]
+
+    results: list[Tensor] = []
+    thread = threading.Thread(target=lambda: results.append(ad.per_sample(torch.sin)(waits(), out=path)))
+    thread.start()
+    assert entered.wait(60)
+    with pytest.raises(ResumeError, match="being written by another run"):
+        ad.per_sample(torch.sin)(iter([X[:5], X[5:9], X[9:]]), out=path)
+    go_on.set()
+    thread.join()
+    assert_close(results[0], X.sin())
+    assert_close(ad.per_sample(torch.sin)(iter([X[:5], X[5:9], X[9:]]), out=path), X.sin())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from autodiff._torch import compiled
 from autodiff._torch import forward_level as forward
 from autodiff.core import reverse
 from autodiff.torch_fixes import attention
@@ -64,6 +65,7 @@ def state() -> dict[str, Any]:
         "recordings": reverse._thread.recording,
         "users of attention's formula": attention.plain_attention._users,
         "attention's lock": attention.plain_attention._lock.locked(),
+        "threads in which nothing is compiled": list(compiled._inside),
     }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
+import autodiff as ad
 from autodiff.torch_fixes import formulas
 from scenarios import assert_close
 
@@ -115,3 +117,50 @@ def test_attention_with_dropout(mask: str | None, grouped: bool) -> None:
     expected = functional.scaled_dot_product_attention(query, key, value, **options)
     torch.testing.assert_close(formulas.attention(query, key, value, dropout_p=1e-12, **options), expected)
     torch.testing.assert_close(formulas.attention(query, key, value, **options), expected)
+
+
+def by_products(x: torch.Tensor, t: torch.Tensor, order: int) -> torch.Tensor:
+    """The derivative of the cumulative products along t, by the polynomial in s of the products of x + s t."""
+    polynomials, product = [], torch.ones(1, dtype=x.dtype)
+    for one, moved in zip(x, t, strict=True):
+        product = functional.pad(product * one, (0, 1)) + functional.pad(product * moved, (1, 0))
+        polynomials.append(product)
+    factorial = torch.arange(1, order + 1).prod()
+    zero = torch.zeros((), dtype=x.dtype)
+    return torch.stack([p[order] * factorial if len(p) > order else zero for p in polynomials])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("zeros", [0, 1, 2, 3])
+@pytest.mark.parametrize("modes", list(itertools.product(["jvp", "vjp"], repeat=3)), ids="-".join)
+def test_cumprod_to_third_order(modes: tuple[str, ...], zeros: int) -> None:
+    x, t = torch.randn(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind(0)
+    x[[4, 1, 5][:zeros]] = 0
+    seed = torch.linspace(1, 2, 7, dtype=x.dtype)
+    func = lambda x: x.cumprod(0) @ seed
+    along = {
+        "jvp": lambda f: lambda x: ad.jvp(f, (x,), (t,))[1],
+        "vjp": lambda f: lambda x: ad.grad(f)(x) @ t,
+    }
+    for order, mode in enumerate(modes, 1):
+        func = along[mode](func)
+        torch.testing.assert_close(func(x), by_products(x, t, order) @ seed, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(ad.vmap(func)(x[None])[0], func(x), rtol=1e-9, atol=1e-9)
+
+
+def test_cumprod_in_forward_mode_takes_time_in_proportion() -> None:
+    """Operations and numbers: 12 windows for 4000, not a matrix of 4000 by 4000."""
+    x, t = torch.rand(2, 3, 4000, dtype=torch.float64).unbind(0)
+    largest = 0
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    with Sizes():
+        ad.vmap(lambda x, t: ad.jvp(lambda x: x.cumprod(0), (x,), (t,)))(x, t)
+    assert largest <= x.numel()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import autodiff as ad
 from autodiff.errors import ArgnumsError, RuleError
@@ -524,3 +525,328 @@ def test_rules_do_not_keep_the_output(kind: str) -> None:
     out = f(X.clone().requires_grad_())
     assert [one() for one in kept] == [None]
     out.sum().backward()
+
+
+# A rule is transposed where it is not trivial, and refused where it is not linear.
+
+A = torch.tensor([[4.0, 1.0, 0.5], [1.0, 3.0, -1.0], [0.5, -1.0, 5.0]], dtype=torch.float64)
+INVERSE = torch.linalg.inv(A)
+
+
+def conjugate_gradients(b: Tensor, *, tolerance: float | None = 1e-13, iterations: int = 50) -> Tensor:
+    """Solves A x = b; for b = 0 it stops at once."""
+    x, r = torch.zeros_like(b), b
+    p, rr = r, r @ r
+    for _ in range(iterations):
+        if tolerance is not None and rr.sqrt() < tolerance:
+            break
+        step = rr / (p @ (A @ p))
+        x, r = x + step * p, r - step * (A @ p)
+        rr, before = r @ r, rr
+        p = r + rr / before * p
+    return x
+
+
+def identity_with(kind: str, linear: Any) -> Any:
+    """x -> x, whose tangents, or cotangents, are sent through ``linear``."""
+    if kind == "vjp":
+        f = ad.custom_vjp(lambda x: x.clone())
+        f.defvjp(lambda x: (x.clone(), x), lambda x, c: (linear(c),))
+        return f
+    f = ad.custom_jvp(lambda x: x.clone())
+    f.defjvp(lambda p, t: (p[0].clone(), linear(t[0])))
+    return f
+
+
+# What each gives for f(x) with the Jacobian ``slope``, a symmetric matrix.
+TRANSPOSING: dict[str, tuple[str, Any, Any]] = {
+    "grad": ("jvp", lambda f: ad.grad(lambda x: f(x) @ W)(X), lambda slope: slope @ W),
+    "vjp": ("jvp", lambda f: ad.vjp(f, X)[1](W)[0], lambda slope: slope @ W),
+    "jacrev": ("jvp", lambda f: ad.jacrev(f)(X), lambda slope: slope),
+    "jacobian of few": (
+        "both",
+        lambda f: ad.jacobian(lambda s: f(s * X))(torch.ones((), dtype=T.dtype)),
+        lambda slope: slope @ X,
+    ),
+    "linearize": ("both", lambda f: ad.linearize(f, X)[1](T), lambda slope: slope @ T),
+    "linearize twice": (
+        "both",
+        lambda f: ad.linearize(lambda x: ad.linearize(f, x * x)[1](x), X)[1](T),
+        lambda slope: slope @ T,
+    ),
+    "functional.jvp": (
+        "vjp",
+        lambda f: ad.functional.jvp(f, X, T)[1],
+        lambda slope: slope @ T,
+    ),
+    "functional.jvp, strict": (
+        "jvp",
+        lambda f: ad.functional.jvp(lambda x: f(x) * x, X, T, strict=True)[1],
+        lambda slope: X * (slope @ T) + X * T,
+    ),
+    "jvp": ("vjp", lambda f: ad.jvp(f, (X,), (T,))[1], lambda slope: slope @ T),
+    "jacfwd": ("vjp", lambda f: ad.jacfwd(f)(X), lambda slope: slope),
+    "vmap of jvp": (
+        "vjp",
+        lambda f: ad.vmap(lambda t: ad.jvp(f, (X,), (t,))[1])(torch.stack([T, W])),
+        lambda slope: torch.stack([T, W]) @ slope,
+    ),
+    "jvp of grad": (
+        "jvp",
+        lambda f: ad.jvp(ad.grad(lambda x: f(x * x) @ W), (X,), (T,))[1],
+        lambda slope: 2 * T * (slope @ W),
+    ),
+    "hessian": (
+        "jvp",
+        lambda f: ad.hessian(lambda x: f(x).square().sum() / 2)(X),
+        lambda slope: slope @ slope,
+    ),
+    "forward over reverse": (
+        "vjp",
+        lambda f: ad.hessian(lambda x: f(x).square().sum() / 2, mode="forward-over-reverse")(X),
+        lambda slope: slope @ slope,
+    ),
+    "grad of linearize": (
+        "both",
+        lambda f: ad.grad(lambda x: ad.linearize(lambda x: f(x * x), x)[1](T) @ W)(X),
+        lambda slope: 2 * T * (slope @ W),
+    ),
+    "torch.func.jvp": ("vjp", lambda f: torch.func.jvp(f, (X,), (T,))[1], lambda slope: slope @ T),
+    "torch.autograd": (
+        "jvp",
+        lambda f: torch.autograd.grad(f(leaf := X.clone().requires_grad_()) @ W, leaf)[0],
+        lambda slope: slope @ W,
+    ),
+}
+KINDS_AND_NAMES = [
+    (kind, name)
+    for name, (kinds, *_) in TRANSPOSING.items()
+    for kind in ("jvp", "vjp")
+    if kinds in (kind, "both")
+]
+each_transposed = pytest.mark.parametrize(("kind", "name"), KINDS_AND_NAMES)
+
+
+@each_transposed
+@pytest.mark.parametrize(
+    "options", [{}, {"iterations": 3, "tolerance": None}], ids=["until it converges", "three steps"]
+)
+def test_a_solver_that_starts_from_zero_as_a_rule(kind: str, name: str, options: Any) -> None:
+    """At a zero vector it does nothing, or divides by zero, and has no derivative: only elsewhere is it A^-1."""
+    _, run, expected = TRANSPOSING[name]
+    f = identity_with(kind, functools.partial(conjugate_gradients, **options))
+    for _ in range(2):
+        assert_close(run(f), expected(INVERSE))
+
+
+NONLINEAR: dict[str, Any] = {
+    "one step of a solver": functools.partial(conjugate_gradients, iterations=1),
+    "square": lambda t: t**2,
+    "affine": lambda t: 2 * t + 0.1,
+    "constant": torch.ones_like,
+    "abs": torch.abs,
+    "relu": torch.relu,
+    "where": lambda t: torch.where(t > 0, 2 * t, 3 * t),
+    "bounded": lambda t: t.clamp(-5, 5),
+    "bounded from below": lambda t: t.clamp(-0.1, 0.1),
+    "bounded norm": lambda t: t / t.norm().clamp(min=20.0),
+    "unit": lambda t: t / t.norm(),
+    "sorted": lambda t: W * t.sort().values,
+    "largest": lambda t: torch.zeros_like(t).scatter(0, t.argmax(0, keepdim=True), t.max()),
+    "rounded": lambda t: t.round(),
+}
+# Branches of Python's leave no trace in a graph, and do not go under vmap.
+BRANCHING: dict[str, Any] = {
+    "a branch": lambda t: t if t.norm() < 20 else 20 * t / t.norm(),
+    "a sign": lambda t: t if t[0] > 0 and t[1] > 0 else 2 * t,
+    "a count": lambda t: sum((t / 2**i for i in range(min(int(t.norm()), 40))), 0 * t),
+}
+BRANCHES_ARE_SEEN = "grad", "vjp", "jvp", "jvp of grad", "torch.func.jvp", "torch.autograd"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "rule"),
+    [
+        pytest.param(kind, name, rule, id=f"{kind}-{name}-{shown}")
+        for kind, name in KINDS_AND_NAMES
+        for shown, rule in (NONLINEAR | (BRANCHING if name in BRANCHES_ARE_SEEN else {})).items()
+    ],
+)
+def test_a_rule_that_is_not_linear_is_refused(kind: str, name: str, rule: Any) -> None:
+    f, (_, run, _) = identity_with(kind, rule), TRANSPOSING[name]
+    for _ in range(2):  # what was refused is refused again
+        with pytest.raises(RuleError, match="not act as a linear function"):
+            run(f)
+
+
+@each_transposed
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda t: A @ t,
+        lambda t: torch.linalg.solve(A, t),
+        lambda t: torch.where(W > 1, t, 0.0) + 0 * t.sum(),
+        lambda t: torch.fft.ifft(torch.fft.fft(t)).real,
+        lambda t: (t[None] * torch.eye(3, dtype=t.dtype)).sum(1),
+        lambda t: torch.zeros_like(t) - t,
+        lambda t: torch.stack([t[0], t[2], t[1]]),
+        lambda t: 1e-9 * t,
+        lambda t: 1e9 * t,
+        lambda t: 0 * t,
+    ],
+)
+def test_a_linear_rule_is_not_refused(kind: str, name: str, rule: Any) -> None:
+    """Its matrix is its own transpose."""
+    _, run, expected = TRANSPOSING[name]
+    slope = torch.stack([rule(row) for row in torch.eye(3, dtype=torch.float64)])
+    assert_close(run(identity_with(kind, rule)), expected(slope))
+
+
+@each_kind
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex64, torch.complex128]
+)
+def test_linear_rules_of_all_dtypes_are_taken_and_others_refused(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    drawn = torch.randn(42, 40, dtype=torch.complex64)
+    matrix, x, v = ((drawn if dtype.is_complex else drawn.real).to(dtype) / 4).split((40, 1, 1))
+    x, v = x[0], v[0]
+    products = {
+        "vjp": (lambda f: ad.jvp(f, (x,), (v,))[1], lambda c: matrix.mH @ c, matrix @ v),
+        "jvp": (lambda f: ad.vjp(f, x)[1](v)[0], lambda t: matrix @ t, matrix.mH @ v),
+    }
+    run, rule, expected = products[kind]
+    tolerance = 100 * torch.finfo(dtype).eps
+    torch.testing.assert_close(run(identity_with(kind, rule)), expected, rtol=tolerance, atol=tolerance)
+    # Linear where it is seen as a pair of real numbers.
+    mirrored = identity_with(kind, lambda t: t.conj() * 2)
+    assert_close(run(mirrored), v.conj() * 2)
+    for nonlinear in (lambda t: t * t.abs(), lambda t: rule(t) + 0.1 * t.norm()):
+        with pytest.raises(RuleError, match="not act as a linear function"):
+            run(identity_with(kind, nonlinear))
+
+
+@each_kind
+def test_an_ill_conditioned_rule_in_single_precision(kind: str) -> None:
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(30, 30))[0]
+    matrix = q * torch.logspace(0, 5, 30) @ q.T
+    f = identity_with(kind, lambda t: torch.linalg.solve(matrix, t))
+    for _ in range(5):
+        v = torch.randn(30)
+        given = ad.jvp(f, (v,), (v,))[1] if kind == "vjp" else ad.vjp(f, v)[1](v)[0]
+        assert given.isfinite().all()
+
+
+@each_kind
+def test_one_sample_of_a_batch_is_enough_to_refuse(kind: str) -> None:
+    """The rule bounds its vector in the last sample alone, and the batch is inside a batch."""
+
+    def rule(bound: Tensor, t: Tensor) -> Tensor:
+        return torch.minimum(t, bound)
+
+    if kind == "vjp":
+        f = ad.custom_vjp(lambda x, bound: x * 1, nondiff_argnums=1)
+        f.defvjp(lambda x, bound: (x * 1, None), lambda bound, _, c: (rule(bound, c),))
+        run = lambda x, bound: ad.jvp(lambda x: f(x, bound), (x,), (x,))[1]
+    else:
+        f = ad.custom_jvp(lambda x, bound: x * 1, nondiff_argnums=1)
+        f.defjvp(lambda bound, p, t: (p[0] * 1, rule(bound, t[0])))
+        run = lambda x, bound: ad.grad(lambda x: f(x, bound).sum())(x)
+    bounds = torch.full((2, 3), 1e9, dtype=torch.float64)
+    xs = torch.rand(2, 3, 4, dtype=torch.float64)
+    batched = ad.vmap(ad.vmap(run))
+    assert_close(batched(xs, bounds), xs if kind == "vjp" else torch.ones_like(xs))
+    bounds[-1, -1] = 1.0
+    with pytest.raises(RuleError, match="not act as a linear function"):
+        batched(xs, bounds)
+
+
+@each_kind
+def test_a_rule_that_draws_random_numbers_is_linear_for_each_draw(kind: str) -> None:
+    f = identity_with(kind, lambda t: t * torch.rand(3, dtype=t.dtype))
+    run = (lambda: ad.jvp(f, (X,), (W,))[1]) if kind == "vjp" else (lambda: ad.grad(lambda x: f(x) @ W)(X))
+    torch.manual_seed(0)
+    for _ in range(3):
+        state = torch.get_rng_state()
+        result, after = run(), torch.rand(())
+        torch.set_rng_state(state)
+        assert_close(result, W * torch.rand(3, dtype=torch.float64))
+        assert_close(after, torch.rand(()))
+
+
+@each_kind
+def test_no_random_numbers_are_drawn_for_the_check(kind: str) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    run = TRANSPOSING["linearize"][1]
+    run(identity_with(kind, lambda t: A @ t))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@each_kind
+def test_infinite_slopes_are_not_judged(kind: str) -> None:
+    """As of sqrt at zero: the others are as they should be."""
+    slopes = torch.tensor([2.0, float("inf"), float("nan")], dtype=torch.float64)
+    f = identity_with(kind, lambda t: slopes * t)
+    result = ad.jvp(f, (X,), (W,))[1] if kind == "vjp" else ad.grad(lambda x: f(x) @ W)(X)
+    torch.testing.assert_close(result, slopes * W, equal_nan=True)
+
+
+def test_a_linear_rule_is_compared_once_and_a_solver_each_time() -> None:
+    """The nodes of the graph show that a product with a constant is linear."""
+    ran: list[int] = []
+    solves = (lambda t: A @ t, 1, 1), (conjugate_gradients, 2, 2)
+    for solve, *counts in solves:
+        f = identity_with("jvp", lambda t, solve=solve: (ran.append(1), solve(t))[1])
+        first, again = [], []
+        for ran_now in (first, again):
+            ran.clear()
+            ad.grad(lambda x, f=f: f(x) @ W)(X)
+            ran_now += ran
+        assert [len(first), len(again)] == [2, counts[1]]
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@each_kind
+def test_rules_are_traced_without_a_check(kind: str, mode: str) -> None:
+    """There are no numbers to compare; later calls compare them."""
+    f = identity_with(kind, lambda t: A.to(t.device) @ t)
+    run = (
+        (lambda x: ad.jvp(f, (x,), (x,))[1]) if kind == "vjp" else ad.grad(lambda x: f(x).square().sum() / 2)
+    )
+    if mode != "real":
+        f = identity_with(kind, lambda t: 3 * t)
+    traced = make_fx(run, tracing_mode=mode)(X)
+    slope = A if mode == "real" else 3 * torch.eye(3, dtype=A.dtype)
+    expected = slope @ T
+    assert_close(traced(T), expected)
+    assert_close(run(T), expected)
+
+
+def test_an_autograd_function_whose_backward_solves() -> None:
+    """linearize and the jacobian of few inputs transpose it too, and torch.autograd.functional.jvp at zero."""
+
+    class Solve(torch.autograd.Function):
+        @staticmethod
+        def forward(b: Tensor) -> Tensor:
+            return INVERSE @ b
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, c: Tensor) -> Tensor:
+            return conjugate_gradients(c)
+
+    class Bounded(Solve):
+        @staticmethod
+        def backward(ctx: Any, c: Tensor) -> Tensor:
+            return c.clamp(-5, 5)
+
+    for name in ("linearize", "jacobian of few", "functional.jvp", "linearize twice", "grad of linearize"):
+        _, run, expected = TRANSPOSING[name]
+        assert_close(run(Solve.apply), expected(INVERSE))
+        with pytest.raises(RuleError, match="the backward of Bounded does not act as a linear"):
+            run(Bounded.apply)

@@ -192,3 +192,9 @@ def test_random_numbers_go_on_after_chunked_jacfwd() -> None:
     x = torch.ones(50, dtype=torch.float64)
     derived = ad.jacfwd(torch.nn.functional.dropout, chunk_size=7)
     assert not torch.equal(derived(x), derived(x))
+
+
+def test_wrappers_of_torchs_jacrev_may_pass_on_its_private_keyword() -> None:
+    x = torch.tensor([1.0, 2.0])
+    wrapped = ad.jacrev(lambda x: x**2, 0, has_aux=False, chunk_size=1, _preallocate_and_copy=True)
+    assert torch.equal(wrapped(x), torch.diag(2 * x))

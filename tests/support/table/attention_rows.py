@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from scenarios import assert_close, difference
@@ -91,3 +91,25 @@ def attention_with_dropout_per_sample(library: Any) -> None:
     expected = torch.diag((factors * torch.ones_like(x[:1])).flatten()).expand(samples, entries, entries)
     assert set(factors.unique().tolist()) == {0.0, 2.0}, "no entry is dropped, or none is kept"
     assert_close(jacobian.reshape(samples, entries, entries), expected)
+
+
+@ATTENTION.row(
+    "the same of a `TransformerEncoderLayer` in training mode",
+    torch="the process ends: segmentation fault",
+    fails="the process ends by signal",
+    ours="right",
+    alone=(),
+)
+def attention_with_dropout_in_an_encoder_layer(library: Any) -> None:
+    """With the masks that plain autograd draws from the same seed: one for all samples and columns."""
+    torch.manual_seed(0)
+    module = nn.TransformerEncoderLayer(8, 4, 8, dropout=0.5, batch_first=True).double()
+    x = torch.randn(3, 1, 2, 8, dtype=torch.float64)
+
+    def seeded(compute: Any, x: Tensor) -> Any:
+        torch.manual_seed(1)
+        return compute(x)
+
+    jacobians = seeded(library.vmap(library.jacfwd(module, randomness="same"), randomness="same"), x)
+    expected = [torch.autograd.functional.jacobian(partial(seeded, module), one) for one in x]
+    assert_close(jacobians.detach(), torch.stack(expected))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import scan
 from torch.nn.functional import mse_loss
 
 from scenarios import assert_close
@@ -70,3 +71,58 @@ def jvp_after_a_failed_compile(library: Any, backend: str) -> None:
     with suppress(Exception):
         torch.compile(product, backend=backend)(X[0])
     assert_close(library.jvp(torch.sin, (X[0],), (W,))[1], X[0].cos() * W, loose=True)
+
+
+@COMPILING.row(
+    "`jvp` or `hessian` of `torch.compile(det, fullgraph=True)`",
+    torch="fails to trace",
+    fails="Unsupported: ",
+    ours="right; the function runs uncompiled",
+    over={"jvp": "jvp", "hessian": "hessian"},
+    alone=(),
+)
+def compiled_functions_inside(library: Any, name: str) -> None:
+    compiled = torch.compile(torch.linalg.det, fullgraph=True, backend="aot_eager")
+    a, b = torch.diag(X[0]), torch.eye(3)  # det(a + t b) is the product of a's diagonal and t
+    if name == "jvp":
+        result = library.jvp(compiled, (a,), (b,))[1]
+        expected = X[0, 0] * X[0, 1] + X[0, 0] * X[0, 2] + X[0, 1] * X[0, 2]
+    else:
+        result = library.hessian(compiled)(a).diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1)
+        # Of the product of three numbers: each mixed derivative is the third.
+        expected = torch.stack([X[0].flip(0)[[0, 0, 1]], X[0].flip(0)[[0, 0, 2]], X[0].flip(0)[[1, 2, 0]]])
+        expected = expected * (1 - b)
+    assert_close(result, expected, loose=True)
+
+
+@COMPILING.row(
+    "`jacrev` of `torch.compile(f)`",
+    torch="a compiled pullback cannot be batched",
+    fails="RuntimeError: .*compiled backward function within vmap|Unsupported: ",
+    ours="right; the compiled pullback is called for each row",
+    alone=(),
+)
+def jacrev_of_a_compiled_function(library: Any) -> None:
+    compiled = torch.compile(lambda x: x**3 + x.sum(), fullgraph=True, backend="aot_eager")
+    assert_close(library.jacrev(compiled)(W), torch.diag(3 * W**2) + 1, loose=True)
+
+
+@COMPILING.row(
+    "`jvp` or `hessian` of `torch.cond`, `while_loop` or `scan`",
+    torch="raises",
+    fails="UncapturedHigherOrderOpError|AssertionError: Expected FakeTensor|AssertionError: ",
+    ours="right",
+    over={"cond": "cond", "while_loop": "while_loop", "scan": "scan"},
+    alone=(),
+)
+def derivatives_of_control_flow(library: Any, name: str) -> None:
+    def func(x: Tensor) -> Tensor:
+        if name == "cond":
+            return torch.cond(x.sum() > 0, lambda y: y**3, lambda y: y**2, (x,)).sum()
+        if name == "while_loop":
+            start = torch.tensor(0), torch.ones_like(x)
+            return torch.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, y * x), start)[1].sum()
+        return scan(lambda c, row: (c + row**3, c.clone()), torch.zeros(()), x * 1.0)[0]
+
+    assert_close(library.jvp(func, (W,), (X[0],))[1], (3 * W**2 * X[0]).sum(), loose=True)
+    assert_close(library.hessian(func)(W), torch.diag(6 * W), loose=True)

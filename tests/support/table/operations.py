@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributions, nn
 from torch.nn import functional
 
 from scenarios import assert_close, difference
@@ -109,6 +109,38 @@ cube.register_autograd(
 def jvp_of_a_custom_op(library: Any) -> None:
     x, t = _normal(2, 3).unbind(0)
     assert_close(library.jvp(cube, (x,), (t,))[1], 3 * x**2 * t)
+
+
+SHAPES = torch.tensor([0.7, 2.3, 5.0], dtype=torch.float64)
+DRAWN: dict[str, Function] = {
+    "Gamma": lambda a: distributions.Gamma(a, a + 1).rsample(),
+    "Chi2": lambda a: distributions.Chi2(a).rsample(),
+    "StudentT": lambda a: distributions.StudentT(a).rsample(),
+    "FisherSnedecor": lambda a: distributions.FisherSnedecor(a, a + 1).rsample(),
+}
+
+
+@OPERATIONS.row(
+    "`jvp`, `jacfwd` of `rsample` of Gamma, Chi2, StudentT, FisherSnedecor",
+    torch="NotImplementedError",
+    fails=NO_FORWARD,
+    ours="right: the tangent is that of the draw that is returned",
+    over=DRAWN,
+)
+def forward_mode_of_random_draws(library: Any, draw: Function) -> None:
+    def seeded(a: Tensor) -> Tensor:
+        torch.manual_seed(11)
+        return draw(a)
+
+    t = torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64)
+    value = seeded(SHAPES)
+    expected = torch.autograd.functional.jacobian(seeded, SHAPES) @ t  # of the same draw, by reverse mode
+    for got, pushed in (
+        library.jvp(seeded, (SHAPES,), (t,)),
+        (value, library.jacfwd(seeded)(SHAPES) @ t),
+    ):
+        assert_close(got, value)
+        assert_close(pushed, expected)
 
 
 POINTS = 0.7 * _normal(1, 2, 3, 2).tanh()
@@ -237,6 +269,26 @@ def second_derivatives_of_an_lstm(library: Any, second: str) -> None:
     module.double()
     expected = difference(partial(torch.autograd.functional.jacobian, func), x.double(), t.double(), 1e-3)
     torch.testing.assert_close(result, expected.float(), rtol=1e-3, atol=1e-5)
+
+
+@OPERATIONS.row(
+    "gradients of recurrent layers and their cells for every sample, `vmap(grad)`",
+    torch="RuntimeError",
+    fails="RuntimeError: .*(output with shape|[Bb]atching rule)",
+    ours="right",
+    over={"GRU": nn.GRU, "RNN": nn.RNN, "LSTMCell": nn.LSTMCell},
+)
+def gradients_of_recurrent_layers_per_sample(library: Any, layer: Any) -> None:
+    torch.manual_seed(8)
+    module = layer(3, 4, dtype=torch.float64)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+
+    def func(x: Tensor) -> Tensor:
+        return (module(x)[0] ** 2).sum()
+
+    result = library.vmap(library.grad(func))(x).detach()
+    expected = [torch.autograd.functional.jacobian(func, one) for one in x]
+    assert_close(result, torch.stack(expected))
 
 
 @OPERATIONS.row(

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,8 @@ import torch
 from torch.torch_version import TorchVersion
 
 import autodiff
+from autodiff.core import hooks
+from autodiff.torch_fixes import FIXES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -31,6 +34,9 @@ TORCH = SimpleNamespace(
     hvp=lambda f, primals, tangents: torch.func.jvp(torch.func.grad(f), primals, tangents),
 )
 LIBRARIES: dict[str, Any] = {"autodiff": autodiff, "torch": TORCH}
+
+# Fixes that torch.func has as well, as soon as autodiff is imported.
+_IN_TORCH = [fix for fix in FIXES if fix.is_needed and hooks.batch_overrides in (one for one, _ in fix.hooks)]
 
 # The usual ways to fail, as a pattern for `fails`.
 WRONG = "AssertionError: (Tensor-likes|Scalars) are not"
@@ -66,7 +72,10 @@ class Trial(NamedTuple):
     def run(self, library: str) -> None:
         """The body in this process."""
         given = [] if self.value is None else [self.row.over[self.value]]
-        self.row.body(LIBRARIES[library], *given)
+        with ExitStack() as stack:
+            for fix in _IN_TORCH if library == "torch" else ():
+                stack.enter_context(fix.switched_off())
+            self.row.body(LIBRARIES[library], *given)
 
     def failure(self, library: str, without: str = "") -> str | None:
         """How the body fails: the name and the text of the exception; None where it passes.

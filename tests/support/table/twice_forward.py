@@ -106,6 +106,43 @@ def jvp_of_jvp_of_normalisations(library: Any, case: tuple[Function, Tensor]) ->
     torch.testing.assert_close(pushed_twice(library, func, x, t), expected, rtol=1e-6, atol=1e-6)
 
 
+@TWICE.row(
+    "`jvp` of `jvp` through a distance of triplet_margin_with_distance_loss that has a layer_norm",
+    torch="wrong numbers",
+    fails=WRONG,
+    ours="right",
+)
+def jvp_of_jvp_inside_a_triplet_loss(library: Any) -> None:
+    anchor, positive, negative = _normal(3, 2, 4).unbind(0)
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        return ((functional.layer_norm(x, (4,)) - y) ** 2).sum(-1)
+
+    def func(x: Tensor) -> Tensor:
+        return functional.triplet_margin_with_distance_loss(
+            x, positive, negative, distance_function=distance, margin=20.0
+        )
+
+    jvp_of_jvp_of_normalisations(library, (func, anchor))
+
+
+@TWICE.row(
+    "third derivatives of layer_norm, instance_norm, batch_norm in pure reverse mode",
+    torch="wrong numbers: mean and deviation are taken for constants",
+    fails=WRONG,
+    ours="right",
+    over=NORMALISED,
+)
+def third_derivatives_of_normalisations(library: Any, case: tuple[Function, Tensor]) -> None:
+    func, x = case
+    t = x.flip(0).cos()
+    scalar = lambda x: (func(x) ** 3).sum()
+    for _ in range(3):
+        scalar = lambda x, scalar=scalar: (library.grad(scalar)(x) * t).sum()
+    expected = difference(lambda x: differed_twice(lambda x: (func(x) ** 3).sum(), x, t), x, t)
+    torch.testing.assert_close(scalar(x), expected, rtol=1e-5, atol=1e-5)
+
+
 SAVING: dict[str, tuple[Function, Tensor]] = {
     "triangular_solve": (lambda a: torch.triangular_solve(SIDE, a).solution, A),
     "cumprod": (lambda a: (a - A[0, 0]).cumprod(0), A),
@@ -250,6 +287,34 @@ def hessians_of_layer_norm_per_sample(library: Any) -> None:
     hessians = library.vmap(library.jacrev(library.jacrev(func)))(rows)
     expected = torch.stack([differed_twice(func, row, t) for row in rows])
     torch.testing.assert_close(hessians @ t @ t, expected, rtol=1e-6, atol=1e-6)
+
+
+SIDES = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
+WRITING: dict[str, tuple[Function, Function]] = {
+    # Each with its second derivative.
+    "mvlgamma": (
+        lambda x: torch.mvlgamma(x + 4, 2).sum(),
+        lambda x: torch.polygamma(1, x + 4) + torch.polygamma(1, x + 3.5),
+    ),
+    "hinge_embedding_loss": (
+        lambda x: functional.hinge_embedding_loss(x, SIDES, reduction="none").square().sum(),
+        lambda x: 2 * ((SIDES == 1) | (x < 1)).to(x),
+    ),
+}
+
+
+@TWICE.row(
+    "`vmap(jacfwd(grad(f)))` through mvlgamma, hinge_embedding_loss",
+    torch="right",
+    fails=None,
+    ours="right",
+    over=WRITING,
+)
+def hessians_by_columns_per_sample(library: Any, case: tuple[Function, Function]) -> None:
+    func, second = case
+    x = torch.tensor([[0.3, -0.6, 1.7, 3.5], [1.2, 0.4, -0.3, 2.0]], dtype=torch.float64)
+    hessians = library.vmap(library.jacfwd(library.grad(func)))(x)
+    assert_close(hessians, torch.diag_embed(second(x)))
 
 
 @TWICE.row(

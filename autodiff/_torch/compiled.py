@@ -1,0 +1,85 @@
+"""Functions that torch.compile has compiled, where a transform has to see what they are made of.
+
+Provides `uncompiled`: inside it they run as they are written, in this thread alone. Imports nothing from the package.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager
+from threading import get_ident
+from typing import Any
+
+_TRACER, _modules = "torch._dynamo.eval_frame", sys.modules
+# The threads inside `uncompiled`, each as often as it has entered. A list takes less time than a threading.local.
+_inside: list[int] = []
+
+
+def is_uncompiled() -> bool:
+    """Whether this thread is inside `uncompiled`."""
+    return get_ident() in _inside
+
+
+class _StanceByThread:
+    """torch's stance, which belongs to the process: in a thread inside `uncompiled` it is to compile nothing."""
+
+    def __init__(self, of_process: Any) -> None:
+        self._of_process = of_process
+
+    @property
+    def stance(self) -> Any:
+        return "force_eager" if is_uncompiled() else self._of_process.stance
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of_process, name)
+
+
+class _Uncompiled(AbstractContextManager[None]):
+    """Inside it a call of a compiled function runs the function that was compiled."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        # Again each time: torch.compiler.set_stance may have put another in its place.
+        if _TRACER in _modules:
+            _set_stance()
+        _inside.append(get_ident())
+
+    def __exit__(self, *exc: object) -> None:
+        _inside.remove(get_ident())
+
+
+def _set_stance() -> None:
+    tracer: Any = _modules[_TRACER]
+    stance = getattr(tracer, "_stance", None)  # None in the middle of the import
+    if stance is not None and type(stance) is not _StanceByThread:
+        tracer._stance = _StanceByThread(stance)
+
+
+class _TracerFinder:
+    """Finds the tracer as the other finders do, and sets its stance when it is imported, which takes a second.
+
+    The first call of torch.compile or torch.cond imports it, and may come inside a transform.
+    """
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _TRACER:
+            return None
+        sys.meta_path.remove(cls)
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path)
+        spec: Any = next((one for one in specs if one is not None), None)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_set(module: Any) -> None:
+                execute(module)
+                _set_stance()
+
+            spec.loader.exec_module = execute_and_set
+        return spec
+
+
+uncompiled = _Uncompiled()
+if _TRACER not in _modules:
+    sys.meta_path.insert(0, _TracerFinder)
