@@ -27,7 +27,7 @@ from autodiff._torch import copy_of_scripted
 from autodiff.errors import CloneError
 from autodiff.nn import references
 from autodiff.nn.references import CONTAINERS, IMMUTABLE, WITH_OWN_COPY
-from autodiff.nn.refusal import found_by_name, refusing
+from autodiff.nn.refusal import call_refusing, found_by_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -103,8 +103,7 @@ class ModuleClone:
         try:
             if not (self._out_of_sight or self._found_by_name()):
                 return self.root(*args, **kwargs)
-            with refusing(self.originals):
-                return self.root(*args, **kwargs)
+            return call_refusing(self.originals, self.root, args, kwargs)
         finally:
             self._write_back()
 

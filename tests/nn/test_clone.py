@@ -6,6 +6,8 @@ import copy
 import functools
 import gc
 import queue
+import random
+import signal
 import threading
 import time
 import weakref
@@ -689,6 +691,39 @@ def test_a_layer_that_is_not_followed_may_be_there() -> None:
         over.set()
         assert_close(result.result(), X @ params["inner.weight"].T + params["inner.bias"])
     assert_close(plain, X @ module.inner.weight.T + module.inner.bias)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer that interrupts")
+def test_interrupts_leave_nothing_behind() -> None:
+    """At random instants of calls in which the module's own layers are refused."""
+    module = Holding(lambda m: SimpleNamespace(layer=m), layer_of)
+    module.data = [[k] for k in range(2000)]
+    params, draw, raised = other_params(module), random.Random(1), 0
+    output, own, before = ad.functional_call(module, params, (X,)), module(X), everything(module)
+    start = time.perf_counter()
+    ad.functional_call(module, params, (X,))
+    longest = time.perf_counter() - start
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(500):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, longest))
+                ad.functional_call(module, params, (X,))
+                time.sleep(longest)
+            except KeyboardInterrupt:
+                raised += 1
+            assert torch.equal(module(X), own)
+            assert not torch.nn.modules.module._has_any_global_hook()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert raised > 400  # Python swallows one that comes while it runs a callback
+    assert everything(module) == before
+    assert torch.equal(ad.functional_call(module, params, (X,)), output)
 
 
 def test_a_plain_call_in_another_thread_sees_the_module_s_own_weights() -> None:
