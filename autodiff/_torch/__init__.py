@@ -66,6 +66,7 @@ from autodiff._torch.modes import flash_attention as flash_attention
 from autodiff._torch.modes import function_mode as function_mode
 from autodiff._torch.modes import function_modes as function_modes
 from autodiff._torch.modes import math_attention as math_attention
+from autodiff._torch.modes import module_pre_hooks as module_pre_hooks
 from autodiff._torch.modes import outside_inference_mode as outside_inference_mode
 from autodiff._torch.modes import set_grad_enabled as set_grad_enabled
 from autodiff._torch.modes import silenced_fallback_warning as silenced_fallback_warning

@@ -39,6 +39,8 @@ function_modes = overrides._get_current_function_mode_stack
 # Attention by a fused kernel and by a formula: whether it is on, and the switch.
 flash_attention = torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash
 math_attention = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math
+# The hooks that torch calls before every module, by keys of which each is used once.
+module_pre_hooks: dict[Any, Any] = torch.nn.modules.module._global_forward_pre_hooks
 
 
 def traced_inline_only(func: F) -> F:

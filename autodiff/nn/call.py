@@ -262,10 +262,22 @@ def _cloned_call(
         _untie(module, clone.root, given, return_buffers)
     result = clone.call(*args, **kwargs)
     if return_buffers:
-        return result, dict(clone.root.named_buffers(remove_duplicate=tie_weights)), []
+        return result, _buffers(clone.root, once=tie_weights), []
     written = buffers.written(clone.counterpart)
-    lost = [name for name, place in state.entries(module) if place in written] if written else []
+    lost = [name for name, place in state.entries(module, once=True) if place in written] if written else []
     return result, dict(_reassigned(clone, places, given)), lost
+
+
+def _buffers(root: nn.Module, *, once: bool) -> dict[str, Tensor]:
+    """As ``named_buffers`` of torch, which takes time that grows with the square of the depth of nesting."""
+    buffers: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, place in state.entries(root, once=once):
+        tensor = state.tensor_at(place)
+        if place[2] and not (once and id(tensor) in seen):
+            seen.add(id(tensor))
+            buffers[name] = tensor
+    return buffers
 
 
 def _untie(module: nn.Module, root: nn.Module, given: Mapping[str, Tensor], return_buffers: bool) -> None:

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import functools
 import gc
-import re
 import types
 import weakref
 from collections import OrderedDict, deque
@@ -28,7 +27,7 @@ from autodiff._torch import copy_of_scripted
 from autodiff.errors import CloneError
 from autodiff.nn import references
 from autodiff.nn.references import CONTAINERS, IMMUTABLE, WITH_OWN_COPY
-from autodiff.nn.refusal import found_by_name, refusing
+from autodiff.nn.refusal import call_refusing, found_by_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,13 +35,11 @@ if TYPE_CHECKING:
 _LRU_CACHE: type = type(functools.cache(len))
 _BUILTIN_METHODS = types.BuiltinMethodType | types.MethodWrapperType
 
-# The attributes that every module has; those among them that are hooks or a set; and those of these that all clones may
-# share while they are empty: their keys are unique, or they matter only where a module is saved or loaded.
+# The attributes that every module has, and those among them that are hooks or a set.
 _NEW = vars(nn.Module())
 _NAMES = [*_NEW]
 _STANDARD = tuple(name for name, value in _NEW.items() if isinstance(value, OrderedDict | set))
 _standard_of = itemgetter(*_STANDARD)
-_SHARED = tuple(name for name in _STANDARD if not re.fullmatch("_(forward|backward)(_pre)?_hooks", name))
 
 # A heuristic: so many references are followed in search of a way back, nearest first, and so many more for each module.
 _FOLLOWED, _FOLLOWED_PER_MODULE = 1000, 50
@@ -71,7 +68,7 @@ class ModuleClone:
         self._filled = 0
         self._attributes: list[tuple[nn.Module, str, Any]] = []
         self._simple: set[type] = set()
-        self._nothing = {name: type(_NEW[name])() for name in _SHARED}
+        self._nothing = {name: type(_NEW[name])() for name in _STANDARD}
         # The search.
         self._coming: deque[tuple[Any, bool]] = deque()
         self._own: set[int] = set()
@@ -106,8 +103,7 @@ class ModuleClone:
         try:
             if not (self._out_of_sight or self._found_by_name()):
                 return self.root(*args, **kwargs)
-            with refusing(self.originals):
-                return self.root(*args, **kwargs)
+            return call_refusing(self.originals, self.root, args, kwargs)
         finally:
             self._write_back()
 
@@ -160,6 +156,7 @@ class ModuleClone:
             return
         own, fields = original.__dict__, clone.__dict__
         fields.update(own)
+        # What may be shared while it is empty: hooks whose keys are unique, and those of saving and loading.
         fields.update(self._nothing)
         fields["_backward_pre_hooks"], fields["_backward_hooks"] = OrderedDict(), OrderedDict()
         fields["_forward_pre_hooks"], fields["_forward_hooks"] = OrderedDict(), OrderedDict()

@@ -1,25 +1,23 @@
 """Where a call of a module's clone may reach the module itself, and an error where it does.
 
-Provides `found_by_name` and `refusing`. Imports `errors`, `_torch` and `references`.
+Provides `found_by_name` and `call_refusing`. Imports `errors`, `_torch` and `references`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import threading
 import types
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
-from autodiff._torch import SharedSwitch, compiling
+from autodiff._torch import compiling, module_pre_hooks
 from autodiff.errors import CloneError
 from autodiff.nn import references
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 
 def found_by_name(code: Iterable[type | types.FunctionType]) -> Iterator[Any]:
@@ -61,16 +59,19 @@ def _refuse(module: nn.Module, _: Any) -> None:
         )
 
 
-_refusal = SharedSwitch(lambda: register_module_forward_pre_hook(_refuse).remove)
+def call_refusing(
+    originals: Iterable[nn.Module], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``func(*args, **kwargs)``, in which a call of one of these modules is an error.
 
-
-@contextlib.contextmanager
-def refusing(originals: Iterable[nn.Module]) -> Iterator[None]:
-    """A call of one of these modules is an error in this thread. In others it is as it was, and a little slower."""
-    before = _refused.originals
-    with _refusal:
-        try:
-            _refused.originals = before.union(map(id, originals))
-            yield
-        finally:
-            _refused.originals = before
+    In other threads such a call is as it was, and a little slower. No lock is held, and nothing is done between what
+    would have to be undone and ``try``, so that an interrupt leaves nothing behind.
+    """
+    before, key = _refused.originals, object()
+    try:
+        module_pre_hooks[key] = _refuse
+        _refused.originals = before.union(map(id, originals))
+        return func(*args, **kwargs)
+    finally:
+        _refused.originals = before
+        module_pre_hooks.pop(key, None)

@@ -33,28 +33,34 @@ def tensor_at(place: Place) -> Tensor:
     return tensor  # type: ignore[no-any-return]
 
 
-def entries(module: nn.Module) -> Iterator[tuple[str, Place]]:
-    """The parameters and buffers of the module and its submodules; what is in two places comes once for each."""
+def entries(module: nn.Module, *, once: bool = False) -> Iterator[tuple[str, Place]]:
+    """The parameters and buffers of the module and its submodules.
+
+    What is in two places comes once for each, or with ``once`` by its first name alone: modules that share their parts
+    on many levels have many more names than parts.
+    """
     coming: list[tuple[str, nn.Module, bool]] = [("", module, False)]
-    above: set[int] = set()
+    above: dict[int, Mapping[str, nn.Module | None]] = {}
     while coming:
         prefix, owner, left = coming.pop()
         children = owner._modules
         if left:
-            above.remove(id(children))
+            del above[id(children)]
+            continue
+        # A weak proxy of a parent may be registered as a child; its children are the parent's.
+        if id(children) in above:
             continue
         tables: tuple[Mapping[str, Tensor | None], ...] = (owner._parameters, owner._buffers)
         for table, is_buffer in zip(tables, (False, True), strict=True):
             for key, tensor in table.items():
                 if tensor is not None:
                     yield prefix + key, (owner, key, is_buffer)
-        if children:
-            above.add(id(children))
+        above[id(children)] = children
+        if not once:
             coming.append((prefix, owner, True))
-            for key, child in [*children.items()][::-1]:
-                # A weak proxy of a parent may be registered as a child; its children are the parent's.
-                if child is not None and id(child._modules) not in above:
-                    coming.append((f"{prefix}{key}.", child, False))
+        coming.extend(
+            (f"{prefix}{key}.", child, False) for key, child in [*children.items()][::-1] if child is not None
+        )
 
 
 def replacements(
@@ -135,7 +141,7 @@ def check_initialized(module: nn.Module, parts: Iterable[nn.Module], replaced: M
     """No tensor is missing that a lazy module makes, in place, in its first call."""
     if not any(isinstance(part, LazyModuleMixin) for part in parts):
         return
-    for name, place in entries(module):
+    for name, place in entries(module, once=True):
         if type(tensor_at(place)) in _LAZY and id(tensor_at(place)) not in replaced:
             raise StructureError(
                 f"functional_call: {name} is not initialized, so that the call would change the module. Expected "

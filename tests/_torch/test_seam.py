@@ -322,6 +322,21 @@ def test_modes_are_switched_without_context_managers() -> None:
         torch._C._set_fwd_grad_enabled(True)
 
 
+def test_hooks_of_all_modules_are_a_dict_whose_keys_may_be_anything() -> None:
+    """_global_forward_pre_hooks: called before every module with the module and its arguments."""
+    key, seen = object(), []
+    layer = torch.nn.Identity()
+    _torch.module_pre_hooks[key] = lambda module, args: seen.append((module, args))
+    try:
+        layer(X[:2])
+    finally:
+        del _torch.module_pre_hooks[key]
+    layer(X[:2])
+    ((module, (argument,)),) = seen
+    assert module is layer
+    assert torch.equal(argument, X[:2])
+
+
 @pytest.mark.parametrize(("mode", "fake"), [("real", False), ("fake", True)])
 def test_tracers_and_fake_tensors_are_modes_of_their_own(mode: str, fake: bool) -> None:
     """_get_dispatch_mode(key) says whether numbers can be looked at: not while make_fx traces, nor of fake tensors."""

@@ -6,6 +6,8 @@ import copy
 import functools
 import gc
 import queue
+import random
+import signal
 import threading
 import time
 import weakref
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-ROUNDS = 4
+ROUNDS = 2
 X = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -0.75]])
 
 
@@ -691,6 +693,39 @@ def test_a_layer_that_is_not_followed_may_be_there() -> None:
     assert_close(plain, X @ module.inner.weight.T + module.inner.bias)
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer that interrupts")
+def test_interrupts_leave_nothing_behind() -> None:
+    """At random instants of calls in which the module's own layers are refused."""
+    module = Holding(lambda m: SimpleNamespace(layer=m), layer_of)
+    module.data = [[k] for k in range(2000)]
+    params, draw, raised = other_params(module), random.Random(1), 0
+    output, own, before = ad.functional_call(module, params, (X,)), module(X), everything(module)
+    start = time.perf_counter()
+    ad.functional_call(module, params, (X,))
+    longest = time.perf_counter() - start
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(500):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, longest))
+                ad.functional_call(module, params, (X,))
+                time.sleep(longest)
+            except KeyboardInterrupt:
+                raised += 1
+            assert torch.equal(module(X), own)
+            assert not torch.nn.modules.module._has_any_global_hook()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert raised > 400  # Python swallows one that comes while it runs a callback
+    assert everything(module) == before
+    assert torch.equal(ad.functional_call(module, params, (X,)), output)
+
+
 def test_a_plain_call_in_another_thread_sees_the_module_s_own_weights() -> None:
     inside, over = threading.Event(), threading.Event()
 
@@ -808,7 +843,7 @@ def test_what_del_closes_stays_open(slots: bool, tmp_path: Path) -> None:
         assert closed.pop() == "object"
     for _ in range(3):
         ad.functional_call(module, other_params(module), (X,))
-        gc.collect()
+    gc.collect()
     assert closed == []
     module.log.write("open")
     del module
@@ -878,20 +913,48 @@ def test_modules_may_be_nested_deeper_than_functions() -> None:
     assert ad.functional_call(module, given, (torch.ones(()),)).item() == 20
 
 
+def test_parts_that_are_shared_on_many_levels_are_taken_once() -> None:
+    """They have 2 ** 60 names."""
+
+    class Twice(nn.Module):
+        def __init__(self, below: nn.Module) -> None:
+            super().__init__()
+            self.first, self.second = below, below
+
+        def forward(self, x: Tensor) -> Tensor:
+            module = self
+            while isinstance(module, Twice):
+                module = module.second
+            return module(x)
+
+    module: nn.Module = nn.BatchNorm1d(3)
+    for _ in range(60):
+        module = Twice(module)
+    names, own = ["first." * 60 + name for name in ("weight", "bias")], [torch.full((3,), 2.0), torch.ones(3)]
+    output, buffers = ad.functional_call(
+        module, dict(zip(names, own, strict=True)), (X,), return_buffers=True
+    )
+    assert_close(output, nn.functional.batch_norm(X, None, None, *own, training=True))
+    assert_close(buffers["first." * 60 + "running_mean"], 0.1 * X.mean(0))
+    assert len(buffers) == 3
+    with pytest.warns(BufferWarning, match="to its buffers " + r"(first\.){60}num_batches_tracked, "):
+        ad.functional_call(module, {}, (X,))
+
+
 @pytest.mark.parametrize(
-    "data",
+    "make",
     [
-        {f"word{k}": k for k in range(100_000)},
-        [SimpleNamespace(k=k) for k in range(200_000)],
-        SimpleNamespace(data=[[SimpleNamespace(k=k) for k in range(100)] for _ in range(2000)]),
-        OrderedDict((k, [k]) for k in range(100_000)),
+        lambda: {f"word{k}": k for k in range(100_000)},
+        lambda: [SimpleNamespace(k=k) for k in range(200_000)],
+        lambda: SimpleNamespace(data=[[SimpleNamespace(k=k) for k in range(100)] for _ in range(2000)]),
+        lambda: OrderedDict((k, [k]) for k in range(100_000)),
     ],
     ids=["vocabulary", "objects", "objects in an object", "lists"],
 )
-def test_much_data_costs_little(data: Any) -> None:
-    """Less than a millisecond, where a copy would take tens, and 2,000 linear layers about ten."""
+def test_much_data_costs_little(make: Callable[[], Any]) -> None:
+    """Two milliseconds at most, where a copy takes tens."""
     module = nn.Sequential(nn.Linear(3, 3))
-    module[0].data = data
+    module[0].data = make()
     params = other_params(module)
     times = []
     for _ in range(20):

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -45,18 +48,34 @@ class World:
         return World(lambda: None, library=False)
 
 
-class Layer(nn.Module):
-    """A layer that may raise; with a list of itself, so that a lock is held while it runs."""
+# How a layer is reached: what holds it, and how it is taken from there.
+HOLDERS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any], nn.Module]]] = {
+    "itself": (lambda layer: layer, lambda held: held),
+    "list": (lambda layer: [layer], lambda held: held[0]),
+    "closure": (lambda layer: lambda: layer, lambda held: held()),
+    "object": (lambda layer: SimpleNamespace(layer=[layer]), lambda held: held.layer[0]),
+    "array": (lambda layer: np.array([None, layer], dtype=object), lambda held: held[1]),
+    "weak dictionary": (lambda layer: WeakValueDictionary({"a": layer}), lambda held: held["a"]),
+    "much data": (lambda layer: [layer, *range(2000)], lambda held: held[0]),
+}
 
-    def __init__(self, size: int, *, locked: bool) -> None:
+
+class Layer(nn.Module):
+    """A layer that may raise, and finds another in one of several ways."""
+
+    def __init__(self, size: int, *, holder: str) -> None:
         super().__init__()
+        hold, self.take = HOLDERS[holder]
         self.inner = nn.Linear(size, size, dtype=DTYPE)
-        if locked:
-            self.steps = [self.inner]
+        self.held = hold(self.inner)
+        if holder == "much data":
+            self.data = [
+                [k] for k in range(2000)
+            ]  # is not searched, so that a call of another layer is an error
 
     def forward(self, x: Tensor, tick: Callable[[], None]) -> Tensor:
         tick()
-        return self.inner(x).tanh()
+        return self.take(self.held)(x).tanh()
 
 
 def _square(draw: Draw, size: int) -> Tensor:
@@ -304,7 +323,8 @@ def _attended(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
 
 def _module(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     size = shape[-1]
-    layer, weight = Layer(size, locked=draw.chance(0.5)).requires_grad_(False), draw.normal((size, size))
+    layer = Layer(size, holder=draw.pick([*HOLDERS])).requires_grad_(False)
+    weight = draw.normal((size, size))
 
     def operation(world: World, x: Tensor) -> Tensor:
         bias = x.reshape(-1, size)[0]
