@@ -57,14 +57,11 @@ from autodiff._torch.messages import MESSAGES as MESSAGES
 from autodiff._torch.messages import says as says
 from autodiff._torch.modes import ForwardModeAllowed as ForwardModeAllowed
 from autodiff._torch.modes import GradMode as GradMode
-from autodiff._torch.modes import OutsideInferenceMode as OutsideInferenceMode
 from autodiff._torch.modes import SharedSwitch as SharedSwitch
 from autodiff._torch.modes import WithoutFunctionModes as WithoutFunctionModes
 from autodiff._torch.modes import compiling as compiling
 from autodiff._torch.modes import computes_numbers as computes_numbers
 from autodiff._torch.modes import flash_attention as flash_attention
-from autodiff._torch.modes import function_mode as function_mode
-from autodiff._torch.modes import function_modes as function_modes
 from autodiff._torch.modes import math_attention as math_attention
 from autodiff._torch.modes import outside_inference_mode as outside_inference_mode
 from autodiff._torch.modes import set_grad_enabled as set_grad_enabled
@@ -74,3 +71,9 @@ from autodiff._torch.modes import traced_inline_only as traced_inline_only
 from autodiff._torch.operators import higher_order_operators as higher_order_operators
 from autodiff._torch.operators import intercept as intercept
 from autodiff._torch.operators import plain_kernel as plain_kernel
+from autodiff._torch.thread_state import FunctionMode as FunctionMode
+from autodiff._torch.thread_state import function_mode as function_mode
+from autodiff._torch.thread_state import function_modes as function_modes
+from autodiff._torch.thread_state import guarded as guarded
+from autodiff._torch.thread_state import under_guard as under_guard
+from autodiff._torch.thread_state import without_inference_mode as without_inference_mode

@@ -19,7 +19,9 @@ from autodiff.errors import CloneError
 from autodiff.nn import references
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch.utils.hooks import RemovableHandle
 
 
 def found_by_name(code: Iterable[type | types.FunctionType]) -> Iterator[Any]:
@@ -61,7 +63,19 @@ def _refuse(module: nn.Module, _: Any) -> None:
         )
 
 
-_refusal = SharedSwitch(lambda: register_module_forward_pre_hook(_refuse).remove)
+def _read_hook() -> Callable[[bool], None]:
+    handles: list[RemovableHandle] = []
+
+    def register(on: bool) -> None:
+        while handles:
+            handles.pop().remove()
+        if on:
+            handles.append(register_module_forward_pre_hook(_refuse))
+
+    return register
+
+
+_refusal = SharedSwitch(_read_hook)
 
 
 @contextlib.contextmanager

@@ -300,7 +300,7 @@ FIXES = (
             "hessians_of_attention_modules",
         ),
         (
-            (hooks.higher_order, {"attention": plain_attention}),
+            (hooks.higher_order, {"attention": plain_attention.around}),
             (hooks.higher_order_traced, {"make": partial(sdpa_kernel, SDPBackend.MATH)}),
         ),
         issue="pytorch#128971",
@@ -311,7 +311,7 @@ FIXES = (
         "no second derivative, or zeros; in forward mode the fixes of this table are not seen",
         "they run uncompiled, wherever more than a gradient may be asked for, in this thread alone",
         ("compiled_functions_inside",),
-        ((hooks.higher_order, {"compiled": _torch.uncompiled}),),
+        ((hooks.higher_order, {"compiled": _torch.uncompiled.around}),),
     ),
     Fix(
         "control_flow",

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autodiff._torch import compiled
 from autodiff._torch import forward_level as forward
-from autodiff.core import reverse
+from autodiff._torch.thread_state import thread
+from autodiff.core import tape
 from autodiff.torch_fixes import attention
 from conftest import state_of_torch
 from soak.compositions import Composition, compose
@@ -58,11 +59,11 @@ class Outcome:
 def state() -> dict[str, Any]:
     """Everything that a transform switches, takes or counts while it runs."""
     return state_of_torch() | {
-        "pushes": forward.thread.pushes,
+        "pushes": thread.pushes,
         "users of the forward-mode level": forward.dual_level._users,
         "forward-mode level owned": forward.dual_level.owned,
         "forward-mode lock": forward.dual_level._lock.locked(),
-        "recordings": reverse._thread.recording,
+        "recordings": tape._thread.recording,
         "users of attention's formula": attention.plain_attention._users,
         "attention's lock": attention.plain_attention._lock.locked(),
         "threads in which nothing is compiled": list(compiled._inside),
