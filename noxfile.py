@@ -52,9 +52,14 @@ def ops(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Check 20,000 random compositions of transforms, and that they leave nothing behind: about ten minutes."""
+    """Check 20,000 random compositions of transforms, and that they leave nothing behind: about ten minutes.
+
+    Then interrupt 10,000 calls, unless arguments say what to run.
+    """
     install(session, "-e", ".[tests]")
     session.run("python", "tests/soak", *session.posargs, env=ONE_THREAD)
+    if not session.posargs:
+        session.run("python", "tests/soak", "--interrupts", "10000", env=ONE_THREAD)
 
 
 @nox.session

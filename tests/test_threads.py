@@ -232,7 +232,7 @@ def test_level_that_cannot_be_entered_is_a_clear_error(monkeypatch: pytest.Monke
     def refuse() -> int:
         raise RuntimeError("Nested forward mode AD is not supported at the moment")
 
-    monkeypatch.setattr(forward_ad, "enter_dual_level", refuse)
+    monkeypatch.setattr(torch._C, "_enter_dual_level", refuse)
     with pytest.raises(ForwardLevelError, match="another thread is half way into"):
         ad.jvp(slow_cubic, (X,), (T,))
     monkeypatch.undo()
@@ -351,7 +351,7 @@ def test_grad_mode_is_each_threads_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("home", "slow"), [(forward_ad, "enter_dual_level"), (torch._C, "_exit_dual_level")], ids=["in", "out"]
+    ("home", "slow"), [(torch._C, "_enter_dual_level"), (torch._C, "_exit_dual_level")], ids=["in", "out"]
 )
 def test_level_is_entered_and_left_behind_a_lock(
     home: Any, slow: str, monkeypatch: pytest.MonkeyPatch

@@ -29,6 +29,7 @@ from autodiff._torch.forward_level import functorch_forward_level as functorch_f
 from autodiff._torch.forward_level import make_dual as make_dual
 from autodiff._torch.forward_level import unpack_dual as unpack_dual
 from autodiff._torch.kernels import inside_levels as inside_levels
+from autodiff._torch.levels import OutsideTransforms as OutsideTransforms
 from autodiff._torch.levels import active_levels as active_levels
 from autodiff._torch.levels import add_batch as add_batch
 from autodiff._torch.levels import batch_level as batch_level
@@ -45,7 +46,6 @@ from autodiff._torch.levels import is_eager as is_eager
 from autodiff._torch.levels import is_wrapper as is_wrapper
 from autodiff._torch.levels import level_of as level_of
 from autodiff._torch.levels import may_overlap as may_overlap
-from autodiff._torch.levels import outside_transforms as outside_transforms
 from autodiff._torch.levels import remove_batch as remove_batch
 from autodiff._torch.levels import requires_grad_at_any_depth as requires_grad_at_any_depth
 from autodiff._torch.levels import unwrap as unwrap
@@ -57,14 +57,11 @@ from autodiff._torch.messages import MESSAGES as MESSAGES
 from autodiff._torch.messages import says as says
 from autodiff._torch.modes import ForwardModeAllowed as ForwardModeAllowed
 from autodiff._torch.modes import GradMode as GradMode
-from autodiff._torch.modes import OutsideInferenceMode as OutsideInferenceMode
 from autodiff._torch.modes import SharedSwitch as SharedSwitch
 from autodiff._torch.modes import WithoutFunctionModes as WithoutFunctionModes
 from autodiff._torch.modes import compiling as compiling
 from autodiff._torch.modes import computes_numbers as computes_numbers
 from autodiff._torch.modes import flash_attention as flash_attention
-from autodiff._torch.modes import function_mode as function_mode
-from autodiff._torch.modes import function_modes as function_modes
 from autodiff._torch.modes import math_attention as math_attention
 from autodiff._torch.modes import module_pre_hooks as module_pre_hooks
 from autodiff._torch.modes import outside_inference_mode as outside_inference_mode
@@ -77,3 +74,9 @@ from autodiff._torch.operators import intercept as intercept
 from autodiff._torch.operators import plain_kernel as plain_kernel
 from autodiff._torch.recomputation import StopRecomputation as StopRecomputation
 from autodiff._torch.recomputation import around_recomputation as around_recomputation
+from autodiff._torch.thread_state import FunctionMode as FunctionMode
+from autodiff._torch.thread_state import function_mode as function_mode
+from autodiff._torch.thread_state import function_modes as function_modes
+from autodiff._torch.thread_state import guarded as guarded
+from autodiff._torch.thread_state import under_guard as under_guard
+from autodiff._torch.thread_state import without_inference_mode as without_inference_mode

@@ -1,6 +1,6 @@
 """The engine, what tensors and nodes tell, and what torch registers.
 
-Imports `modes`.
+Imports `thread_state`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.torch_version import TorchVersion
 from torch.utils import _python_dispatch
 from torch.utils import _pytree as torch_pytree
 
-from autodiff._torch.modes import OutsideInferenceMode
+from autodiff._torch.thread_state import without_inference_mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -50,10 +50,9 @@ def backward(
         Variable._execution_engine.run_backward if outputs[0].is_cpu else autograd_graph._engine_run_backward
     )
     arguments = tuple(outputs), tuple(cotangents), retain_graph, create_graph, tuple(inputs)
-    if not torch.is_inference_mode_enabled():
-        return list(run(*arguments, allow_unreachable=True, accumulate_grad=False))
-    with OutsideInferenceMode():
-        return list(run(*arguments, allow_unreachable=True, accumulate_grad=False))
+    if torch.is_inference_mode_enabled():
+        return list(without_inference_mode(run, *arguments, allow_unreachable=True, accumulate_grad=False))
+    return list(run(*arguments, allow_unreachable=True, accumulate_grad=False))
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:

@@ -1,23 +1,26 @@
 """Functions that torch.compile has compiled, where a transform has to see what they are made of.
 
-Provides `uncompiled`: inside it they run as they are written, in this thread alone. Imports nothing from the package.
+Provides `uncompiled`: inside it they run as they are written, in this thread alone. Imports `thread_state`.
 """
 
 from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager
-from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from autodiff._torch.thread_state import thread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+R = TypeVar("R")
 _TRACER, _modules = "torch._dynamo.eval_frame", sys.modules
-# The threads inside `uncompiled`, each as often as it has entered. A list takes less time than a threading.local.
-_inside: list[int] = []
 
 
 def is_uncompiled() -> bool:
     """Whether this thread is inside `uncompiled`."""
-    return get_ident() in _inside
+    return bool(thread.__dict__.get("uncompiled"))
 
 
 class _StanceByThread:
@@ -43,10 +46,22 @@ class _Uncompiled(AbstractContextManager[None]):
         # Again each time: torch.compiler.set_stance may have put another in its place.
         if _TRACER in _modules:
             _set_stance()
-        _inside.append(get_ident())
+        own = thread.__dict__
+        own["uncompiled"] = own.get("uncompiled", 0) + 1
 
     def __exit__(self, *exc: object) -> None:
-        _inside.remove(get_ident())
+        thread.__dict__["uncompiled"] -= 1
+
+    def around(self, func: Callable[..., R], *args: Any) -> R:
+        """``func(*args)`` inside it, where no guard is."""
+        own = thread.__dict__
+        if own.get("uncompiled"):
+            return func(*args)
+        try:
+            self.__enter__()
+            return func(*args)
+        finally:
+            own["uncompiled"] = 0
 
 
 def _set_stance() -> None:

@@ -1,6 +1,6 @@
 """Forward mode. torch's one forward-AD level per process, shared by all threads.
 
-Provides levels to enter by `with`, and dual tensors. Imports `modes`, and `errors`.
+Provides levels to enter by `with`, and dual tensors. Imports `thread_state`, `modes`, and `errors`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,11 +18,11 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from autodiff._torch.modes import ForwardModeAllowed, OutsideInferenceMode, on_stack
+from autodiff._torch.modes import on_stack
+from autodiff._torch.thread_state import Shared, leave_level, thread
 from autodiff.errors import ForwardLevelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import TracebackType
 
 # How long another thread's torch.func.jvp is waited for, and how long between two looks, in seconds.
@@ -43,29 +43,17 @@ _BETWEEN = (
 )
 
 
-class _ThreadState(threading.local):
-    """What this thread has entered."""
-
-    pushes = 0
-    hidden = False  # forward mode is on, but not for what runs here
-
-
-thread = _ThreadState()
-
-
-class _DualLevel:
+class _DualLevel(Shared):
     """The one forward-AD level that torch keeps per process, shared by all of our threads.
 
     torch enters and leaves it by unlocked module globals, so two threads get errors, or tangents vanish; and where one
-    leaves it while another computes, memory is corrupted. Here the first user enters it and the last one leaves it,
-    under a lock that is never held while user code runs. A level of another thread's torch.func.jvp is waited for. One
+    leaves it while another computes, memory is corrupted. A level of another thread's torch.func.jvp is waited for. One
     that stays, or a level by torch.autograd.forward_ad, which may be the caller's own, is shared: it may be left
     while we use it, which a probe, a dual tensor of our own, shows.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
+        super().__init__()
         self._rules_loaded = False
         self.owned = False
 
@@ -85,39 +73,36 @@ class _DualLevel:
                 return False
             if not open_ and not self._try_open(may_wait=may_wait):
                 return False
-            self._users += 1
+            self.join()
             return True
 
     def _try_open(self, *, may_wait: bool) -> bool:
-        # First this: torch.func.jvp inside our level must find it and not enter one of its own.
+        nested = eager_transforms.JVP_NESTING > 0
+        # Nothing is called in between: an interrupt finds the level open, and settles that, or not open. torch.func.jvp
+        # inside our level must find it and not enter one of its own.
         eager_transforms.JVP_NESTING += 1
+        forward_ad._current_level, self.owned = 0, True
         try:
-            self._open(stale=not may_wait and eager_transforms.JVP_NESTING == 1)
+            torch._C._enter_dual_level()
         except RuntimeError as error:
             eager_transforms.JVP_NESTING -= 1
+            forward_ad._current_level, self.owned = -1, False
             if may_wait:
                 return False
-            raise ForwardLevelError(_BETWEEN) from error
-        self.owned = True
+            if nested:
+                raise ForwardLevelError(_BETWEEN) from error
+            # Entering and leaving never take so long: a torch.compile that failed has left the level open.
+            try:
+                torch._C._exit_dual_level(level=0)
+            except RuntimeError:
+                raise ForwardLevelError(_BETWEEN) from error
+            return False
         return True
 
-    def _open(self, *, stale: bool) -> None:
-        try:
-            forward_ad.enter_dual_level()
-        except RuntimeError:
-            if not stale:
-                raise
-            # Entering and leaving never take so long: a torch.compile that failed has left the level open.
-            torch._C._exit_dual_level(level=0)
-            forward_ad.enter_dual_level()
-
-    def leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._is_closed():
-                return
-        # Another thread's torch.func.jvp goes on inside our level: it is left when that is out.
-        threading.Thread(target=self._close, name="autodiff: forward-AD level", daemon=True).start()
+    def settle(self) -> None:
+        if not self._is_closed():
+            # Another thread's torch.func.jvp goes on inside our level: it is left when that is out.
+            threading.Thread(target=self._close, name="autodiff: forward-AD level", daemon=True).start()
 
     def _close(self) -> None:
         closed = False
@@ -165,9 +150,6 @@ class _InDualLevel(AbstractContextManager[None]):
             except RuntimeError as error:
                 dual_level.leave()
                 raise ForwardLevelError(_BETWEEN) from error
-            except BaseException:
-                dual_level.leave()
-                raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -198,35 +180,43 @@ def _is_gone(probe: Tensor) -> bool:
     return unpack_dual(probe)[1] is None
 
 
-class eager_forward_level(AbstractContextManager[None]):  # noqa: N801  used like the function below
+class eager_forward_level(_InDualLevel):  # noqa: N801  used like a function
     """Plain forward AD in this thread, with no functorch level: half the time of `functorch_forward_level`."""
 
-    __slots__ = ("_forward", "_inference_off", "_level")
+    __slots__ = ("_was_allowed",)
 
     def __enter__(self) -> None:
-        self._inference_off, self._level, self._forward = (
-            OutsideInferenceMode(),
-            _InDualLevel(),
-            ForwardModeAllowed(),
-        )
-        self._inference_off.__enter__()
-        try:
-            self._level.__enter__()
-        except BaseException:
-            self._inference_off.__exit__()
-            raise
+        super().__enter__()
         thread.pushes += 1
-        self._forward.__enter__()
+        self._was_allowed = torch._C._is_fwd_grad_enabled()
+        torch._C._set_fwd_grad_enabled(True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._forward.__exit__()
+        torch._C._set_fwd_grad_enabled(self._was_allowed)
         thread.pushes -= 1
-        try:
-            self._level.__exit__(kind, error, traceback)
-        finally:
-            self._inference_off.__exit__()
+        super().__exit__(kind, error, traceback)
+
+
+class functorch_forward_level(_InDualLevel):  # noqa: N801  used like a function
+    """A functorch forward-mode level, which nests; gives the level's number."""
+
+    __slots__ = ("_level", "_was_allowed")
+
+    def __enter__(self) -> int:  # type: ignore[override]
+        super().__enter__()
+        self._was_allowed = torch._C._is_fwd_grad_enabled()
+        self._level = _functorch._jvp_increment_nesting()
+        torch._C._set_fwd_grad_enabled(True)
+        return self._level
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        torch._C._set_fwd_grad_enabled(self._was_allowed)
+        leave_level(self._level, _functorch._jvp_decrement_nesting, error)
+        super().__exit__(kind, error, traceback)
 
 
 class ForwardModeIgnored(AbstractContextManager[None]):
@@ -240,18 +230,6 @@ class ForwardModeIgnored(AbstractContextManager[None]):
 
     def __exit__(self, *exc: object) -> None:
         thread.pushes, thread.hidden = self._before
-
-
-@contextmanager
-def functorch_forward_level() -> Iterator[int]:
-    """A functorch forward-mode level, which nests; gives the level's number."""
-    with OutsideInferenceMode(), _InDualLevel():
-        level = _functorch._jvp_increment_nesting()
-        try:
-            with ForwardModeAllowed():
-                yield level
-        finally:
-            _functorch._jvp_decrement_nesting()
 
 
 def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:

@@ -1,30 +1,29 @@
 """Torch's levels and the wrappers around tensors at each of them, reverse mode and batching.
 
-Provides where this thread stands, and levels to enter by `with`. Imports `modes`, `compiled`, `recomputation` and
-`forward_level`.
+Provides where this thread stands, and levels to enter by `with`. Imports all files below but `kernels`.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch import eager_transforms, predispatch, pyfunctorch
+from torch._C import _autograd, _functorch
+from torch._functorch import eager_transforms, predispatch
 from torch._functorch import vmap as torch_vmap
 from torch.autograd import forward_ad
-from torch.autograd import graph as autograd_graph
 from torch.nn import Parameter
 
 from autodiff._torch import forward_level as forward
 from autodiff._torch.compiled import uncompiled
-from autodiff._torch.modes import GradMode, OutsideInferenceMode, on_stack
-from autodiff._torch.recomputation import without_checkpoint_hooks
+from autodiff._torch.modes import on_stack
+from autodiff._torch.recomputation import put_back_checkpoint_hooks, take_checkpoint_hooks
+from autodiff._torch.thread_state import allow_hooks, leave_level, thread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
 # Classes that no package needs to keep.
 _PLAIN = (Tensor, Parameter)
@@ -40,7 +39,7 @@ def is_eager() -> bool:
     """Whether no transform and no forward-mode level is active in this thread."""
     return (
         _functorch.peek_interpreter_stack() is None
-        and not forward.thread.pushes
+        and not thread.pushes
         and (forward_ad._current_level < 0 or not _foreign_forward_level())
     )
 
@@ -52,21 +51,51 @@ def grad_level_active() -> bool:
 
 def forward_level_active() -> bool:
     """Whether this thread pushes tangents, or a forward-AD level is open that is not ours."""
-    if forward.thread.pushes or on_stack(_functorch.TransformType.Jvp):
+    if thread.pushes or on_stack(_functorch.TransformType.Jvp):
         return True
     return _foreign_forward_level()
 
 
 def _foreign_forward_level() -> bool:
-    return forward_ad._current_level >= 0 and not forward.dual_level.owned and not forward.thread.hidden
+    return forward_ad._current_level >= 0 and not forward.dual_level.owned and not thread.hidden
 
 
-@contextmanager
-def outside_transforms() -> Iterator[None]:
-    """Outside of all transforms that are active, for what has run there before and runs again."""
-    without_forward_mode = forward.ForwardModeIgnored() if forward_level_active() else nullcontext()
-    with pyfunctorch.temporarily_clear_interpreter_stack(), without_forward_mode:
-        yield
+class _TopLevelPopped(AbstractContextManager[Any]):
+    """The top of this thread's stack of transforms, taken off in C: no interrupt comes between that and the body.
+
+    The body puts it back, since an interrupt may come first of all in an ``__exit__``.
+    """
+
+    __enter__ = staticmethod(_functorch.pop_dynamic_layer_stack)
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+_top_level_popped = _TopLevelPopped()
+
+
+class OutsideTransforms(AbstractContextManager[None]):
+    """Outside of all transforms that are active, for what has run there before and runs again.
+
+    Where an interrupt leaves it out, the levels that it has taken off are gone: so are the transforms around.
+    """
+
+    __slots__ = ("_ignored", "_layers")
+
+    def __enter__(self) -> None:
+        self._layers: list[Any] = []
+        self._ignored = forward.ForwardModeIgnored() if forward_level_active() else None
+        while _functorch.peek_interpreter_stack() is not None:
+            self._layers.append(_functorch.pop_dynamic_layer_stack())
+        if self._ignored is not None:
+            self._ignored.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        if self._ignored is not None:
+            self._ignored.__exit__(None, None, None)
+        while self._layers:
+            _functorch.push_dynamic_layer_stack(self._layers.pop())
 
 
 def requires_grad_at_any_depth(tensor: Tensor) -> bool:
@@ -89,9 +118,12 @@ def has_tangent_at_any_depth(tensor: Tensor) -> bool:
     top = stack[-1]
     if top.key() == _functorch.TransformType.Jvp and forward.unpack_dual(tensor)[1] is not None:
         return True
-    with pyfunctorch.temporarily_pop_interpreter_stack():
-        below = _functorch.maybe_get_level(tensor) == top.level()
-        return has_tangent_at_any_depth(_functorch.get_unwrapped(tensor) if below else tensor)
+    below = _functorch.maybe_get_level(tensor) == top.level()
+    with _top_level_popped as popped:
+        try:
+            return has_tangent_at_any_depth(_functorch.get_unwrapped(tensor) if below else tensor)
+        finally:
+            _functorch.push_dynamic_layer_stack(popped)
 
 
 def functorch_active() -> bool:
@@ -147,21 +179,31 @@ def is_wrapper(tensor: Tensor) -> bool:
 # Reverse mode.
 
 
-@contextmanager
-def grad_level() -> Iterator[int]:
+class grad_level(AbstractContextManager[int]):  # noqa: N801  used like a function
     """A reverse-mode level with grad mode on; gives the level's number.
 
     The level is made before grad mode is switched on: torch remembers the mode outside, and
     operations sent below the level obey that one.
     """
-    forbidden = autograd_graph.disable_saved_tensors_hooks(_SAVED_TENSOR_HOOKS)
-    with OutsideInferenceMode(), without_checkpoint_hooks(), forbidden:
-        level = _functorch._grad_increment_nesting()
-        try:
-            with GradMode(), uncompiled:
-                yield level
-        finally:
-            _functorch._grad_decrement_nesting()
+
+    __slots__ = ("_checkpoint_hooks", "_forbidden", "_level", "_was_recording")
+
+    def __enter__(self) -> int:
+        self._was_recording = torch.is_grad_enabled()
+        self._forbidden = _autograd._saved_tensors_hooks_get_disabled_error_message()
+        self._checkpoint_hooks = take_checkpoint_hooks()
+        allow_hooks(_SAVED_TENSOR_HOOKS)
+        self._level = _functorch._grad_increment_nesting()
+        torch._C._set_grad_enabled(True)
+        uncompiled.__enter__()
+        return self._level
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        uncompiled.__exit__()
+        torch._C._set_grad_enabled(self._was_recording)
+        leave_level(self._level, _functorch._grad_decrement_nesting, error)
+        allow_hooks(self._forbidden)
+        put_back_checkpoint_hooks(self._checkpoint_hooks)
 
 
 def wrap(tensor: Tensor, level: int) -> Tensor:
@@ -181,8 +223,8 @@ def _wrap_for_grad(tensor: Tensor, level: int) -> Tensor:
 def wrap_tracked(tensor: Tensor, level: int) -> Tensor:
     """The tensor as an input of the level that the level differentiates."""
     allowed = _functorch.get_inplace_requires_grad_allowed()
-    _functorch.set_inplace_requires_grad_allowed(True)
     try:
+        _functorch.set_inplace_requires_grad_allowed(True)
         return _wrap_for_grad(tensor, level).requires_grad_()
     finally:
         _functorch.set_inplace_requires_grad_allowed(allowed)
@@ -201,16 +243,29 @@ def detached(leaf: Any) -> Any:
 # Batching.
 
 
-@contextmanager
-def batch_level(size: int, randomness: str) -> Iterator[int]:
+# Whether torch has loaded what vmap decomposes: it takes 1 us to ask it.
+_loaded: list[bool] = []
+
+
+class batch_level(AbstractContextManager[int]):  # noqa: N801  used like a function
     """A vmap level; gives the level's number."""
-    predispatch.lazy_load_decompositions()
-    level = _functorch._vmap_increment_nesting(size, randomness)
-    try:
-        with uncompiled:
-            yield level
-    finally:
-        _functorch._vmap_decrement_nesting()
+
+    __slots__ = ("_level", "_randomness", "_size")
+
+    def __init__(self, size: int, randomness: str) -> None:
+        self._size, self._randomness = size, randomness
+
+    def __enter__(self) -> int:
+        if not _loaded:
+            predispatch.lazy_load_decompositions()
+            _loaded.append(True)
+        self._level = _functorch._vmap_increment_nesting(self._size, self._randomness)
+        uncompiled.__enter__()
+        return self._level
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        uncompiled.__exit__()
+        leave_level(self._level, _functorch._vmap_decrement_nesting, error)
 
 
 def vmap_levels() -> list[tuple[int, int]]:

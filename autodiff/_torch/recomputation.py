@@ -5,14 +5,14 @@ Imports nothing from the package.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import _C
 from torch.utils import checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
 # Raised through the user's function, and through ours, when a second run has saved all that the first one has.
@@ -41,9 +41,8 @@ class _Recomputation(checkpoint._recomputation_hook):
 checkpoint._recomputation_hook = _Recomputation  # type: ignore[misc]
 
 
-@contextmanager
-def without_checkpoint_hooks() -> Iterator[None]:
-    """Tensors are saved as they are, and not by the hooks of checkpoints around, which would be shown wrappers.
+def take_checkpoint_hooks() -> list[Any]:
+    """Take the hooks of checkpoints off: tensors are saved as they are, where a hook would be shown wrappers.
 
     What is saved so needs no second run: only its memory is not spared.
     """
@@ -51,11 +50,13 @@ def without_checkpoint_hooks() -> Iterator[None]:
     while (pair := _C._autograd._top_saved_tensors_default_hooks(True)) and _is_checkpoints(pair[0]):
         pairs.append(pair)
         _C._autograd._pop_saved_tensors_default_hooks()
-    try:
-        yield
-    finally:
-        for pair in reversed(pairs):
-            _C._autograd._push_saved_tensors_default_hooks(*pair)
+    return pairs
+
+
+def put_back_checkpoint_hooks(pairs: list[Any]) -> None:
+    """Put back what `take_checkpoint_hooks` has taken."""
+    while pairs:
+        _C._autograd._push_saved_tensors_default_hooks(*pairs.pop())
 
 
 def _is_checkpoints(hook: Any) -> bool:

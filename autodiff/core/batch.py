@@ -78,6 +78,17 @@ def run(
     """
     if _torch.compiling():
         return _run_traced(func, leaves, dims, randomness, out_dims)
+    return _torch.under_guard(_run_on_level, func, leaves, dims, size, randomness, out_dims)
+
+
+def _run_on_level(
+    func: Callable[[list[Any]], list[Any]],
+    leaves: Sequence[Any],
+    dims: Sequence[int | None],
+    size: int,
+    randomness: Randomness,
+    out_dims: Callable[[list[Any], list[bool]], Sequence[int | None]],
+) -> list[Any]:
     with _torch.batch_level(size, randomness) as level:
         entered = [
             leaf if dim is None else _hidden(leaf, dim, level) for leaf, dim in zip(leaves, dims, strict=True)

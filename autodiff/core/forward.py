@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from autodiff import _torch
 from autodiff.core import hooks
@@ -34,7 +33,7 @@ class Pushed(NamedTuple):
     aux: list[Any]
 
 
-class ForwardMode(TorchFunctionMode):
+class ForwardMode(_torch.FunctionMode):
     """Sends every operation that a function calls to its override, if it has one: 0.9 us for each operation."""
 
     def __enter__(self) -> Self:
@@ -42,9 +41,9 @@ class ForwardMode(TorchFunctionMode):
         self._entered = type(_torch.function_mode()) is not type(self)
         return super().__enter__() if self._entered else self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._entered:
-            super().__exit__(*exc)
+            super().__exit__(kind, error, trace)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -77,6 +76,17 @@ def push(
     """Run ``func`` once with a tangent on every primal, inside ``mode``."""
     if _torch.compiling():
         return _push_traced(func, primals, tangents)
+    if torch.is_inference_mode_enabled():
+        return _torch.without_inference_mode(push, func, primals, tangents, mode=mode)
+    return _torch.under_guard(_push, func, primals, tangents, mode)
+
+
+def _push(
+    func: FlatFunction,
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    mode: Callable[[], AbstractContextManager[Any]],
+) -> Pushed:
     # Plain forward AD may write over what the pullback of a tangent needs.
     eager = _torch.is_eager() and not recorded_outside((*primals, *tangents))
     push_impl = _push_eagerly if eager else _push_on_level
@@ -86,8 +96,7 @@ def push(
         with mode():
             return func(leaves, lift)
 
-    with hooks.AROUND_HIGHER_ORDER:
-        pushed = push_impl(in_mode, primals, tangents)
+    pushed: Pushed = hooks.around_higher_order(push_impl, in_mode, primals, tangents)
     if torch.is_grad_enabled() or _torch.forward_level_active():
         return pushed
     # A pull inside made a graph, since tangents need one, but grad mode is off out here.

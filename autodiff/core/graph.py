@@ -77,7 +77,7 @@ def replaced_pullbacks(nodes: Iterable[Any]) -> list[tuple[Any, NodePullback]]:
     return [(node, pullback) for node, pullback in pairs if pullback is not None]
 
 
-@functools.cache  # bounded by the number of torch's operations and of the user's Functions
+@functools.lru_cache(4096)  # the names of torch's operations and of the user's Functions
 def _policies_of(name: str) -> list[tuple[PullPolicy, str]]:
     registry = hooks.pull_policies.items()
     return [(policy, entry[b]) for policy, entry in registry for b in entry if name.startswith(b)]

@@ -6,8 +6,11 @@ Imports nothing from the package.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Literal, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 from torch import Tensor
 
@@ -54,27 +57,20 @@ node_pullbacks: dict[str, NodePullback] = {}
 # makes one.
 needs_graph_in_forward_mode: dict[str, None] = {}
 
-# What is entered around operations that are differentiated forward, or more than once, by the names of fixes. While
-# torch.compile traces, it is made anew each time.
-higher_order: dict[str, AbstractContextManager[Any]] = {}
+# What runs operations that are differentiated forward, or more than once, by the names of fixes: called with a function
+# and its arguments. While torch.compile traces, it is a context, which is made anew each time.
+higher_order: dict[str, Callable[..., Any]] = {}
 higher_order_traced: dict[Literal["make"], Callable[[], AbstractContextManager[Any]]] = {}
 # An operation's formula in every function that is differentiated while torch.compile traces.
 traced_formulas: dict[Any, Callable[..., Any]] = {}
 
 
-class _AroundHigherOrder(AbstractContextManager[None]):
-    """All that is registered in `higher_order`."""
+def around_higher_order(func: Callable[..., Any], *args: Any) -> Any:
+    """``func(*args)`` inside all that is registered in `higher_order`."""
+    for around in higher_order.values():
+        func = partial(around, func)
+    return func(*args)
 
-    def __enter__(self) -> None:
-        for context in higher_order.values():
-            context.__enter__()
-
-    def __exit__(self, *exc: object) -> None:
-        for context in higher_order.values():
-            context.__exit__(None, None, None)
-
-
-AROUND_HIGHER_ORDER = _AroundHigherOrder()
 
 # Called when a registry has changed.
 when_changed: list[Callable[[], None]] = []

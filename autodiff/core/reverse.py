@@ -50,11 +50,22 @@ def record(
     """
     if _torch.compiling():
         return _TracedTape(func, primals, higher_order or inputs_recorded)
+    if torch.is_inference_mode_enabled():
+        return _torch.without_inference_mode(
+            record,
+            func,
+            primals,
+            internal_leaves=internal_leaves,
+            higher_order=higher_order,
+            inputs_recorded=inputs_recorded,
+            origin=origin,
+            at_level=at_level,
+        )
     if at_level or not _torch.is_eager():
-        return _LevelTape(func, primals, higher_order)
+        return _torch.under_guard(_LevelTape, func, primals, higher_order)
     if history.reaches_far(origin):
         try:
-            tape = _LevelTape(func, primals, higher_order)
+            tape = _torch.under_guard(_LevelTape, func, primals, higher_order)
         except RuntimeError:
             history.forget(origin, for_good=True)
         else:
@@ -78,6 +89,8 @@ def record_derivative(
     """
     if _torch.compiling() or not _torch.is_eager() or history.reaches_far(origin):
         return record(differentiated(func, differentiate), primals, origin=origin)
+    if torch.is_inference_mode_enabled():
+        return _torch.without_inference_mode(record_derivative, func, primals, differentiate, origin=origin)
     return _EagerTape(func, primals, differentiate=differentiate, origin=origin)
 
 
@@ -143,7 +156,8 @@ class _EagerTape(Tape):
         super().__init__()
         recording = torch.is_grad_enabled()
         self._origin, self._start = origin, _torch.next_sequence_number()
-        with _torch.GradMode():
+        try:  # a context manager takes 1 % of a gradient, and an interrupt may leave it
+            _torch.set_grad_enabled(True)
             self.inputs, views, requires_grad = [], [], False
             this = weakref.ref(self)
             for primal in primals:
@@ -174,6 +188,8 @@ class _EagerTape(Tape):
             self._tracked = requires_grad or None
             if views:
                 _refuse_written(views, versions)
+        finally:
+            _torch.set_grad_enabled(recording)
         if recording and self._tracked is None:
             # One walk for all of it: mostly nothing is tracked from outside.
             of_aux = [leaf for leaf in aux if isinstance(leaf, Tensor) and leaf.requires_grad]

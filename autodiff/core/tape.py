@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -34,6 +33,15 @@ ALL = slice(None)
 ONE_BY_ONE: PullPolicy = "one cotangent at a time"
 
 
+class _Checkpoints:
+    """Whether the process has used `checkpoint`: then a pull may run functions again, inside torch's hooks."""
+
+    used = False
+
+
+checkpoints = _Checkpoints()
+
+
 class _Thread(threading.local):
     """How many functions this thread is recording, each inside the one before."""
 
@@ -43,12 +51,12 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-@contextmanager
-def recording_once() -> Iterator[None]:
-    """Set the recording depth to one, so that a second run takes the same branches as the first."""
-    before, _thread.recording = _thread.recording, 1
+def recording_once(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``func`` at a recording depth of one, so that a second run takes the same branches as the first."""
+    before = _thread.recording
     try:
-        yield
+        _thread.recording = 1
+        return func(*args, **kwargs)
     finally:
         _thread.recording = before
 
@@ -141,26 +149,30 @@ class Tape(ABC):
         """
         # The thread's own dict: attributes of a threading.local take three times as long.
         thread = _thread.__dict__
-        depth, hook_count = thread.get("recording", 0), _torch.hooks_registered()
+        depth = thread.get("recording", 0)
         self._higher_order = False
         thread["recording"] = depth + 1
         try:
+            aux: list[Any]
             if higher_order:
-                with hooks.AROUND_HIGHER_ORDER:
-                    self.graph_outputs, aux = func(self.inputs, lift)
-                    self.has_hooks = _torch.hooks_registered() != hook_count
-                    if differentiate is not None:
-                        self.outputs, self.aux = self.graph_outputs, aux
-                        self.graph_outputs, aux = differentiate(self)
-                        self._nodes = self._policies = self._replaced = None  # those of another graph
-            else:  # without a context that does nothing: a gradient of four numbers takes 1 % longer in it
-                self.graph_outputs, aux = func(self.inputs, lift)
-                self.has_hooks = _torch.hooks_registered() != hook_count
+                aux = hooks.around_higher_order(self._run_inside, func, lift, differentiate)
+            else:
+                aux = self._run_inside(func, lift, differentiate)
         finally:
             thread["recording"] = depth
         # A pull runs again what is in torch.utils.checkpoint, and has to do so under the same hook. It does not reach
         # what a nested tape recorded, which runs again after this one is left.
         self._higher_order = higher_order and depth == 0
+        return aux
+
+    def _run_inside(self, func: FlatFunction, lift: Lift, differentiate: TapeFunction | None) -> list[Any]:
+        hook_count = _torch.hooks_registered()
+        self.graph_outputs, aux = func(self.inputs, lift)
+        self.has_hooks = _torch.hooks_registered() != hook_count
+        if differentiate is not None:
+            self.outputs, self.aux = self.graph_outputs, aux
+            self.graph_outputs, aux = differentiate(self)
+            self._nodes = self._policies = self._replaced = None  # those of another graph
         return aux
 
     def pull(
@@ -207,16 +219,14 @@ class Tape(ABC):
         if create_graph is None:
             create_graph, cut = self._makes_graph(grad_outputs)
         if create_graph and any(map(torch.is_inference, grad_outputs)):
-            with _torch.OutsideInferenceMode():
-                grad_outputs = [_torch.outside_inference_mode(seed) for seed in grad_outputs]
+            leave = _torch.without_inference_mode
+            grad_outputs = [leave(_torch.outside_inference_mode, seed) for seed in grad_outputs]
         arguments = roots, grad_outputs, inputs, retain_graph or create_graph, create_graph
         replaced = self._replaced_pullbacks() if create_graph else ()
         run = partial(graph.backward_with, replaced) if replaced else _torch.backward
         if self._higher_order:
-            with hooks.AROUND_HIGHER_ORDER:
-                pulled = run(*arguments)
-        else:
-            pulled = run(*arguments)
+            run = partial(hooks.around_higher_order, run)
+        pulled = _torch.under_guard(run, *arguments) if checkpoints.used else run(*arguments)
         if cut is not None:
             pulled = cut(pulled)
         return self._refusing_more(pulled, inputs, grad_outputs) if create_graph else pulled

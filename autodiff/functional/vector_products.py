@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from autodiff import checks
-from autodiff._torch import compiling
+from autodiff._torch import compiling, guarded
 from autodiff.core.call import Call, is_differentiable
 from autodiff.core.forward import push
 from autodiff.core.linearization import Linearization, gradient, linearize, linearize_derivative
@@ -56,6 +56,7 @@ _HESSIAN_ENTRY_INDEPENDENT = (
 _ONE_OUTPUT = "the user-provided function returns a single Tensor with a single element."
 
 
+@guarded
 def vjp(
     func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False, strict: bool = False
 ) -> tuple[Any, Any]:
@@ -100,6 +101,7 @@ def vjp(
     return contract.leaving((output, product))
 
 
+@guarded
 def jvp(
     func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False, strict: bool = False
 ) -> tuple[Any, Any]:
@@ -153,6 +155,7 @@ def jvp(
     return contract.leaving((call.like_output(linearized.outputs), product))
 
 
+@guarded
 def vhp(
     func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False, strict: bool = False
 ) -> tuple[Any, Any]:
@@ -196,6 +199,7 @@ def vhp(
     return contract.leaving((output, product))
 
 
+@guarded
 def hvp(
     func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False, strict: bool = False
 ) -> tuple[Any, Any]:

@@ -28,29 +28,21 @@ if cuda.is_built():
     ]
 
 
-def _take_formula() -> Callable[[], None]:
+def _read_kernels() -> Callable[[bool], None]:
     flash, formula, fast_path = _flash_is_on(), _formula_is_on(), _fast_path_is_on()
     of_cuda = [switch for is_on, switch in _OF_CUDA if is_on()] if _OF_CUDA else ()
-    if flash:
-        _switch_flash(False)
-    if not formula:
-        _switch_formula(True)
-    if fast_path:
-        _switch_fast_path(False)
-    for switch in of_cuda:
-        switch(False)
 
-    def restore() -> None:
+    def take_formula(on: bool) -> None:
         if flash:
-            _switch_flash(True)
+            _switch_flash(not on)
         if not formula:
-            _switch_formula(False)
+            _switch_formula(on)
         if fast_path:
-            _switch_fast_path(True)
+            _switch_fast_path(not on)
         for switch in of_cuda:
-            switch(True)
+            switch(not on)
 
-    return restore
+    return take_formula
 
 
-plain_attention = _torch.SharedSwitch(_take_formula)
+plain_attention = _torch.SharedSwitch(_read_kernels)

@@ -5,7 +5,6 @@ torch switches forward mode off inside it, for all levels, and hands it tensors 
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +21,14 @@ if TYPE_CHECKING:
 
 def with_nesting_jvp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply the autograd Function that is the first argument, with a ``jvp`` that autodiff_jvp_nests."""
-    return func(_nesting(args[0]), *args[1:], **kwargs)
+    cls = args[0]
+    # Kept by the class itself: a cache would keep the classes, and what they capture.
+    nesting = vars(cls).get("autodiff_nesting")
+    if nesting is None:
+        nesting = cls.autodiff_nesting = _nesting(cls)
+    return func(nesting, *args[1:], **kwargs)
 
 
-@functools.cache
 def _nesting(cls: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """The Function with a jvp that an outer forward mode sees, where it has one."""
     if cls.jvp is torch.autograd.Function.jvp or hasattr(cls, "autodiff_jvp_nests"):

@@ -288,7 +288,7 @@ FIXES = (
             "hessians_of_attention_modules",
         ),
         (
-            (hooks.higher_order, {"attention": plain_attention}),
+            (hooks.higher_order, {"attention": plain_attention.around}),
             (hooks.higher_order_traced, {"make": partial(sdpa_kernel, SDPBackend.MATH)}),
         ),
         issue="pytorch#128971",
@@ -299,7 +299,7 @@ FIXES = (
         "no second derivative, or zeros; in forward mode the fixes of this table are not seen",
         "they run uncompiled, wherever more than a gradient may be asked for, in this thread alone",
         ("compiled_functions_inside",),
-        ((hooks.higher_order, {"compiled": _torch.uncompiled}),),
+        ((hooks.higher_order, {"compiled": _torch.uncompiled.around}),),
     ),
     Fix(
         "control_flow",
@@ -359,7 +359,7 @@ FIXES = (
         "its second run inside vmap or forward mode takes other kernels than the first, and other saved tensors",
         "the second run is outside of all transforms, as the first one was",
         ("batched_pulls_of_checkpoints",),
-        ((_torch.around_recomputation, {"outside": _torch.outside_transforms}),),
+        ((_torch.around_recomputation, {"outside": _torch.OutsideTransforms}),),
     ),
     Fix(
         "traced_formulas",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from autodiff import _torch
 from autodiff.core import randomness, trees
@@ -16,7 +16,7 @@ from autodiff.core.call import Lift, is_differentiable, refilled, spread, wraps
 from autodiff.core.forward import push
 from autodiff.core.reverse import rerecord
 from autodiff.core.rules import Rules, attach, inplace_counts, is_tracked
-from autodiff.core.tape import recording_once
+from autodiff.core.tape import checkpoints, recording_once
 from autodiff.errors import CaptureError, InPlaceError
 from autodiff.types import P, R
 
@@ -64,22 +64,21 @@ def checkpoint(func: Callable[P, R]) -> Callable[P, R]:
                 return func(*args, **kwargs)
             # torch's own: what it hooks on sees all tensors, also those that an autograd Function captures.
             # Not stopped early: that is before an operation has written what it saves, such as the noise of rrelu.
-            return torch.utils.checkpoint.checkpoint(
-                _call, func, args, kwargs, use_reentrant=False, early_stop=False
-            )
-        return _on_level(func, args, kwargs)
+            checkpoints.used = True
+            run = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, early_stop=False)
+            return _torch.under_guard(run, _call, func, args, kwargs)
+        return _torch.under_guard(_on_level, func, args, kwargs)
 
     return checkpointed
 
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run outside of all transforms, also for the second time, which comes inside whatever pulls.
+    """Run in the same way for the second time, which comes inside whatever pulls.
 
     torch finds what the first run saved by its place in the second one. So the transforms and checkpoints in ``func``
     have to go the same way in both, or another tensor would be taken for it silently.
     """
-    with _torch.outside_transforms(), recording_once():
-        return func(*args, **kwargs)
+    return recording_once(func, *args, **kwargs)
 
 
 def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -165,7 +164,7 @@ class _Rerun(Rules):
 _METADATA = frozenset({Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.grad_fn.__get__})  # type: ignore[attr-defined,union-attr]
 
 
-class _ReplacedTensors(TorchFunctionMode):
+class _ReplacedTensors(_torch.FunctionMode):
     """Operations see ``others`` in place of ``tensors``; ``unused`` are those that none has asked for."""
 
     def __init__(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:

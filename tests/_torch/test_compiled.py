@@ -195,7 +195,7 @@ def test_nothing_is_left_behind_by_an_exception() -> None:
     for attempt in (ad.grad, ad.hessian, ad.jacfwd, ad.vmap, lambda f: ad.vmap(ad.hessian(f))):
         with pytest.raises(ValueError, match="Size"):
             attempt(torch.compile(raising, backend="eager"))(BATCH)
-    assert _torch.compiled._inside == []
+    assert not _torch.compiled.is_uncompiled()
 
 
 def test_batch_of_cotangents_of_a_compiled_pullback_is_refused() -> None:

@@ -7,8 +7,10 @@ for the last). The final test fails when that file names a symbol that has no co
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import threading
+import types
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +21,9 @@ import optree
 import pytest
 import torch
 from torch import Tensor, overrides
-from torch._C import _functorch
+from torch._C import _autograd, _functorch
 from torch._C._dynamo import eval_frame
-from torch._functorch import autograd_function, eager_transforms, predispatch, pyfunctorch
+from torch._functorch import autograd_function, eager_transforms, predispatch
 from torch._functorch import vmap as torch_vmap
 from torch._subclasses import FakeTensorMode
 from torch.autograd import Variable, forward_ad
@@ -36,13 +38,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import autodiff as ad
 from autodiff import _torch
-from autodiff._torch.recomputation import without_checkpoint_hooks
+from autodiff._torch.recomputation import put_back_checkpoint_hooks, take_checkpoint_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 SOURCES = sorted(Path(_torch.__file__).parent.glob("[!_]*.py"))
+
+OF_PYTHON = ("__code__", "__context__", "__dict__", "__enter__", "__exit__", "__traceback__")
 
 # Every private symbol of the seam, and the test here that pins it.
 CONTRACTS = {
@@ -51,8 +55,13 @@ CONTRACTS = {
     "_functorch.get_interpreter_stack": "test_stack_tells_the_kinds_of_its_levels",
     "_functorch.TransformType": "test_stack_tells_the_kinds_of_its_levels",
     "_functorch.unwrap_if_dead": "test_wrapper_of_a_level_that_was_left_can_be_taken_off",
-    "pyfunctorch.temporarily_pop_interpreter_stack": "test_upper_levels_can_be_stepped_out_of",
-    "pyfunctorch.temporarily_clear_interpreter_stack": "test_all_levels_can_be_stepped_out_of",
+    "_functorch.pop_dynamic_layer_stack": "test_upper_levels_can_be_stepped_out_of",
+    "_functorch.push_dynamic_layer_stack": "test_upper_levels_can_be_stepped_out_of",
+    "_functorch.get_dynamic_layer_stack_depth": "test_upper_levels_can_be_stepped_out_of",
+    "_functorch.set_single_level_autograd_function_allowed": "test_torch_forbids_its_own_functions_outside_levels",
+    "contextlib._GeneratorContextManager": "test_end_of_a_generators_context_waits_in_the_traceback",
+    "torch._C._InferenceMode": "test_inference_mode_is_left_in_c",
+    "torch._C._pop_torch_function_stack": "test_function_modes_stand_on_a_stack",
     "autograd_function.custom_function_call": "test_function_mode_sees_autograd_functions_inside_levels",
     "overrides._get_current_function_mode": "test_function_modes_can_be_left_out",
     "overrides._get_current_function_mode_stack": "test_function_modes_stand_on_a_stack",
@@ -75,7 +84,7 @@ CONTRACTS = {
     "_functorch.is_batchedtensor": "test_vmap_level_hides_a_dimension",
     "_functorch.maybe_get_level": "test_vmap_level_hides_a_dimension",
     "forward_ad._current_level": "test_one_dual_level_per_process_by_a_global",
-    "forward_ad.enter_dual_level": "test_one_dual_level_per_process_by_a_global",
+    "torch._C._enter_dual_level": "test_one_dual_level_per_process_by_a_global",
     "torch._C._exit_dual_level": "test_one_dual_level_per_process_by_a_global",
     "forward_ad._maybe_load_decompositions": "test_loading_forward_rules_is_what_warns",
     "forward_ad.make_dual": "test_torch_func_wraps_tensors_by_names_that_others_replace",
@@ -107,7 +116,11 @@ CONTRACTS = {
     "torch._VF._unpack_dual": "test_dual_tensors_are_made_and_opened",
     "autograd_graph._engine_run_backward": "test_engine_is_called_like_autograd_grad",
     "Variable._execution_engine": "test_engine_is_called_like_autograd_grad",
-    "autograd_graph.disable_saved_tensors_hooks": "test_saved_tensor_hooks_can_be_forbidden",
+    "_autograd._saved_tensors_hooks_disable": "test_saved_tensor_hooks_can_be_forbidden",
+    "_autograd._saved_tensors_hooks_enable": "test_saved_tensor_hooks_can_be_forbidden",
+    "_autograd._saved_tensors_hooks_get_disabled_error_message": "test_saved_tensor_hooks_can_be_forbidden",
+    "_autograd._top_saved_tensors_default_hooks": "test_saved_tensor_hooks_stand_on_a_stack",
+    "_autograd._pop_saved_tensors_default_hooks": "test_saved_tensor_hooks_stand_on_a_stack",
     "predispatch.lazy_load_decompositions": "test_decompositions_load_lazily",
     "tensor._version": "test_writes_are_counted",
     "tensor._is_zerotensor": "test_zeros_without_memory_are_told",
@@ -115,6 +128,8 @@ CONTRACTS = {
     "node._sequence_nr": "test_nodes_are_numbered_in_the_order_of_their_making",
     "torch._C._autograd": "test_nodes_are_numbered_in_the_order_of_their_making",
     "node._forward_cls": "test_nodes_of_functions_know_their_class",
+    "autograd_function.__name__": "test_nodes_of_functions_know_their_class",
+    "backward.__closure__": "test_nodes_of_functions_know_their_class",
     "torch._debug_has_internal_overlap": "test_overlap_is_seen",
     "torch_pytree._private_register_pytree_node": "test_torchs_own_trees_learn_a_class",
     "torch_pytree.SUPPORTED_NODES": "test_torchs_registry_holds_its_dataclasses",
@@ -137,13 +152,13 @@ def test_stack_tells_the_kinds_of_its_levels() -> None:
 
     def look(x: Tensor) -> Tensor:
         seen.append([layer.key() for layer in _functorch.get_interpreter_stack()])
-        seen.append(len(pyfunctorch.retrieve_all_functorch_interpreters()))
+        seen.append(len(_functorch.get_interpreter_stack() or ()))
         return x.sum()
 
     torch.func.vmap(torch.func.grad(look))(X[:, None])
     kinds = _functorch.TransformType
     assert seen == [[kinds.Vmap, kinds.Grad], 2]
-    assert pyfunctorch.retrieve_all_functorch_interpreters() == []
+    assert _functorch.get_interpreter_stack() is None
 
 
 def test_stack_tells_the_sizes_of_its_batches() -> None:
@@ -192,7 +207,7 @@ def test_grad_level_differentiates_by_wrapping() -> None:
         (slope,) = torch.autograd.grad(y, x)
         result = _torch.unwrap(slope, level)
     torch.testing.assert_close(result, 2 * X)
-    assert pyfunctorch.retrieve_all_functorch_interpreters() == []
+    assert _functorch.get_interpreter_stack() is None
 
 
 def test_pull_after_the_level_was_left() -> None:
@@ -268,9 +283,9 @@ def test_fallback_warning_is_silenced_by_its_first_words_and_nothing_stays() -> 
 def test_one_dual_level_per_process_by_a_global() -> None:
     """forward_ad._current_level is a process-wide global: a second thread sees this one's level."""
     assert forward_ad._current_level == -1
-    forward_ad.enter_dual_level()
+    assert torch._C._enter_dual_level() == 0
+    forward_ad._current_level = 0
     try:
-        assert forward_ad._current_level == 0
         seen: list[int] = []
         thread = threading.Thread(target=lambda: seen.append(forward_ad._current_level))
         thread.start()
@@ -400,10 +415,12 @@ def test_hooks_of_checkpoints_can_be_put_aside() -> None:
 
     def func(x: Tensor) -> Tensor:
         top = torch._C._autograd._top_saved_tensors_default_hooks
-        with without_checkpoint_hooks():
-            tops.append(top(True))
+        taken = take_checkpoint_hooks()
+        tops.append(top(True))
+        put_back_checkpoint_hooks(taken)
         tops.append(top(True)[0].__module__)
-        with autograd_graph.save_on_cpu(), without_checkpoint_hooks():
+        with autograd_graph.save_on_cpu():
+            assert take_checkpoint_hooks() == []
             tops.append(top(True)[0].__module__)
         return x.sin()
 
@@ -466,34 +483,61 @@ def test_wrapper_of_a_level_that_was_left_can_be_taken_off() -> None:
 
 
 def test_upper_levels_can_be_stepped_out_of() -> None:
-    """temporarily_pop_interpreter_stack() leads to the level below, where a tensor's own tangent is seen."""
+    """pop_dynamic_layer_stack() leads to the level below, where plain autograd may record; and push goes back."""
     seen: list[Any] = []
+    depth = _functorch.get_dynamic_layer_stack_depth
 
     def look(x: Tensor) -> Tensor:
-        before = len(pyfunctorch.retrieve_all_functorch_interpreters())
-        with pyfunctorch.temporarily_pop_interpreter_stack():
-            seen.append(before - len(pyfunctorch.retrieve_all_functorch_interpreters()))
-        return x.sum()
-
-    torch.func.vmap(torch.func.grad(look))(X[:, None])
-    assert seen == [1]
-
-
-def test_all_levels_can_be_stepped_out_of() -> None:
-    """temporarily_clear_interpreter_stack() leads out of all levels, where plain autograd records; and back."""
-    seen: list[Any] = []
-
-    def look(x: Tensor) -> Tensor:
-        with pyfunctorch.temporarily_clear_interpreter_stack():
-            seen.append(_functorch.peek_interpreter_stack())
-            seen.append(torch.func.vmap(torch.func.grad(lambda y: y**3))(X))
-        seen.append(len(pyfunctorch.retrieve_all_functorch_interpreters()))
+        outer, before = [], depth()
+        while depth():
+            outer.append(_functorch.pop_dynamic_layer_stack())
+        seen.append((before, _functorch.peek_interpreter_stack()))
+        seen.append(torch.func.vmap(torch.func.grad(lambda y: y**3))(X))
+        while outer:
+            _functorch.push_dynamic_layer_stack(outer.pop())
+        seen.append(depth())
         return (x**2).sum()
 
     assert torch.equal(torch.func.vmap(torch.func.grad(look))(X[:, None]), 2 * X[:, None])
-    assert seen[0] is None
+    assert seen[0] == (2, None)
     assert torch.equal(seen[1], 3 * X**2)
     assert seen[2] == 2
+
+
+def test_torch_forbids_its_own_functions_outside_levels() -> None:
+    """set_single_level_autograd_function_allowed is off, but while torch applies a Function on a level."""
+    assert not _functorch.get_single_level_autograd_function_allowed()
+    _functorch.set_single_level_autograd_function_allowed(False)
+    assert not _functorch.get_single_level_autograd_function_allowed()
+
+
+def test_end_of_a_generators_context_waits_in_the_traceback() -> None:
+    """A ``with`` of a generator holds it as ``self.gen``; where ``__exit__`` is not run, it ends when it is closed."""
+    ended = []
+
+    @contextlib.contextmanager
+    def context() -> Any:
+        try:
+            yield
+        finally:
+            ended.append(True)
+
+    left = context()
+    assert isinstance(left, contextlib._GeneratorContextManager)
+    left.__enter__()
+    left.gen.close()
+    assert ended == [True]
+
+
+def test_inference_mode_is_left_in_c() -> None:
+    """_InferenceMode(False) is a context manager in C, which puts grad mode back too."""
+    with torch.inference_mode():
+        with torch._C._InferenceMode(False):
+            assert not torch.is_inference_mode_enabled()
+            assert torch.is_grad_enabled()
+        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
+    assert not isinstance(torch._C._InferenceMode.__enter__, types.FunctionType)
 
 
 class Double(torch.autograd.Function):
@@ -540,9 +584,11 @@ def test_function_modes_can_be_left_out() -> None:
 
 
 def test_function_modes_stand_on_a_stack() -> None:
-    """_get_current_function_mode_stack() lists them, the fully_unwrapped last."""
+    """_get_current_function_mode_stack() lists them, the innermost last; they can be counted, and popped."""
     with Seeing() as outer, Seeing() as inner:
         assert overrides._get_current_function_mode_stack() == [outer, inner]
+        assert torch._C._pop_torch_function_stack() is inner
+        inner.__enter__()
 
 
 def test_code_can_be_kept_from_being_compiled_alone() -> None:
@@ -633,13 +679,29 @@ def test_stack_of_dispatch_modes_has_a_length() -> None:
 
 
 def test_saved_tensor_hooks_can_be_forbidden() -> None:
-    """disable_saved_tensors_hooks(message) makes a hook inside a level an error with our words."""
-    with (
-        autograd_graph.disable_saved_tensors_hooks("our words"),
-        pytest.raises(RuntimeError, match="our words"),
-        autograd_graph.saved_tensors_hooks(lambda t: t, lambda t: t),
-    ):
-        pass
+    """_saved_tensors_hooks_disable(message) makes a hook inside a level an error with our words."""
+    assert _autograd._saved_tensors_hooks_get_disabled_error_message() is None
+    torch._C._autograd._saved_tensors_hooks_disable("our words")
+    try:
+        assert _autograd._saved_tensors_hooks_get_disabled_error_message() == "our words"
+        with (
+            pytest.raises(RuntimeError, match="our words"),
+            autograd_graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+        ):
+            pass
+    finally:
+        _autograd._saved_tensors_hooks_enable()
+    assert _autograd._saved_tensors_hooks_get_disabled_error_message() is None
+
+
+def test_saved_tensor_hooks_stand_on_a_stack() -> None:
+    """_top_saved_tensors_default_hooks(True) is the last pair, None where there is none; and it can be popped."""
+    assert _autograd._top_saved_tensors_default_hooks(True) is None
+    hooks = autograd_graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    hooks.__enter__()
+    assert _autograd._top_saved_tensors_default_hooks(True) == (hooks.pack_hook, hooks.unpack_hook)
+    _autograd._pop_saved_tensors_default_hooks()
+    assert _autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def test_decompositions_load_lazily() -> None:
@@ -867,7 +929,6 @@ def private_names(tree: ast.AST) -> set[str]:
         "forward_ad",
         "eager_transforms",
         "predispatch",
-        "pyfunctorch",
         "autograd_function",
         "autograd_graph",
         "torch_pytree",
@@ -877,6 +938,7 @@ def private_names(tree: ast.AST) -> set[str]:
         "_python_dispatch",
         "checkpoint",
         "_C",
+        "_autograd",
     }
     names = set()
     for node in ast.walk(tree):
@@ -887,7 +949,7 @@ def private_names(tree: ast.AST) -> set[str]:
             names.add(".".join(dotted[:3]))
         elif dotted and (
             dotted[0] in roots
-            or (dotted[1].startswith("_") and dotted[0] != "self" and dotted[1] != "__code__")
+            or (dotted[1].startswith("_") and dotted[0] != "self" and dotted[1] not in OF_PYTHON)
         ):
             names.add(".".join(dotted[:2]))
     return names - {"torch._C", "torch._VF"}

@@ -1,6 +1,7 @@
 """``python tests/soak``: 20,000 random compositions, and what they leave; see machine.py for what is asserted.
 
-``--only INDEX`` runs one of them again, with everything that there is to know about it.
+``--only INDEX`` runs one of them again, with everything that there is to know about it. ``--interrupts 10000`` presses
+Ctrl-C so often, at random instants of other calls; see interrupts.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from conftest import CLEAN
-from soak import machine
+from soak import interrupts, machine
 from soak.compositions import compose
 
 # After so many failures the rest would say little.
@@ -103,6 +104,18 @@ def soak(seed: int, numbers: range) -> int:
     return int(bool(tally.failures) or bool(left) or grown > MOST_GROWTH)
 
 
+def interrupt(seed: int, count: int) -> int:
+    """Interrupt so many calls; the exit code."""
+    began = time.perf_counter()
+    came, left = interrupts.run(seed, count, progress)
+    say(*(f"{times} x {what}" for what, times in left.most_common()))
+    say(
+        f"interrupts: {came} of {count} came in time; {left.total()} left something behind",
+        f"seconds: {time.perf_counter() - began:.0f}",
+    )
+    return int(bool(left))
+
+
 def report(tally: Tally, grown: float, more: int, left: dict[str, object], seconds: float) -> None:
     raised = sum(tally.raised.values())
     say(
@@ -126,12 +139,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/soak", description=__doc__)
     parser.add_argument("--compositions", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--interrupts", type=int, help="how many calls to interrupt, in place of all compositions"
+    )
     parser.add_argument("--only", type=int, help="the number of one composition to run again")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     for message in machine.QUIET:
         warnings.filterwarnings("ignore", message)
+    if options.interrupts is not None:
+        warnings.simplefilter("ignore")
+        return interrupt(options.seed, options.interrupts)
     if options.only is None:
         return soak(options.seed, range(options.compositions))
     say(str(compose(options.seed, options.only)))

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autodiff._torch import compiled
 from autodiff._torch import forward_level as forward
+from autodiff._torch.thread_state import thread
 from autodiff.core import tape
 from autodiff.torch_fixes import attention
 from conftest import state_of_torch
@@ -58,7 +59,7 @@ class Outcome:
 def state() -> dict[str, Any]:
     """Everything that a transform switches, takes or counts while it runs."""
     return state_of_torch() | {
-        "pushes": forward.thread.pushes,
+        "pushes": thread.pushes,
         "users of the forward-mode level": forward.dual_level._users,
         "forward-mode level owned": forward.dual_level.owned,
         "forward-mode lock": forward.dual_level._lock.locked(),
