@@ -58,6 +58,21 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session
+def clients(session: nox.Session) -> None:
+    """Run the own tests of packages that use torch.func, with torch's transforms and with autodiff's: 15 minutes.
+
+    ``-- zuko pypose`` runs those that are named.
+    """
+    needed = ("curvlinops-for-pytorch", "posteriors", "zuko", "opacus", "tensordict", "pypose", "torchjd")
+    tests = ("torchopt", "hypothesis", "matplotlib", "scikit-learn", "pandas")
+    install(session, ".[tests]", *needed, "laplace-torch", *tests)
+    # PyPose installs it, for a torch with CUDA; what imports it here does without.
+    session.run("pip", "uninstall", "--yes", "--quiet", "torchvision")
+    folder = Path(session.create_tmp())
+    session.run("python", "tests/clients", "--folder", str(folder), *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, docstrings, and which files use private parts of torch or import optree."""
     install(session, "ruff")

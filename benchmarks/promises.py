@@ -1,4 +1,4 @@
-"""What autodiff promises beside speed: memory within a budget, chunks of a good size, a quick import."""
+"""What autodiff promises beside speed: bounded memory, good chunks, constant steps in a loop, a quick import."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 import autodiff
+from benchmarks import history
 from benchmarks.clock import Here, medians
 from benchmarks.rows.dense import parameter_hessians, perceptron
 from benchmarks.rows.row import AUTODIFF, Place
@@ -46,6 +47,11 @@ def kept() -> Iterator[Promise]:
     )
     for name, ratio in _chunks().items():
         yield Promise(f"chunks of {name}, 1024 samples: time over that of the best fixed size", ratio, 1.1)
+    for one in history.measured():
+        name = f"a step of a loop that keeps its graph, {one.name}: step 1,000"
+        yield Promise(f"{name} over step 50", one.late / one.early, 1.2)
+        if one.of_torch_func is not None:
+            yield Promise(f"{name} over torch.func's", one.late / one.of_torch_func, 1.0)
     yield Promise("import autodiff after torch: seconds", _import_time(), IMPORT_BAR_IN_SECONDS)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as functional_nn
 from torch.nn.functional import mse_loss, scaled_dot_product_attention
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_structure
 
@@ -164,6 +165,10 @@ def step(state: dict[str, Tensor], points: Tensor) -> tuple[dict[str, Tensor], T
     return {name: param - 0.1 * slope[name] for name, param in state.items()}, value
 
 
+def through(operation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: operation(x).pow(3).sum()
+
+
 def attending(x: Tensor) -> Tensor:
     return scaled_dot_product_attention(x, x.sin(), x.cos()).pow(3).sum()
 
@@ -187,6 +192,28 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (torch.diag_embed(BATCH.exp()) + 0.1,),
     ),
     "hessian of attention": (ad.hessian(attending), (BATCH.expand(1, 1, 4, 3),)),
+    "jacfwd of attention": (ad.jacfwd(attending), (BATCH.expand(1, 1, 4, 3),)),
+    "grad of grad of attention": (
+        ad.grad(lambda x: ad.grad(attending)(x).sin().sum()),
+        (BATCH.expand(1, 1, 4, 3),),
+    ),
+    "mixed Hessian of layer_norm": (
+        ad.hessian(through(lambda x: functional_nn.layer_norm(x, (3,))), mode="reverse-over-forward"),
+        (BATCH,),
+    ),
+    "vmap of hessian of batch_norm": (
+        ad.vmap(ad.hessian(through(lambda x: functional_nn.batch_norm(x, None, None, training=True)))),
+        (torch.stack([BATCH, BATCH.exp()]),),
+    ),
+    "vmap of jacfwd of instance_norm": (
+        ad.vmap(ad.jacfwd(through(functional_nn.instance_norm))),
+        (BATCH.expand(2, 2, 4, 3) * X,),
+    ),
+    "forward over reverse of logcumsumexp": (
+        ad.hessian(through(lambda x: x.logcumsumexp(0)), mode="forward-over-reverse"),
+        (BATCH,),
+    ),
+    "jacfwd of cdist": (ad.jacfwd(through(lambda x: torch.cdist(x, x.exp()))), (BATCH,)),
     "third derivative": (ad.vmap(ad.grad(ad.grad(ad.grad(lambda x: x.sin() * x**3)))), (X,)),
     "holomorphic": (ad.jacfwd(lambda z: z**3, holomorphic=True), (torch.complex(X, X.cos()),)),
     "hessian_eigenvalues, restricted": (

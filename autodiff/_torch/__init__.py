@@ -75,3 +75,5 @@ from autodiff._torch.modes import traced_inline_only as traced_inline_only
 from autodiff._torch.operators import higher_order_operators as higher_order_operators
 from autodiff._torch.operators import intercept as intercept
 from autodiff._torch.operators import plain_kernel as plain_kernel
+from autodiff._torch.recomputation import StopRecomputation as StopRecomputation
+from autodiff._torch.recomputation import around_recomputation as around_recomputation

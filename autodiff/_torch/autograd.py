@@ -79,12 +79,11 @@ def is_function_node(node: Any) -> bool:
 
 
 def user_function(node: Any) -> type:
-    """The autograd Function that a node belongs to: inside a level torch makes one of its own around the user's."""
+    """The autograd Function that a node belongs to. Inside levels torch makes others around the user's."""
     cls: Any = node._forward_cls
-    if issubclass(cls, torch.autograd.Function):
-        return cls  # type: ignore[no-any-return]
-    around = cls.backward.__closure__[cls.backward.__code__.co_freevars.index("autograd_function")]
-    return around.cell_contents  # type: ignore[no-any-return]
+    while (backward := cls.backward).__module__ == autograd_function.__name__:
+        cls = backward.__closure__[backward.__code__.co_freevars.index("autograd_function")].cell_contents
+    return cls  # type: ignore[no-any-return]
 
 
 def is_differentiable_once(node: Any) -> bool:

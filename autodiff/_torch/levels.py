@@ -1,6 +1,7 @@
 """Torch's levels and the wrappers around tensors at each of them, reverse mode and batching.
 
-Provides where this thread stands, and levels to enter by `with`. Imports `modes`, `forward` and `compiled`.
+Provides where this thread stands, and levels to enter by `with`. Imports `modes`, `compiled`, `recomputation` and
+`forward_level`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn import Parameter
 from autodiff._torch import forward_level as forward
 from autodiff._torch.compiled import uncompiled
 from autodiff._torch.modes import GradMode, OutsideInferenceMode, on_stack
+from autodiff._torch.recomputation import without_checkpoint_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -152,7 +154,8 @@ def grad_level() -> Iterator[int]:
     The level is made before grad mode is switched on: torch remembers the mode outside, and
     operations sent below the level obey that one.
     """
-    with OutsideInferenceMode(), autograd_graph.disable_saved_tensors_hooks(_SAVED_TENSOR_HOOKS):
+    forbidden = autograd_graph.disable_saved_tensors_hooks(_SAVED_TENSOR_HOOKS)
+    with OutsideInferenceMode(), without_checkpoint_hooks(), forbidden:
         level = _functorch._grad_increment_nesting()
         try:
             with GradMode(), uncompiled:

@@ -36,8 +36,6 @@ PullPolicy: TypeAlias = Literal[
     "cotangents batched like outputs",
     # A pull makes a graph though nothing tracks its result.
     "with a graph",
-    # The pullback is transposed at a cotangent of ones, not of zeros.
-    "transposed at ones",
 ]
 
 # How a graph is pulled back that holds nodes whose names begin so, with the operation that they belong to.
@@ -45,7 +43,6 @@ pull_policies: dict[PullPolicy, dict[str, str]] = {
     "one cotangent at a time": {},
     "cotangents batched like outputs": {},
     "with a graph": {},
-    "transposed at ones": {},
 }
 
 # How a node of this name is pulled back where that makes a graph: from the node and its cotangents to a cotangent for
@@ -61,6 +58,8 @@ needs_graph_in_forward_mode: dict[str, None] = {}
 # torch.compile traces, it is made anew each time.
 higher_order: dict[str, AbstractContextManager[Any]] = {}
 higher_order_traced: dict[Literal["make"], Callable[[], AbstractContextManager[Any]]] = {}
+# An operation's formula in every function that is differentiated while torch.compile traces.
+traced_formulas: dict[Any, Callable[..., Any]] = {}
 
 
 class _AroundHigherOrder(AbstractContextManager[None]):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from autodiff._torch import DispatchMode, says
+from autodiff._torch import DispatchMode, WithoutFunctionModes, says
 from autodiff.core import hooks
 from autodiff.errors import OptionError
 
@@ -150,11 +150,13 @@ class _LiveBytes(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         self.operations += 1
-        self._see((args, kwargs), new=False)
-        override = hooks.dispatch_overrides.get(func)
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs) if override is None else override(func, args, kwargs)
-        self._see(result, new=True)
+        # Function modes have seen the operation. A checkpoint around would take what it finds here for captured.
+        with WithoutFunctionModes():
+            self._see((args, kwargs), new=False)
+            override = hooks.dispatch_overrides.get(func)
+            kwargs = kwargs or {}
+            result = func(*args, **kwargs) if override is None else override(func, args, kwargs)
+            self._see(result, new=True)
         return result
 
     def _see(self, tree: Any, *, new: bool) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from autodiff import _torch
 from autodiff.core import graph, history, hooks
@@ -278,6 +279,25 @@ class _LevelTape(Tape):
         )
 
 
+class _Traced:
+    """How many functions are being recorded while torch.compile traces, which cannot see a threading.local."""
+
+    def __init__(self) -> None:
+        self.recording = 0
+
+
+_traced = _Traced()
+
+
+class _Formulas(TorchFunctionMode):
+    """While a function is traced: operations are replaced by their formulas."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return hooks.traced_formulas.get(func, func)(*args, **(kwargs or {}))
+
+
 class _TracedTape(Tape):
     """torch.func.vjp, which torch.compile's tracer knows."""
 
@@ -291,8 +311,16 @@ class _TracedTape(Tape):
             # It takes only tensors for aux.
             return tuple(outputs), tuple(leaf for leaf in inside if isinstance(leaf, Tensor))
 
-        with hooks.higher_order_traced.get("make", nullcontext)() if higher_order else nullcontext():
-            recorded: Any = torch.func.vjp(of_inputs, *primals, has_aux=True)
+        higher_order = higher_order or _traced.recording > 0
+        _traced.recording += 1
+        try:
+            with (
+                hooks.higher_order_traced.get("make", nullcontext)() if higher_order else nullcontext(),
+                _Formulas(),
+            ):
+                recorded: Any = torch.func.vjp(of_inputs, *primals, has_aux=True)
+        finally:
+            _traced.recording -= 1
         outputs, self._pullback, tensors = recorded
         coming = iter(tensors)
         self.outputs, self.graph_outputs, self.inputs = list(outputs), list(outputs), list(primals)

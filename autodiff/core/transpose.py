@@ -35,9 +35,8 @@ def transpose(
 
     It is the conjugate transpose of a conjugate transpose. ``inspect`` is shown what the first pullback gives, None
     where no output depends on an input. The pullback is transposed at a cotangent of zeros, where each of torch's own
-    is defined, unless a policy says ones. That of an autograd Function may do anything there, such as not to iterate
-    at all: it is transposed at a generic cotangent, and checked. While a function is traced there is no graph to ask,
-    and it is ones.
+    is defined. That of an autograd Function may do anything there, such as not to iterate at all: it is transposed at
+    a generic cotangent, and checked. While a function is traced there is no graph to ask, and it is ones.
     """
 
     def pull(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
@@ -52,8 +51,7 @@ def transpose(
         names = sorted({_torch.user_function(node).__name__ for node in users})
         check = LinearityCheck(partial(checks.raise_nonlinear_backward, names), unless_shown=True)
         return transposed(pull, point, check, internal_leaves=tape.inputs, at_level=tape.at_level)
-    ones = traced or "transposed at ones" in tape.policies()
-    at = torch.ones_like if ones else torch.zeros_like
+    at = torch.ones_like if traced else torch.zeros_like
     point = [at(output) for output in tape.outputs]
     return transposed(pull, point, internal_leaves=tape.inputs, at_level=tape.at_level)
 
@@ -113,14 +111,17 @@ def transposed(
 
 
 def _differ(one: tuple[Vectors, Vectors], other: tuple[Vectors, Vectors]) -> bool:
-    """Whether two inner products are not the same number, for one of the samples of the batches around.
+    """Whether <L u, v> and <u, L* v> are not the same number, for one of the samples of the batches around.
 
-    They are compared with what sums of random signs would be. NaN and infinities are not judged.
+    They are compared with what sums of random signs would be, and with rounding errors of a function that is zero. NaN
+    and infinities are not judged.
     """
-    (a, scale_a), (b, scale_b) = _inner(*one), _inner(*other)
+    (images, v), (u, pulled) = one, other
+    (a, scale_a), (b, scale_b) = _inner(images, v), _inner(u, pulled)
     dtypes = {vector.dtype for vectors in (*one, *other) for vector in vectors if vector is not None}
-    tolerance = min(4 * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) ** (1 / 3), 0.25)
-    differ = abs(a - b) > tolerance * (scale_a + scale_b)
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    tolerance = min(4 * eps ** (1 / 3), 0.25) * (scale_a + scale_b) + eps * _norm(u) * _norm(v)
+    differ = abs(a - b) > tolerance
     return bool(_torch.fully_unwrapped(differ).any()) if isinstance(differ, Tensor) else differ
 
 
@@ -131,8 +132,14 @@ def _inner(ones: Vectors, others: Vectors) -> tuple[Tensor | float, Tensor | flo
     for one, other in zip(ones, others, strict=True):
         if one is None or other is None:
             continue
-        terms = (one.conj() * other).real if one.is_complex() else one * other
-        if terms.dtype.itemsize < 4:
-            terms = terms.float()
+        terms = _wide((one.conj() * other).real if one.is_complex() else one * other)
         total, scale = total + terms.sum(), scale + torch.linalg.vector_norm(terms)
     return total, scale
+
+
+def _norm(vectors: Vectors) -> Tensor | float:
+    return sum((torch.linalg.vector_norm(_wide(one)) for one in vectors if one is not None), 0.0)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

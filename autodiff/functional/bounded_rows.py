@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from autodiff._torch import compiling, silenced_fallback_warning
+from autodiff._torch import StopRecomputation, compiling, silenced_fallback_warning
 from autodiff.core.chunks import Sizes
 from autodiff.core.linearization import gradient
 from autodiff.core.products import blocks_from_rows, products, restricted_to_outputs
@@ -54,6 +54,8 @@ class BoundedJacobian(Jacobian):
             try:
                 with silenced_fallback_warning:
                     rows = products(pull_one, StandardBasis([output]), Sizes(chunk_size))
+            except StopRecomputation:
+                raise  # a checkpoint around has seen what it needs
             except Exception:
                 # Some backward passes cannot be batched: they read a value, or write in place. What they
                 # raise then is up to them.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
-from autodiff._torch import says
+from autodiff._torch import StopRecomputation, says
 from autodiff.core import memory
 from autodiff.errors import AutodiffError, BudgetError, SampleError
 from autodiff.samples.results import JacobianRows, Result, is_finite, template_of
@@ -146,8 +146,8 @@ class Engine:
         """The results; where the function fails, those of each half, down to the sample that fails."""
         try:
             result = self._evaluator.samples(batch, start, stop)
-        except AutodiffError:
-            raise  # a wrong call, whatever the sample
+        except (AutodiffError, StopRecomputation):
+            raise  # a wrong call, whatever the sample; a checkpoint around has seen what it needs
         except Exception as error:
             if memory.is_out_of_memory(error):
                 raise
@@ -176,7 +176,7 @@ class Engine:
         try:
             with memory.Meter(rows.device) if measured else nullcontext() as meter:
                 some = self._evaluator.rows(batch, sample, start, start + count)
-        except AutodiffError:
+        except (AutodiffError, StopRecomputation):
             raise
         except Exception as error:
             if memory.is_out_of_memory(error):

@@ -45,6 +45,9 @@ class Evaluator:
         # Whether rows of one sample can be computed alone.
         self.splits = jacobian is not None and jacobian.mode != "forward" and not jacobian.has_aux
         self._start = random_state()
+        # The last batch, and the memory of its arguments.
+        self._batch: Mapped | None = None
+        self._inputs: set[int] = set()
         # What is run under vmap now, and what it returns besides tensors.
         self._current: Callable[..., Any] = func
         self._details: Any = None
@@ -139,9 +142,12 @@ class Evaluator:
         with torch.no_grad():
             leaves = batch.of_samples(start, stop, self._randomness)
         # Results stay what they are when a loader writes the next batch to this one's memory.
-        inputs = {_memory(leaf) for leaf in batch.leaves if isinstance(leaf, Tensor)}
+        if batch is not self._batch:
+            self._batch = batch
+            self._inputs = {_memory(leaf) for leaf in batch.leaves if isinstance(leaf, Tensor)}
         return [
-            leaf.clone() if isinstance(leaf, Tensor) and _memory(leaf) in inputs else leaf for leaf in leaves
+            leaf.clone() if isinstance(leaf, Tensor) and _memory(leaf) in self._inputs else leaf
+            for leaf in leaves
         ]
 
     def _blocks(self, *args: Any, **kwargs: Any) -> list[list[Tensor]]:

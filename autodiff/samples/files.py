@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from autodiff.errors import DtypeError, OptionError, ResumeError
-from autodiff.samples.fingerprint import OPAQUE, fingerprint
+from autodiff.samples.fingerprint import OPAQUE, difference, fingerprint
 from autodiff.samples.journal import Journal
 from autodiff.samples.results import nan, with_tensors
 from autodiff.samples.sinks import Sink
@@ -165,8 +165,9 @@ class FileSink(Sink):
         first, *others = entries
         files = [self._file(name) for _, name, _, _ in first.get("files", [])]
         if not any(file.exists() for file in files):
-            self._journal.restart()  # whoever removes the files wants new ones
+            # Whoever removes the files wants new ones.
             self._check_free()
+            self._journal.restart()
             return
         if first["per_sample"] != _VERSION:
             self._raise_foreign()
@@ -200,12 +201,18 @@ class FileSink(Sink):
             taken = any(path != journal for path in self._path.iterdir())
         else:
             taken = self._path.exists()
-        if journal.exists() and (taken or not self._journal.mine):
+        listed = bool(self._journal.entries)
+        if journal.exists() and not listed and (taken or not self._journal.mine):
             self._raise_foreign()
         if taken:
+            what = (
+                "holds other files than its journal lists"
+                if listed
+                else "exists, but has no journal of per_sample beside it"
+            )
             raise ResumeError(
-                f"per_sample: {self._path} exists, but has no journal of per_sample beside it. Expected a path that is "
-                f"free, or that of an interrupted run. Remove it, or choose another path."
+                f"per_sample: {self._path} {what}. Expected a path that is free, or that of an interrupted run. Remove "
+                f"it, or choose another path."
             )
 
     def _raise_foreign(self) -> NoReturn:
@@ -224,6 +231,8 @@ class FileSink(Sink):
                 f"numbers, strings, tensors, modules, and objects of them. Leave it out, or choose another path."
             )
         if known != value:
+            place = difference(value, known)
+            what += "" if place is None else f" (the first that differs is {place})"
             raise ResumeError(
                 f"per_sample: {self._path} holds results of another run, with other {what}. Expected the same "
                 f"{expected}. Choose another path, or remove {self._path.name} and its journal."
@@ -285,7 +294,7 @@ class FileSink(Sink):
             _numpy_dtype(spec.dtype)
         paths = self._paths(template)
         files = [
-            [place, path.name, str(spec.dtype), list(spec.shape)]
+            [place, "" if self._single else path.name, str(spec.dtype), list(spec.shape)]
             for place, path, spec in zip(template.places(), paths, specs, strict=True)
         ]
         constants = fingerprint(template.constants())

@@ -46,13 +46,16 @@ _PLAIN = {
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 }
 _CONTAINERS = {list, tuple, deque, dict, OrderedDict, set, frozenset, MappingProxyType}
+# How many parts an outline has.
+_OUTLINE = 500
 _LOADS_GLOBAL = {"LOAD_GLOBAL", "LOAD_NAME"}
 
 
-def fingerprint(value: Any, place: str = "value") -> str:
+def fingerprint(value: Any, place: str = "value", *, outline: bool = False) -> str:
     """Equal for equal values, in another process too.
 
-    Where a part cannot be read, the text says which; ``place`` is what messages call the value.
+    Where a part cannot be read, the text says which; ``place`` is what messages call the value. With ``outline``, the
+    lines before the last are about the first parts, so that `difference` can say which of them has changed.
 
     >>> fingerprint({"w": torch.ones(2)}) == fingerprint({"w": torch.ones(2)})
     True
@@ -63,7 +66,18 @@ def fingerprint(value: Any, place: str = "value") -> str:
     >>> fingerprint({"w": (number for number in range(2))}, "x")
     "opaque: x['w'], a builtins.generator"
     """
-    return _Hasher().fingerprint(value, place)
+    return _Hasher().fingerprint(value, place, _OUTLINE if outline else 0)
+
+
+def difference(one: str, other: str) -> str | None:
+    """The place of the first part in which two values differ, where their outlines tell.
+
+    >>> one, other = (fingerprint({"a": 1, "b": number}, "x", outline=True) for number in (2, 3))
+    >>> difference(one, other)
+    "x['b']"
+    """
+    pairs = zip(one.splitlines()[:-1], other.splitlines()[:-1], strict=False)
+    return next((line.rpartition(" ")[0] for line, known in pairs if line != known), None)
 
 
 class _Hasher:
@@ -78,7 +92,8 @@ class _Hasher:
         self._seen: dict[int, int] = {}
         self._kept: list[Any] = []  # so that no id is reused
 
-    def fingerprint(self, value: Any, place: str) -> str:
+    def fingerprint(self, value: Any, place: str, outline: int) -> str:
+        lines: list[str] = []
         # Not by recursion: modules and lists may be nested deeply.
         remaining: list[Part] = [(place, value)]
         while remaining:
@@ -89,7 +104,10 @@ class _Hasher:
                 return f"{OPAQUE}{place}, a {type(value).__module__}.{type(value).__qualname__}"
             self._feed(len(parts))
             remaining += reversed(parts)
-        return self._hash.hexdigest()
+            if len(lines) < outline:
+                # The hash of everything up to here: the first line that differs is about what has changed.
+                lines.append(f"{place} {self._hash.hexdigest()[:8]}")
+        return "\n".join([*lines, self._hash.hexdigest()])
 
     def _feed(self, *words: object) -> None:
         for word in words:
@@ -99,10 +117,10 @@ class _Hasher:
     def _read(self, place: str, value: Any) -> list[Part]:
         """Feed a value, and say which parts of it are to be read next."""
         kind = type(value)
-        self._feed(kind.__module__, kind.__qualname__)
         if kind in _PLAIN:
-            self._feed(value)
+            self._feed(f"{kind.__qualname__} {value!r}")
             return []
+        self._feed(kind.__module__, kind.__qualname__)
         if kind is not tuple:  # whether equal tuples are one object is for Python to decide
             if id(value) in self._seen:
                 self._feed("again", self._seen[id(value)])

@@ -17,6 +17,7 @@ from torch import Tensor
 from autodiff import _torch
 from autodiff.checks.consistency import OutputConsistency
 from autodiff.core import memory, trees
+from autodiff.core.specs import TensorSpec
 from autodiff.errors import AutodiffError, BatchError, SampleError
 from autodiff.samples.engine import Engine, RowsPiece, SamplesPiece
 from autodiff.samples.evaluator import Evaluator, name_of
@@ -106,6 +107,8 @@ class Run:
         self._first = batch
         self._total = batch.size if self._source.one else None
         self._in_memory = kept_results, whole_results
+        # A sample that did not fail in the run that is resumed, and its batch.
+        self._model: tuple[Mapped, int] | None = None
         self._early: list[int] = []  # samples that failed before there was a template
         self._assembling: MemorySink | None = None
         self._consistency = OutputConsistency("per_sample", Leaf)
@@ -195,6 +198,10 @@ class Run:
                 if sink is not None:
                     sink.begin_batch(index, fingerprint(batch.arguments(mapped=True)))
                 done = engine.position[0]
+                if self._model is None:
+                    known = range(min(batch.size, done - first))
+                    finite = next((at for at in known if first + at not in self.report.failed), None)
+                    self._model = None if finite is None else (batch, finite)
                 if done < first + batch.size:
                     for pieces in engine.chunks(batch, first):
                         self.report.advance(engine.position[0] - done)
@@ -260,29 +267,35 @@ class Run:
         where = f"samples {piece.start} to {piece.stop - 1}" if count > 1 else f"sample {piece.start}"
         leaves, spec = self._consistency.match(result.leaves, result.spec, where)
         consistent = Result(spec, leaves)
-        self._check_dtypes(template_of(consistent), where)
+        self._check_dtypes(consistent, where)
         return consistent
 
-    def _check_dtypes(self, template: Template, where: str) -> None:
-        dtypes = [spec.dtype for spec in template.tensors()]
+    def _check_dtypes(self, result: Result | Template, where: str) -> None:
+        dtypes = [
+            leaf.spec.dtype if isinstance(leaf, Leaf) else leaf.dtype
+            for leaf in result.leaves
+            if isinstance(leaf, Leaf | TensorSpec)
+        ]
         if self._dtypes is None:
             self._dtypes = dtypes
-        for place, came, before in zip(template.places(), dtypes, self._dtypes, strict=True):
-            if came != before:
-                raise BatchError(
-                    f"per_sample: {place} is {came} for {where}, but {before} for the samples before. Expected one "
-                    f"dtype for all samples. Give all batches one dtype, or convert the result, as in result.float()."
-                )
+        if dtypes == self._dtypes:
+            return
+        places = (template_of(result) if isinstance(result, Result) else result).places()
+        pairs = zip(places, dtypes, self._dtypes, strict=True)
+        place, came, before = next(triple for triple in pairs if triple[1] != triple[2])
+        raise BatchError(
+            f"per_sample: {place} is {came} for {where}, but {before} for the samples before. Expected one dtype for "
+            f"all samples. Give all batches one dtype, or convert the result, as in result.float()."
+        )
 
     def _open(self, sink: Sink, reduce: Reduce | None) -> None:
         """Open a sink for which no sample was, or had to be, computed."""
         if sink.template is not None:
             return
-        # Where there is no sample, one of zeros gives the template.
-        batch = self._first if self._first.size else self._first.with_zero_sample()
-        finite = next((at for at in range(batch.size) if at not in self.report.failed), None)
-        if finite is None:
+        if self._model is None and self.report.failed:
             self._all_failed()
+        # Where there is no sample, one of zeros gives the template.
+        batch, finite = self._model or (self._first.with_zero_sample(), 0)
         if self._evaluator.splits and reduce is None:
             # One row is enough for it; a whole sample may be too large.
             self._open_with(sink, self._evaluator.rows(batch, finite, 0, 1).template)
@@ -328,7 +341,7 @@ class Run:
         """What identifies this run, apart from the samples."""
         options = dataclasses.asdict(self._options) | {"in_dims": self._in_dims, "progress": None}
         return {
-            "code or captured values": fingerprint(self._func, "func"),
+            "code or captured values": fingerprint(self._func, "func", outline=True),
             "reduction": fingerprint(reduce, "reduce"),
             "shared arguments": fingerprint(self._first.arguments(mapped=False), "arguments"),
             "options": fingerprint(options),

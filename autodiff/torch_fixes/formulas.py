@@ -159,6 +159,16 @@ def mvlgamma(input: Tensor, p: int, *, out: Tensor | None = None) -> Tensor:  # 
     return (logarithms + p * (p - 1) / 4 * log(pi)).to(input.dtype)
 
 
+def logcumsumexp(input: Tensor, dim: int) -> Tensor:  # noqa: A002
+    """As torch.logcumsumexp: in each of log2(n) steps every number takes in twice as many before it."""
+    result, distance, size = input, 1, input.size(dim) if input.dim() else 1
+    while distance < size:
+        before, here = result.narrow(dim, 0, size - distance), result.narrow(dim, distance, size - distance)
+        result = torch.cat([result.narrow(dim, 0, distance), torch.logaddexp(before, here)], dim)
+        distance *= 2
+    return result
+
+
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
     """As torch.nn.functional.hardsigmoid."""
     result = functional.relu6(input + 3) / 6

@@ -46,7 +46,7 @@ def _override_in_batch(operation: Any, args: tuple[Any, ...]) -> Callable[..., A
     return formula if _torch.batch_levels(tensors) else None
 
 
-def by_formula(formula: Callable[..., Any], float32_under_autocast: tuple[str, ...] = ()) -> Override:
+def by_formula(formula: Callable[..., Any], in_float32: tuple[str, ...] = ()) -> Override:
     """The formula in place of the operation.
 
     On the named devices autocast has the operation compute in float32 where it is given less.
@@ -54,7 +54,7 @@ def by_formula(formula: Callable[..., Any], float32_under_autocast: tuple[str, .
 
     def overridden(_: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device = args[0].device.type if args and isinstance(args[0], torch.Tensor) else ""
-        if device not in float32_under_autocast or not torch.is_autocast_enabled(device):
+        if device not in in_float32 or not torch.is_autocast_enabled(device):
             return formula(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return formula(
@@ -79,6 +79,13 @@ def inside_transforms(override: Override) -> Override:
         return override(func, args, kwargs) if is_nested else func(*args, **kwargs)
 
     return overridden
+
+
+def formula_inside(
+    formula: Callable[..., Any], *operations: Any, in_float32: tuple[str, ...] = ()
+) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """The entries of a fix that takes a formula in place of operations, inside other transforms."""
+    return forward_overrides(inside_transforms(by_formula(formula, in_float32)), *operations)
 
 
 def _requires_grad(leaf: object) -> bool:

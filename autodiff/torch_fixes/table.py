@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autodiff import _torch
 from autodiff.core import hooks
-from autodiff.torch_fixes import control_flow, formulas, norm_pullbacks, recurrent
+from autodiff.torch_fixes import control_flow, formulas, node_pullbacks, recurrent
 from autodiff.torch_fixes.attention import plain_attention
 from autodiff.torch_fixes.by_pullback import by_pullback
 from autodiff.torch_fixes.fix import Fix
@@ -31,6 +31,7 @@ from autodiff.torch_fixes.overrides import (
     by_pullback_inside,
     chunked_by_pullback,
     custom_by_pullback,
+    formula_inside,
     forward_overrides,
     in_place,
     inside_transforms,
@@ -39,6 +40,7 @@ from autodiff.torch_fixes.overrides import (
     zeros_with_memory,
 )
 
+_BOTH = "cpu", "cuda"
 _cumprod = inside_transforms(by_formula(formulas.cumprod, ("cuda",)))
 
 FIXES = (
@@ -110,13 +112,10 @@ FIXES = (
             "both_combinations_of_losses_and_activations-huber_loss",
             "reverse_over_forward_of_glu",
         ),
-        tuple(
-            forward_overrides(inside_transforms(by_formula(formula)), operation)
-            for operation, formula in (
-                (functional.mse_loss, formulas.mse_loss),
-                (functional.huber_loss, formulas.huber_loss),
-                (functional.glu, formulas.glu),
-            )
+        (
+            formula_inside(formulas.mse_loss, functional.mse_loss),
+            formula_inside(formulas.huber_loss, functional.huber_loss),
+            formula_inside(formulas.glu, functional.glu),
         ),
         issue="pytorch PR#197723",
     ),
@@ -191,7 +190,7 @@ FIXES = (
             "jvp_of_operations_without_forward_mode-pdist <2.15",
         ),
         (
-            forward_overrides(by_formula(formulas.cdist, ("cpu", "cuda")), torch.cdist),
+            forward_overrides(by_formula(formulas.cdist, _BOTH), torch.cdist),
             forward_overrides(by_formula(formulas.pdist, ("cuda",)), functional.pdist),
         ),
     ),
@@ -207,10 +206,8 @@ FIXES = (
                 functional.layer_norm,
                 torch.layer_norm,
             ),
-            forward_overrides(inside_transforms(by_formula(formulas.batch_norm)), functional.batch_norm),
-            forward_overrides(
-                inside_transforms(by_formula(formulas.instance_norm)), functional.instance_norm
-            ),
+            formula_inside(formulas.batch_norm, functional.batch_norm),
+            formula_inside(formulas.instance_norm, functional.instance_norm),
         ),
     ),
     Fix(
@@ -223,8 +220,8 @@ FIXES = (
             (
                 hooks.node_pullbacks,
                 {
-                    "NativeLayerNormBackwardBackward0": norm_pullbacks.of_layer_norm,
-                    "NativeBatchNormBackwardBackward0": norm_pullbacks.of_batch_norm,
+                    "NativeLayerNormBackwardBackward0": node_pullbacks.of_layer_norm,
+                    "NativeBatchNormBackwardBackward0": node_pullbacks.of_batch_norm,
                 },
             ),
         ),
@@ -240,11 +237,8 @@ FIXES = (
             "another_order_of_modes-hessian-hardsigmoid",
         ),
         (
-            forward_overrides(inside_transforms(by_formula(formulas.hardsigmoid)), functional.hardsigmoid),
-            forward_overrides(
-                inside_transforms(by_formula(formulas.soft_margin_loss, ("cpu", "cuda"))),
-                functional.soft_margin_loss,
-            ),
+            formula_inside(formulas.hardsigmoid, functional.hardsigmoid),
+            formula_inside(formulas.soft_margin_loss, functional.soft_margin_loss, in_float32=_BOTH),
         ),
     ),
     Fix(
@@ -254,13 +248,11 @@ FIXES = (
         "a formula, inside other transforms",
         ("hessians_by_columns_per_sample",),
         (
-            forward_overrides(
-                inside_transforms(by_formula(formulas.mvlgamma)),
-                *(Tensor.mvlgamma, torch.mvlgamma, torch.special.multigammaln),
-            ),
-            forward_overrides(
-                inside_transforms(by_formula(formulas.hinge_embedding_loss, ("cpu", "cuda"))),
+            formula_inside(formulas.mvlgamma, Tensor.mvlgamma, torch.mvlgamma, torch.special.multigammaln),
+            formula_inside(
+                formulas.hinge_embedding_loss,
                 functional.hinge_embedding_loss,
+                in_float32=_BOTH,
             ),
         ),
     ),
@@ -270,11 +262,7 @@ FIXES = (
         "a segmentation fault in vmap of forward mode",
         "a formula, inside other transforms",
         ("attention_with_dropout_per_sample",),
-        (
-            forward_overrides(
-                inside_transforms(by_formula(formulas.attention)), functional.scaled_dot_product_attention
-            ),
-        ),
+        (formula_inside(formulas.attention, functional.scaled_dot_product_attention),),
     ),
     Fix(
         "functions_in_python",
@@ -344,12 +332,13 @@ FIXES = (
     ),
     Fix(
         "batched_pulls",
-        "cdist, masked_select",
-        "a batch of cotangents is pulled back wrongly",
+        "cdist, masked_select, sparse.mm",
+        "a batch of cotangents is pulled back wrongly, or not at all",
         "Jacobians pull their rows one by one; another batch of cotangents is an error",
         (
             "jacrev_of_cdist",
             "jacrev_of_masked_select",
+            "jacrev_of_sparse_mm",
             "another_order_of_modes-hessian-cdist >=2.15",
         ),
         (
@@ -359,6 +348,37 @@ FIXES = (
                     "CdistBackward": "cdist",
                     "MaskedSelectBackward": "masked_select",
                     "MaskedScatterBackward": "masked_select",
+                    "SparseAddmmBackward": "sparse.mm",
+                },
+            ),
+        ),
+    ),
+    Fix(
+        "recomputation",
+        "torch.utils.checkpoint with use_reentrant=False",
+        "its second run inside vmap or forward mode takes other kernels than the first, and other saved tensors",
+        "the second run is outside of all transforms, as the first one was",
+        ("batched_pulls_of_checkpoints",),
+        ((_torch.around_recomputation, {"outside": _torch.outside_transforms}),),
+    ),
+    Fix(
+        "traced_formulas",
+        "layer_norm, batch_norm, instance_norm, logcumsumexp, cdist, pdist",
+        "while torch.compile traces: wrong numbers where the pullback of the pullback is differentiated, or no rule",
+        "a formula, wherever torch.compile traces a transform",
+        ("compiled_derivatives_of_norms",),
+        (
+            (
+                hooks.traced_formulas,
+                {
+                    functional.layer_norm: formulas.layer_norm,
+                    torch.layer_norm: formulas.layer_norm,
+                    functional.batch_norm: formulas.batch_norm,
+                    functional.instance_norm: formulas.instance_norm,
+                    torch.logcumsumexp: formulas.logcumsumexp,
+                    Tensor.logcumsumexp: formulas.logcumsumexp,
+                    torch.cdist: formulas.cdist,
+                    functional.pdist: formulas.pdist,
                 },
             ),
         ),
@@ -406,10 +426,14 @@ FIXES = (
     Fix(
         "logcumsumexp",
         "logcumsumexp",
-        "the pullback takes the logarithm of its cotangent, and has no derivative at zero",
-        "it is transposed at ones",
-        ("linearize_of_logcumsumexp",),
-        ((hooks.pull_policies["transposed at ones"], {"LogcumsumexpBackward": "logcumsumexp"}),),
+        "the pullback takes the logarithm of its cotangent, and has no derivative at zero; forward mode adds a "
+        "constant to sums of exponentials, and is wrong where these are small",
+        "a formula where the pullback makes a graph; the pullback of the pullback in forward mode",
+        ("linearize_of_logcumsumexp", "jvp_of_logcumsumexp"),
+        (
+            (hooks.node_pullbacks, {"LogcumsumexpBackward0": node_pullbacks.of_logcumsumexp}),
+            forward_overrides(by_pullback, Tensor.logcumsumexp, torch.logcumsumexp),
+        ),
     ),
     Fix(
         "factorisations_by_mode",

@@ -63,7 +63,10 @@ def checkpoint(func: Callable[P, R]) -> Callable[P, R]:
                 # Nothing is kept; and a second run would find the tangents gone.
                 return func(*args, **kwargs)
             # torch's own: what it hooks on sees all tensors, also those that an autograd Function captures.
-            return torch.utils.checkpoint.checkpoint(_call, func, args, kwargs, use_reentrant=False)
+            # Not stopped early: that is before an operation has written what it saves, such as the noise of rrelu.
+            return torch.utils.checkpoint.checkpoint(
+                _call, func, args, kwargs, use_reentrant=False, early_stop=False
+            )
         return _on_level(func, args, kwargs)
 
     return checkpointed

@@ -238,9 +238,9 @@ class CustomCall:
             custom_checks.raise_argument_written(self.custom.name, self.custom.shown)
         return result
 
-    def tangents(self, vectors: Vectors) -> tuple[Any, ...]:
+    def tangents(self, saved: Sequence[Tensor], vectors: Vectors) -> tuple[Any, ...]:
         """A tree of tangents for each differentiated argument: zeros for None, None where nothing is to be."""
-        pairs = zip(vectors[: len(self.where)], self.saved, strict=False)
+        pairs = zip(vectors[: len(self.where)], saved, strict=False)
         filled = [torch.zeros_like(like) if vector is None else vector for vector, like in pairs]
         tangents: tuple[Any, ...] = trees.unflatten(
             self._spec, spread(filled, self.where, self._nondiff_start)
@@ -427,7 +427,7 @@ class _ByPushforward(Rules):
     def push(self, saved: Sequence[Tensor], tangents: Vectors) -> Vectors:
         assert self._custom.rule is not None
         nondiff, primals = self._custom_call.parts(saved)
-        pair = self._custom.rule(*nondiff, primals, self._custom_call.tangents(tangents))
+        pair = self._custom.rule(*nondiff, primals, self._custom_call.tangents(saved, tangents))
         name = self._custom.name, self._custom.shown
         custom_checks.rule_result_pair(*name, "jvp rule", "(output, tangent)", pair)
         return self._output.tangents(pair[1])

@@ -20,8 +20,8 @@ from autodiff.core.products import Blocks
 from autodiff.core.reverse import lifted_by
 from autodiff.core.seeds import StandardBasis
 from autodiff.core.tape import FlatFunction, Tape
-from autodiff.transforms.jacobian import Jacobian
-from autodiff.transforms.mode_combinations import Mode, first_supported
+from autodiff.transforms.jacobian import Jacobian, RowRange
+from autodiff.transforms.mode_combinations import BY_ROWS, Mode, first_supported
 from autodiff.types import A, Argnums, ChunkSize, HessianMode, HessianOptions, HvpMode, P, Trees, WithAux, Wrt
 
 _HVP_MODES = ("auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward")
@@ -134,6 +134,17 @@ class Hessian(Jacobian):
             return replace(self, mode=outer, inner=inner, try_other_modes=False).blocks(call)
 
         return first_supported(self.name, in_combination)
+
+    def some_rows(self, call: Call, start: int, stop: int) -> tuple[list[Tensor], list[RowRange]]:
+        """As of any Jacobian, in the first mode combination that has them by pulls."""
+        if not self.try_other_modes:
+            return super().some_rows(call, start, stop)
+
+        def in_combination(outer: Mode, inner: Mode) -> tuple[list[Tensor], list[RowRange]]:
+            one = replace(self, mode=outer, inner=inner, try_other_modes=False)
+            return one.some_rows(call, start, stop)
+
+        return first_supported(self.name, in_combination, BY_ROWS)
 
     def nested(self, call: Call, blocks: Sequence[Sequence[Any]]) -> Any:
         """The blocks in trees.

@@ -144,7 +144,7 @@ class Jacobian:
     def linearization(self, call: Call) -> Linearization:
         """That function, evaluated once."""
         linearized = linearize(
-            self.flat_function(call), call.primals, higher_order=self.mode == "auto", origin=call.func
+            self.flat_function(call), call.primals, higher_order=self.mode != "reverse", origin=call.func
         )
         self.check_dependence(call, linearized, call.path_of_output)
         return linearized

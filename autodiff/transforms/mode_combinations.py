@@ -24,17 +24,23 @@ COMBINATIONS: tuple[tuple[Mode, Mode], ...] = (
 )
 
 
-def first_supported(name: str, compute: Callable[[Mode, Mode], R]) -> R:
-    """What ``compute`` gives for the first combination for which no operation lacks a rule.
+# Those by which some rows of a Hessian are computed without the others.
+BY_ROWS = COMBINATIONS[::2]
+
+
+def first_supported(
+    name: str, compute: Callable[[Mode, Mode], R], combinations: Sequence[tuple[Mode, Mode]] = COMBINATIONS
+) -> R:
+    """What ``compute`` gives for the first of the combinations for which no operation lacks a rule.
 
     Each attempt starts from the same state of the random number generators, and the last one leaves it as one run does.
     """
     if compiling():
-        return compute(*COMBINATIONS[0])
+        return compute(*combinations[0])
     rewind = remember_randomness()
     failed: list[RuntimeError] = []
     try:
-        for combination in COMBINATIONS:
+        for combination in combinations:
             if failed:
                 rewind()
             try:
@@ -46,7 +52,7 @@ def first_supported(name: str, compute: Callable[[Mode, Mode], R]) -> R:
         if not any(says(error, "no rule") for error in failed):
             # None of the errors is torch's about a missing rule: it is the function's own.
             raise failed[0]
-        raise _none_has_rules(name, failed) from failed[0]
+        raise _none_has_rules(name, combinations, failed) from failed[0]
     finally:
         # An error, its traceback, this frame and its list form a reference cycle.
         failed.clear()
@@ -68,13 +74,15 @@ def _may_be_missing_rule(error: RuntimeError) -> bool:
     return isinstance(error, NotImplementedError) or says(error, "no rule")
 
 
-def _none_has_rules(name: str, failed: Sequence[RuntimeError]) -> MissingRuleError:
+def _none_has_rules(
+    name: str, combinations: Sequence[tuple[Mode, Mode]], failed: Sequence[RuntimeError]
+) -> MissingRuleError:
     tried = "; ".join(
         f"{outer} over {inner}: {str(error).splitlines()[0]}"
-        for (outer, inner), error in zip(COMBINATIONS, failed, strict=False)
+        for (outer, inner), error in zip(combinations, failed, strict=False)
     )
     return MissingRuleError(
-        f"{name}: torch has no second derivative of an operation of this function. Expected rules for one of three "
-        f"mode combinations, but each lacks one: {tried}. Write the operation in terms of others, or give it a rule by "
-        f"autodiff.custom_jvp or autodiff.custom_vjp."
+        f"{name}: torch has no second derivative of an operation of this function. Expected rules for one of "
+        f"{len(combinations)} mode combinations, but each lacks one: {tried}. Write the operation in terms of others, "
+        f"or give it a rule by autodiff.custom_jvp or autodiff.custom_vjp."
     )

@@ -10,9 +10,10 @@ import ast
 import dataclasses
 import threading
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optree
 import pytest
@@ -30,10 +31,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.torch_version import TorchVersion
 from torch.utils import _pytree as torch_pytree
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autodiff as ad
 from autodiff import _torch
+from autodiff._torch.recomputation import without_checkpoint_hooks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 SOURCES = sorted(Path(_torch.__file__).parent.glob("[!_]*.py"))
@@ -81,6 +87,9 @@ CONTRACTS = {
     "torch._C._set_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._is_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
     "torch._C._set_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
+    "checkpoint._recomputation_hook": "test_second_run_of_a_checkpoint_can_be_surrounded",
+    "checkpoint._StopRecomputationError": "test_second_run_of_a_checkpoint_ends_by_an_exception",
+    "_C._autograd": "test_hooks_of_checkpoints_can_be_put_aside",
     "torch._C._get_dispatch_mode": "test_tracers_and_fake_tensors_are_modes_of_their_own",
     "torch._C._TorchDispatchModeKey": "test_tracers_and_fake_tensors_are_modes_of_their_own",
     "torch._dynamo": "test_graph_can_be_broken_with_words",
@@ -346,6 +355,61 @@ def test_tracers_and_fake_tensors_are_modes_of_their_own(mode: str, fake: bool) 
     with FakeTensorMode():
         fake_tensor = torch.ones(2)
     assert not _torch.computes_numbers([fake_tensor])
+
+
+def test_second_run_of_a_checkpoint_can_be_surrounded() -> None:
+    """torch takes _recomputation_hook by its name in the module, each time."""
+    seen: list[str] = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        seen.append("entered")
+        yield
+        seen.append("left")
+
+    x = X.clone().requires_grad_()
+    output = checkpoint.checkpoint(lambda x: (seen.append("runs"), x.sin())[1], x, use_reentrant=False)
+    _torch.around_recomputation["here"] = around
+    try:
+        output.sum().backward()
+    finally:
+        del _torch.around_recomputation["here"]
+    assert seen == ["runs", "entered", "runs", "left"]
+    assert torch.equal(x.grad, X.cos())
+
+
+def test_second_run_of_a_checkpoint_ends_by_an_exception() -> None:
+    """_StopRecomputationError goes through the function, which has to let it pass."""
+    raised: list[type] = []
+
+    def func(x: Tensor) -> Tensor:
+        try:
+            return x.sin()
+        except Exception as error:
+            raised.append(type(error))
+            raise
+
+    x = X.clone().requires_grad_()
+    checkpoint.checkpoint(func, x, use_reentrant=False).sum().backward()
+    assert raised == [_torch.StopRecomputation]
+
+
+def test_hooks_of_checkpoints_can_be_put_aside() -> None:
+    """The hooks of torch.utils.checkpoint are known by their module; others stay."""
+    tops: list[Any] = []
+
+    def func(x: Tensor) -> Tensor:
+        top = torch._C._autograd._top_saved_tensors_default_hooks
+        with without_checkpoint_hooks():
+            tops.append(top(True))
+        tops.append(top(True)[0].__module__)
+        with autograd_graph.save_on_cpu(), without_checkpoint_hooks():
+            tops.append(top(True)[0].__module__)
+        return x.sin()
+
+    x = X.clone().requires_grad_()
+    checkpoint.checkpoint(func, x, use_reentrant=False).sum().backward()
+    assert tops == [None, checkpoint.__name__, autograd_graph.__name__] * 2
 
 
 def test_dual_tensors_are_made_and_opened() -> None:
@@ -811,6 +875,8 @@ def private_names(tree: ast.AST) -> set[str]:
         "overrides",
         "eval_frame",
         "_python_dispatch",
+        "checkpoint",
+        "_C",
     }
     names = set()
     for node in ast.walk(tree):

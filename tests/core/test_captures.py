@@ -222,3 +222,30 @@ def test_second_derivatives_of_what_is_differentiable_once_are_an_error(derivati
 def test_what_does_not_pass_through_it_is_differentiated_twice():
     mixed = ad.grad(lambda w: ad.grad(lambda x: (w * x).sum() + total(x))(X) @ V)(X)
     torch.testing.assert_close(mixed, V)
+
+
+@pytest.mark.parametrize("own_rule", [False, True])
+def test_functions_that_torch_batches(own_rule):
+    w = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    class Sine(_OfSine):
+        generate_vmap_rule = not own_rule
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * w * ctx.saved_tensors[0].cos()
+
+    class Once(Square):
+        generate_vmap_rule = not own_rule
+
+    if own_rule:
+        Sine.vmap = staticmethod(lambda info, dims, x: (Sine.apply(x), dims[0]))
+        Once.vmap = staticmethod(lambda info, dims, x: (Once.apply(x), dims[0]))
+    for slope in (
+        ad.vmap(ad.grad(lambda x: Sine.apply(x).sum()))(X[None])[0],
+        ad.vmap(ad.grad(lambda x: ad.vmap(Sine.apply)(x).sum()))(X[None, None])[0, 0],
+    ):
+        (mixed,) = torch.autograd.grad(slope @ V, w)
+        torch.testing.assert_close(mixed, X.cos() @ V)
+    with pytest.raises(MissingRuleError):
+        ad.vmap(ad.grad(lambda x: ad.grad(lambda x: Once.apply(x).sum())(x).sum()))(X[None])

@@ -144,6 +144,113 @@ _TABLES = {
         "torch.func raises RuntimeError": "nn.functional.glu nn.functional.hardsigmoid",
         "autodiff raises RuntimeError": "linalg.eig nn.functional.linear_cross_entropy.chunked",
     },
+    # autodiff goes by linearize; of torch.func it is the jvp, as its linearize is wrong inside a transform.
+    "grad of linearize": {
+        "both raise NotImplementedError": "cdist nn.functional.embedding_bag nn.functional.pdist",
+        "both raise NotImplementedError and RuntimeError": """
+            _segment_reduce.lengths _segment_reduce.offsets nn.functional.ctc_loss
+            nn.functional.embedding_bag nn.functional.multi_margin_loss
+            nn.functional.multilabel_margin_loss
+        """,
+        "both raise RuntimeError": """
+            nn.functional.hardsigmoid nn.functional.linear_cross_entropy.chunked_none sparse.mm.reduce
+            sparse.sampled_addmm
+        """,
+        "the two differ": "_batch_norm_with_update",
+        "torch.func is wrong": """
+            _native_batch_norm_legit cholesky_inverse linalg.det linalg.eig linalg.eigh
+            linalg.householder_product linalg.norm.subgradients_at_zero linalg.slogdet linalg.solve
+            linalg.solve_ex linalg.tensorsolve logdet native_batch_norm native_layer_norm
+            nn.functional.batch_norm nn.functional.instance_norm nn.functional.layer_norm
+            scatter_reduce.prod torch.ops.aten._safe_softmax.default
+        """,
+        "torch.func raises NotImplementedError": """
+            cdist cholesky grid_sampler_2d grid_sampler_3d index_reduce.amax index_reduce.amin
+            index_reduce.mean index_reduce.prod native_dropout_backward nn.functional.grid_sample ormqr
+            to_sparse
+        """,
+        "torch.func raises RuntimeError": """
+            nn.functional.glu nn.functional.linear_cross_entropy.chunked tensor_split
+        """,
+    },
+    # Differences of sixth order judge: not closely where a pole or a kink is near, such as the border of two cells of
+    # grid_sample.
+    "jvp of grad of linearize": {
+        "autodiff raises RuntimeError": "linalg.eig",
+        "both contradict torch.autograd": "asin atanh erfinv linalg.norm.subgradients_at_zero logit tan",
+        "both raise NotImplementedError": """
+            _segment_reduce.lengths _segment_reduce.offsets nn.functional.ctc_loss
+            nn.functional.embedding_bag nn.functional.multi_margin_loss
+            nn.functional.multilabel_margin_loss to_sparse
+        """,
+        "both raise RuntimeError": """
+            nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none
+            sparse.mm.reduce sparse.sampled_addmm tensor_split
+        """,
+        "the two differ": "_batch_norm_with_update nn.functional.cosine_embedding_loss",
+        "torch.func is wrong": """
+            _native_batch_norm_legit cholesky_inverse linalg.det linalg.eigh linalg.householder_product
+            linalg.slogdet linalg.solve linalg.solve_ex linalg.tensorsolve logdet native_batch_norm
+            native_layer_norm nn.functional.batch_norm nn.functional.instance_norm
+            nn.functional.layer_norm torch.ops.aten._safe_softmax.default triangular_solve
+        """,
+        "torch.func raises NotImplementedError": """
+            cdist cholesky grid_sampler_3d index_reduce.amax index_reduce.amin index_reduce.mean
+            index_reduce.prod native_dropout_backward nn.functional.glu nn.functional.grid_sample
+            nn.functional.hardsigmoid nn.functional.huber_loss nn.functional.pdist
+            nn.functional.soft_margin_loss ormqr
+        """,
+        "torch.func raises NotImplementedError, and autodiff is wrong": """
+            grid_sampler_2d grid_sampler_3d nn.functional.grid_sample
+        """,
+    },
+    "grad of grad of linearize": {
+        "both contradict torch.autograd": """
+            asin atanh erfinv linalg.norm.subgradients_at_zero logit nn.functional.cosine_embedding_loss
+            tan
+        """,
+        "both raise NotImplementedError": "cdist nn.functional.pdist",
+        "both raise NotImplementedError and RuntimeError": """
+            _segment_reduce.lengths _segment_reduce.offsets nn.functional.ctc_loss
+            nn.functional.embedding_bag nn.functional.multi_margin_loss
+            nn.functional.multilabel_margin_loss
+        """,
+        "both raise RuntimeError": """
+            nn.functional.hardsigmoid nn.functional.linear_cross_entropy.chunked_none sparse.mm.reduce
+            sparse.sampled_addmm
+        """,
+        "the two differ": "_batch_norm_with_update",
+        "torch.func is wrong": """
+            _native_batch_norm_legit cholesky_inverse linalg.det linalg.eig linalg.eigh
+            linalg.householder_product linalg.slogdet linalg.solve linalg.solve_ex linalg.tensorsolve
+            logdet native_batch_norm native_layer_norm nn.functional.batch_norm
+            nn.functional.instance_norm nn.functional.layer_norm torch.ops.aten._safe_softmax.default
+        """,
+        "torch.func raises NotImplementedError": """
+            cdist cholesky grid_sampler_3d index_reduce.amax index_reduce.amin index_reduce.mean
+            index_reduce.prod native_dropout_backward nn.functional.grid_sample ormqr to_sparse
+        """,
+        "torch.func raises NotImplementedError, and autodiff is wrong": """
+            grid_sampler_2d grid_sampler_3d nn.functional.grid_sample
+        """,
+        "torch.func raises RuntimeError": """
+            nn.functional.glu nn.functional.linear_cross_entropy.chunked tensor_split
+        """,
+    },
+    "jvp of a pullback": {
+        "both raise RuntimeError": "sparse.mm.reduce",
+        "torch.func raises NotImplementedError": """
+            _segment_reduce.lengths _segment_reduce.offsets cdist grid_sampler_2d grid_sampler_3d
+            nn.functional.ctc_loss nn.functional.embedding_bag nn.functional.grid_sample
+            nn.functional.hardsigmoid nn.functional.huber_loss nn.functional.multi_margin_loss
+            nn.functional.multilabel_margin_loss nn.functional.pdist nn.functional.soft_margin_loss
+            ormqr to_sparse
+        """,
+        "torch.func raises RuntimeError": """
+            nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none
+            nn.functional.mse_loss sparse.sampled_addmm tensor_split
+        """,
+    },
     "vmap of vjp": {
         "both raise NotImplementedError": "to_sparse",
         "both raise RuntimeError": f"{_NO_BATCHING} {_NO_BATCHING_OF_PULLBACK} {_SPARSE} {_CUSTOM_OP}",

@@ -1,4 +1,4 @@
-"""What the operator matrix runs: PyTorch's own samples of each operator, eleven checks, three sides.
+"""What the operator matrix runs: PyTorch's own samples of each operator, fifteen checks, three sides.
 
 Hands on `operators`, `CHECKS` and `verdict`. The sides are autodiff, torch.func, and plain
 torch.autograd without any transform, which judges the other two; where both contradict it, finite
@@ -40,6 +40,8 @@ TOLERANCES = {
 }
 # Finite differences only say which of two sides is wrong that differ in their first digits.
 STEP, CLOSE_TO_DIFFERENCES = 1e-5, 1e-3
+# Those of sixth order, of second derivatives, judge third ones.
+WIDE = 1e-3
 
 Tensors: TypeAlias = Sequence[Tensor]
 
@@ -132,6 +134,9 @@ class Check(NamedTuple):
     by_autograd: Callable[[Case], Tensors]
     seen: Callable[[Case, Tensors], Tensors] | None = None
     by_differences: Callable[[Case], Tensors] | None = None
+    # What takes long is run on the first few samples; what is judged by differences agrees to fewer digits.
+    samples: int = SAMPLES
+    tolerance: float = 0.0
 
 
 def _vjp(library: ModuleType, case: Case) -> Tensors:
@@ -195,6 +200,58 @@ def _grad_of_jvp(library: ModuleType, case: Case) -> Tensors:
         return _dot(case.cotangents, _jvp(library, case._replace(primals=list(primals))))
 
     return library.grad(slope, argnums=tuple(range(len(case.primals))))(*case.primals)
+
+
+def _linearized(library: ModuleType, case: Case) -> Tensors:
+    """The pullback of the pullback; torch.func's linearize gives garbage inside a transform, so its jvp."""
+    if library is autodiff:
+        return autodiff.linearize(case.func, *case.primals)[1](*case.tangents)
+    return _jvp(library, case)
+
+
+def _grad_of_linearize(library: ModuleType, case: Case) -> Tensors:
+    def slope(*primals: Tensor) -> Tensor:
+        return _dot(case.cotangents, _linearized(library, case._replace(primals=list(primals))))
+
+    return library.grad(slope, argnums=tuple(range(len(case.primals))))(*case.primals)
+
+
+def _jvp_of_grad_of_linearize(library: ModuleType, case: Case) -> Tensors:
+    def second(*primals: Tensor) -> Tensors:
+        return _grad_of_linearize(library, case._replace(primals=list(primals)))
+
+    return library.jvp(second, tuple(case.primals), tuple(case.tangents))[1]
+
+
+def _grad_of_grad_of_linearize(library: ModuleType, case: Case) -> Tensors:
+    def curvature(*primals: Tensor) -> Tensor:
+        return _dot(case.tangents, _grad_of_linearize(library, case._replace(primals=list(primals))))
+
+    return library.grad(curvature, argnums=tuple(range(len(case.primals))))(*case.primals)
+
+
+def _third_by_differences(case: Case) -> Tensors:
+    """The third derivative along the tangents: of the second one by autograd, differences of sixth order."""
+
+    def moved(step: float) -> Tensor:
+        pairs = zip(case.primals, case.tangents, strict=True)
+        shifted = case._replace(primals=[primal + step * tangent for primal, tangent in pairs])
+        (value,) = _seeded(_curvature_by_autograd, shifted)
+        return value
+
+    weights = {1: 3 / 4, 2: -3 / 20, 3: 1 / 60}
+    return [sum(w * (moved(k * WIDE) - moved(-k * WIDE)) / WIDE for k, w in weights.items())]
+
+
+def _jvp_of_pullback(library: ModuleType, case: Case) -> Tensors:
+    """Of a pullback made outside: it is linear, so that its tangent is what it gives of the tangent."""
+    _, pullback = library.vjp(case.func, *case.primals)
+    seeds = tuple(case.cotangents)
+    return library.jvp(lambda *seeds: pullback(seeds), seeds, tuple(1 - seed for seed in seeds))[1]
+
+
+def _pulled_tangents_by_autograd(case: Case) -> Tensors:
+    return _vjp_by_autograd(case._replace(cotangents=[1 - seed for seed in case.cotangents]))
 
 
 def _curvature_by_autograd(case: Case) -> Tensors:
@@ -332,6 +389,14 @@ CHECKS = {
         _seen_in_each(_curvature),
         _each(_CURVATURE_BY_DIFFERENCES),
     ),
+    "grad of linearize": Check(_grad_of_linearize, _grad_of_vjp_by_autograd, samples=3),
+    "jvp of grad of linearize": Check(
+        _jvp_of_grad_of_linearize, _third_by_differences, _curvature, samples=2, tolerance=1e-5
+    ),
+    "grad of grad of linearize": Check(
+        _grad_of_grad_of_linearize, _third_by_differences, _curvature, samples=2, tolerance=1e-5
+    ),
+    "jvp of a pullback": Check(_jvp_of_pullback, _pulled_tangents_by_autograd, samples=3),
     "vmap of grad of vjp": Check(_vmap_of(_grad_of_vjp), _each(_grad_of_vjp_by_autograd)),
 }
 
@@ -344,7 +409,11 @@ NO_CASE = "no sample can be differentiated"
 
 def verdict(name: str, check: str) -> str:
     """What is wrong with the operator under the check, over all its cases."""
-    found = {_verdict_on(case, CHECKS[check]) for case in cases(name)}
+    run = CHECKS[check]
+    chosen = [
+        case._replace(tolerance=max(case.tolerance, run.tolerance)) for case in cases(name)[: run.samples]
+    ]
+    found = {_verdict_on(case, run) for case in chosen}
     return ("; ".join(sorted(found - {WORKS})) or WORKS) if found else NO_CASE
 
 

@@ -1,4 +1,4 @@
-"""Every operator of PyTorch's own database under eleven checks, against torch.func and torch.autograd.
+"""Every operator of PyTorch's own database under fifteen checks, against torch.func and torch.autograd.
 
 matrix.py says what a check is, known.py which operators do not pass it and why.
 """

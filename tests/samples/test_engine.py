@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.testing import assert_close
 
 import autodiff as ad
 from autodiff import _torch
-from autodiff.errors import BudgetError, SampleError
+from autodiff.errors import BudgetError, MissingRuleError, SampleError
 from problems import W, X, out_of_memory_above, outer, square
 
 
@@ -152,3 +153,37 @@ def test_function_that_raises_is_not_said_to_give_infinities() -> None:
         SampleError, match=r"LookupError: no such thing\. Expected a function that runs on every"
     ):
         ad.per_sample(picky)(X)
+
+
+ONE_COMBINATION: dict[str, Any] = {
+    # Without a rule in reverse over reverse: functions, and their Hessians.
+    "hardsigmoid": (
+        lambda x: functional.hardsigmoid(x).square().sum(),
+        lambda x: torch.diag_embed((x.abs() < 3).to(x) / 18),
+    ),
+    "cdist": (
+        lambda x: torch.cdist(x[:, None], torch.zeros(1, 1, dtype=x.dtype)).pow(3).sum(),
+        lambda x: torch.diag_embed(6 * x.abs()),
+    ),
+    "pdist": (
+        lambda x: functional.pdist(x[:, None]).square().sum(),
+        lambda x: (2 * x.shape[1] * torch.eye(x.shape[1]) - 2).to(x).expand(len(x), -1, -1),
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"row_chunk_size": 2}, {"memory": 2000}], ids=str)
+@pytest.mark.parametrize("name", ONE_COMBINATION)
+@pytest.mark.filterwarnings("ignore::autodiff.errors.BudgetWarning", "ignore:There is a performance drop")
+def test_rows_of_a_hessian_take_the_mode_combination_that_has_rules(name: str, options: Any) -> None:
+    func, expected = ONE_COMBINATION[name]
+    x = torch.tensor([[0.3, -1.2, 0.8, 4.0, 2.1], [1.5, 0.1, -0.4, -3.2, 0.9]], dtype=torch.float64)
+    hessians = ad.per_sample(ad.hessian(func), **options)(x)
+    assert_close(hessians, expected(x), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_rows_of_a_hessian_that_no_combination_has() -> None:
+    loss = lambda x: functional.multi_margin_loss(x[None], torch.tensor([1]))
+    with pytest.raises(MissingRuleError, match="one of 2 mode combinations"):
+        ad.per_sample(ad.hessian(loss), row_chunk_size=2)(torch.ones(2, 3))

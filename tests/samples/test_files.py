@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -325,6 +326,23 @@ def test_a_run_whose_rest_raises_is_filled(
     assert curvature.report.resumed_at == 3
 
 
+def test_a_run_whose_first_batch_failed_is_opened_by_another(tmp_path: Path) -> None:
+    x = X.clone()
+    x[:3] = float("nan")
+    run = ad.per_sample(ad.hessian(square), (None, 0), on_error="nan")
+    expected = run(W, iter([x[:2], x[2:4], x[4:]]), out=tmp_path / "h.npy")
+    again = run(W, iter([x[:2], x[2:4], x[4:]]), out=tmp_path / "h.npy")
+    assert_close(again, expected, equal_nan=True)
+
+
+def test_samples_that_all_fail_behind_an_empty_batch() -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise ValueError("no number")
+
+    with pytest.raises(ad.errors.SampleError, match="all 3 samples failed"):
+        ad.per_sample(fails, on_error="nan")(iter([X[:0], X[:2], X[2:3]]))
+
+
 def test_a_complete_run_of_rows_is_opened_by_a_row(tmp_path: Path) -> None:
     """A sample that is too large as a whole is not computed as a whole to see what it looks like."""
     x = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
@@ -492,15 +510,11 @@ def test_whatever_happens_to_a_journal_the_result_is_right_or_refused(
     stop_after(10**9)
     text = (torn / journal).read_bytes()
     first = text.index(b"\n") + 1
-    damages: list[tuple[bytes, bool]] = [(text[:size], size < first) for size in range(0, len(text), 41)]
-    damages += [
-        (text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :], at < first) for at in range(3, len(text), 67)
-    ]
-    damages += [
-        (text + b"\0" * 50, False),
-        (text + text, False),
-        (text[: len(text) // 2] + b"\0" * 4096, False),
-    ]
+    draw = random.Random(0)
+    places = [*draw.sample(range(3, first), 6), *draw.sample(range(first, len(text)), 12)]
+    damages: list[tuple[bytes, bool]] = [(text[:at], at < first) for at in (0, *places)]
+    damages += [(text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :], at < first) for at in places]
+    damages += [(text + b"\0" * 50, False), (text + text, False), (text[:-20] + b"\0" * 4096, False)]
     damages += [(b'{"a": 1}\n', True), (b"[1]\n\n", True), (b"precious", True), (b"\xff\xfe\n", True)]
     damages += [(b'{"per_sample": 1, "run": {}, "files": ["h.npy"]}\n', True)]
     for damaged, refused in damages:
@@ -647,6 +661,59 @@ def test_what_cannot_be_compared_cannot_be_resumed(tmp_path: Path) -> None:
         match=r"cannot be resumed: among its code or captured values is numbers, a builtins.generator",
     ):
         ad.per_sample(func, chunk_size=30)(X, out=tmp_path / "x.npy")
+
+
+def test_the_value_that_has_changed_is_named(tmp_path: Path) -> None:
+    class Counting:
+        def __init__(self) -> None:
+            self.settings = {"calls": 0}
+
+        def __call__(self, x: Tensor) -> Tensor:
+            self.settings["calls"] += 1
+            return x.sin()
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Tanh())
+    for func, place in (
+        (Counting(), r"func.settings\['calls'\]"),
+        (lambda x: model(x).sum() * x, r"model._modules\['0'\]._parameters\['weight'\]"),
+    ):
+        path = tmp_path / f"{type(func).__name__}.npy"
+        ad.per_sample(func)(X, out=path)
+        with torch.no_grad():
+            model[0].weight += 1
+        with pytest.raises(
+            ResumeError, match=rf"with other code or captured values \(the first that differs is {place}\)"
+        ):
+            ad.per_sample(func)(X, out=path)
+
+
+def test_results_that_were_moved_are_found(tmp_path: Path) -> None:
+    run = ad.per_sample(torch.sin)
+    run(X, out=tmp_path / "one.npy")
+    (tmp_path / "one.npy").rename(tmp_path / "two.npy")
+    (tmp_path / "one.npy.journal").rename(tmp_path / "two.npy.journal")
+    assert_close(run(X, out=tmp_path / "two.npy"), X.sin())
+    assert run.report.resumed_at == 20
+    run(X, out=tmp_path / "folder")
+    (tmp_path / "folder").rename(tmp_path / "moved")
+    run(X, out=tmp_path / "moved")
+    assert run.report.resumed_at == 20
+
+
+def test_files_of_somebody_else_beside_a_journal(tmp_path: Path) -> None:
+    """The results may be removed, to begin anew; what else is in the folder by then stays."""
+    run = ad.per_sample(torch.sin)
+    run(X, out=tmp_path / "s")
+    (tmp_path / "s" / "notes.txt").write_text("mine")
+    run(X, out=tmp_path / "s")
+    assert run.report.resumed_at == 20
+    (tmp_path / "s" / "result.npy").unlink()
+    before = contents(tmp_path)
+    with pytest.raises(ResumeError, match="holds other files than its journal lists"):
+        run(X, out=tmp_path / "s")
+    assert contents(tmp_path) == before
+    (tmp_path / "s" / "notes.txt").unlink()
+    assert_close(run(X, out=tmp_path / "s"), X.sin())
 
 
 def test_paths_of_bytes(tmp_path: Path) -> None:

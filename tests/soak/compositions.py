@@ -173,11 +173,12 @@ def _draw(draw: Draw, depth: int) -> Composition | None:
     if mode == "inference_mode" and draw.chance(0.3):
         with torch.inference_mode():
             args = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, args)
-    without = _without(drawn, random=random, parameters=parameters)
+    tracked = any(leaf.requires_grad for leaf in active_leaves(args))
+    without = _without(drawn, random=random, parameters=parameters, tracked=tracked)
     func = program(draw, kept, without, scalar=False)
     by_keyword = draw.integer(0, len(args)) if all(layer.keywords for layer in drawn) else 0
-    tracked = [] if mode != "grad" or drawn[-1].detaches else _tracked(func, args)
-    return Composition(func, drawn, needs, args, mode, by_keyword, tracked)
+    watched = [] if mode != "grad" or drawn[-1].detaches else _tracked(func, args)
+    return Composition(func, drawn, needs, args, mode, by_keyword, watched)
 
 
 def _tracked(func: Program, args: tuple[Tree, ...]) -> list[Tensor]:
@@ -212,7 +213,7 @@ def _as_it_is(func: Func) -> Func:
     return func
 
 
-def _without(drawn: list[Layer], *, random: bool, parameters: bool) -> set[str]:
+def _without(drawn: list[Layer], *, random: bool, parameters: bool, tracked: bool) -> set[str]:
     """Kinds of operations that cannot be in what is drawn, for what torch cannot do or does wrong."""
     names = [layer.name for layer in drawn]
     modes = "".join(layer.modes for layer in reversed(drawn))
@@ -224,6 +225,13 @@ def _without(drawn: list[Layer], *, random: bool, parameters: bool) -> set[str]:
     legal = {
         "random": random,
         "parameter": parameters,
+        # What they do is not the derivative of anything, and only one pullback sees it as it is. A batched tensor has no
+        # hooks, and no pull from outside a level reaches those inside.
+        "function": parameters and modes == "r" and not any("functional" in name for name in names),
+        "hook": parameters
+        and modes == "r"
+        and not tracked
+        and not any("functional" in n or "vmap" in n for n in names),
         # "Operations without a rule": a jvp eagerly, differentiated by a parameter in a closure.
         "softmax": not (forward and parameters),
         # "Silently wrong in torch": the third derivative in reverse mode.

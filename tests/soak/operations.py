@@ -240,6 +240,73 @@ def _parametrised(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     return lambda _, x: (x * parameter).sin() + parameter
 
 
+def _with_history(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
+    parameter = draw.normal(draw.pick([(), shape])).requires_grad_()
+    tracked.append(parameter)
+    state: Tensor = parameter
+    for _ in range(300):  # sums alone, whose graph can be pulled back any number of times
+        state = state + 1e-3
+    return lambda _, x: (x * state).sin()
+
+
+def _hooked(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
+    parameter = draw.normal(()).requires_grad_()
+    tracked.append(parameter)
+
+    def operation(_: World, x: Tensor) -> Tensor:
+        y = x.sin()
+        if y.requires_grad:
+            y.register_hook(lambda cotangent: cotangent * parameter.cos())
+        return y
+
+    return operation
+
+
+def _by_function(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
+    parameter = draw.normal(()).requires_grad_()
+    tracked.append(parameter)
+
+    class Captures(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x.sin()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            return cotangent * x.cos() * parameter.cos()
+
+    return lambda _, x: Captures.apply(x)
+
+
+def _legacy_inside(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
+    name = draw.pick(["vjp", "jvp"])
+
+    def operation(world: World, x: Tensor) -> Tensor:
+        if not world.library:
+            return x.sin() + x * x.cos()
+        product = getattr(ad.functional, name)
+        return product(lambda y: y * y.sin(), x, torch.ones_like(x), create_graph=True)[1]
+
+    return operation
+
+
+def _overlapping(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
+    def operation(world: World, x: Tensor) -> Tensor:
+        windows = x.unfold(-1, 2, 1)
+        if not world.library:
+            return windows.cos()
+        return ad.jvp(torch.sin, (windows,), (torch.ones_like(windows),))[1]
+
+    return operation
+
+
 def _noisy(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
     # Random numbers that do not show, so that the result can be checked.
     return lambda _, x: x + 0 * torch.rand_like(x)
@@ -288,6 +355,52 @@ def _as_it_is(func: Operation) -> Operation:
     return func
 
 
+def _checkpointed_layer(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
+    """A layer whose kernels differ under vmap, in a checkpoint, with a transform inside or none."""
+    size = shape[-1]
+    weight, bias = draw.normal((size, size)), draw.normal((size,))
+    inside = draw.pick(["nothing", "jvp", "grad per sample"])
+
+    def slopes(world: World, x: Tensor) -> Tensor:
+        """Those of sin."""
+        if not world.library or inside == "nothing":
+            return x.cos()
+        if inside == "jvp":
+            return ad.jvp(torch.sin, (x,), (torch.ones_like(x),))[1]
+        return ad.vmap(ad.grad(torch.sin))(x.reshape(-1)).view(x.shape)
+
+    def operation(world: World, x: Tensor) -> Tensor:
+        again = ad.checkpoint if world.library else _as_it_is
+        return again(lambda x: slopes(world, functional.linear(x.tanh(), weight, bias)) * x)(x)
+
+    return operation
+
+
+def _by_bwd(value: Operation, slope: Operation) -> Operation:
+    f = ad.custom_vjp(value)
+    f.defvjp(lambda x: (value(x), x), lambda x, c: (slope(x, c),))
+    return f
+
+
+def _by_rule(value: Operation, slope: Operation) -> Operation:
+    f = ad.custom_jvp(value)
+    f.defjvp(lambda primals, tangents: (f(primals[0]), slope(primals[0], tangents[0])))
+    return f
+
+
+def _ruled(draw: Draw, shape: Shape, tracked: list[Tensor]) -> Operation:
+    """A custom rule; where its graph does not show that it is linear, it is compared with its transpose."""
+    c = draw.normal(shape)
+    by, masked = draw.pick([_by_bwd, _by_rule]), draw.chance(0.5)
+
+    def slope(x: Tensor, v: Tensor) -> Tensor:
+        slopes = c * x.cos()
+        return torch.where(c > 0, slopes * v, v * slopes) if masked else slopes * v
+
+    ruled = by(lambda x: c * x.sin(), slope)
+    return lambda world, x: ruled(x) if world.library else c * x.sin()
+
+
 UNARY: dict[str, tuple[str, Callable[[Shape], bool], Callable[..., Operation]]] = {
     "sin": ("", _any, _plain(torch.sin)),
     "tanh": ("", _any, _plain(torch.tanh)),
@@ -323,10 +436,17 @@ UNARY: dict[str, tuple[str, Callable[[Shape], bool], Callable[..., Operation]]] 
     "no_grad": ("", _any, _without_grad),
     "branch": ("", _any, _branched),
     "parameter": ("parameter", _any, _parametrised),
+    "history": ("parameter", _any, _with_history),
+    "hook": ("hook", _any, _hooked),
+    "function": ("function", _any, _by_function),
+    "functional": ("", _any, _legacy_inside),
+    "overlap": ("", _wide, _overlapping),
     "random": ("random", _any, _noisy),
     "attention": ("attention", _matrix, _attended),
     "module": ("", _rows, _module),
     "checkpoint": ("", _any, _checkpointed),
+    "checkpointed layer": ("", _rows, _checkpointed_layer),
+    "custom rule": ("", _any, _ruled),
 }
 
 

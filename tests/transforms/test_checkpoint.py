@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import autodiff as ad
 from autodiff.core.memory import Meter
@@ -336,3 +338,184 @@ def test_only_what_is_differentiated_gets_a_cotangent() -> None:
     with Meter(torch.device("cpu")) as of_kept:
         assert_close(kept(weights, x), expected)
     assert of_kept.peak < 4 * of_plain.peak
+
+
+# Layers whose kernels depend on whether a transform is active, and torch's own checkpoint beside ours.
+
+
+def torchs(func: Any) -> Any:
+    return lambda *args: torch_checkpoint(func, *args, use_reentrant=False)
+
+
+def seeded(make: Any) -> Any:
+    torch.manual_seed(3)
+    return make().double()
+
+
+RECURRENT = seeded(lambda: nn.GRU(3, 3, batch_first=True))
+TABLE = torch.tensor([[1.0, 2.0, 0.5], [-1.0, 3.0, 1.0], [2.0, 0.0, -1.5]], dtype=torch.float64)
+DOUBLED = ad.custom_jvp(lambda x: 2 * x.sin())
+DOUBLED.defjvp(lambda p, t: (2 * p[0].sin(), 2 * p[0].cos() * t[0]))
+# A function, and the shape of what it takes.
+LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "linear of one sample": (seeded(lambda: nn.Linear(3, 3)), (3,)),
+    "linear without bias": (seeded(lambda: nn.Linear(3, 3, bias=False)), (2, 3)),
+    "linear of a sequence": (seeded(lambda: nn.Linear(3, 2)), (2, 2, 3)),
+    "mlp": (seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.SiLU())), (3,)),
+    "layer_norm": (seeded(lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.GELU())), (2, 3)),
+    "group_norm": (seeded(lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.Tanh())), (3, 4)),
+    "conv": (seeded(lambda: nn.Sequential(nn.Conv1d(2, 2, 2), nn.Tanh())), (2, 3)),
+    "conv of a batch": (seeded(lambda: nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh())), (1, 1, 2, 3)),
+    "dropout": (seeded(lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Tanh())), (2, 3)),
+    "recurrent": (lambda x: RECURRENT(x)[0], (1, 2, 3)),
+    "solve": (lambda x: torch.linalg.solve(TABLE + torch.diag(x), x.sin()), (3,)),
+    "einsum": (lambda x: torch.einsum("ij,bj->bi", TABLE, x).sin(), (2, 3)),
+    "in place": (lambda x: functional.relu((x @ TABLE).mul_(2), inplace=True).sin(), (2, 3)),
+    "custom rule": (lambda x: DOUBLED(functional.linear(x, TABLE)), (3,)),
+}
+ATTENTION = seeded(lambda: nn.TransformerEncoderLayer(4, 2, 4, dropout=0.0, batch_first=True)), (1, 2, 4)
+
+squares = lambda f: lambda x: (f(x) ** 2).sum()
+weights = lambda x: torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view(x.shape)
+pairs = lambda x: torch.stack([x, x.cos()])
+OUTER: dict[str, Any] = {
+    "jacrev": lambda f, x: ad.jacrev(f)(x),
+    "jacrev by two": lambda f, x: ad.jacrev(f, chunk_size=2)(x),
+    "jacrev, learnt": lambda f, x: ad.jacrev(f, chunk_size="auto")(x),
+    "hessian": lambda f, x: ad.hessian(squares(f))(x),
+    "hessian, tracked": lambda f, x: ad.hessian(squares(f))(x.clone().requires_grad_()),
+    "diagonal": lambda f, x: ad.hessian_diagonal(squares(f))(x),
+    "functional.jacobian": ad.functional.jacobian,
+    "functional.jacobian, vectorized": lambda f, x: ad.functional.jacobian(f, x, vectorize=True),
+    "functional.hessian": lambda f, x: ad.functional.hessian(squares(f), x),
+    "functional.hvp": lambda f, x: ad.functional.hvp(squares(f), x, weights(x)),
+    "linearize": lambda f, x: ad.linearize(f, x)[1](weights(x)),
+    "gradient of jacrev": lambda f, x: ad.grad(lambda x: ad.jacrev(f)(x).square().sum())(x),
+    "gradient of a gradient": lambda f, x: ad.grad(lambda x: (ad.grad(squares(f))(x) * weights(x)).sum())(x),
+}
+ONLY_OURS: dict[str, Any] = {
+    "jvp": lambda f, x: ad.jvp(f, (x,), (weights(x),))[1],
+    "reverse over forward": lambda f, x: ad.hessian(squares(f), mode="reverse-over-forward")(x),
+    "forward over reverse": lambda f, x: ad.hessian(squares(f), mode="forward-over-reverse")(x),
+    "vmap of grad": lambda f, x: ad.vmap(ad.grad(squares(f)), randomness="same")(pairs(x)),
+    "vmap of hessian": lambda f, x: ad.vmap(ad.hessian(squares(f)), randomness="same")(pairs(x)),
+    "jacrev of vmap": lambda f, x: ad.jacrev(ad.vmap(f, randomness="same"))(pairs(x)),
+}
+HOW_OFTEN: dict[str, Any] = {
+    "once": lambda kind, f: kind(f),
+    "nested": lambda kind, f: kind(lambda x: kind(f)(x.sin()).exp()),
+}
+
+
+@pytest.mark.parametrize("how_often", HOW_OFTEN.values(), ids=HOW_OFTEN)
+@pytest.mark.parametrize(
+    ("layer", "kind", "outer"),
+    [
+        pytest.param(layer, kind, outer, id=f"{shown}-{name}-{place}")
+        for shown, layer in LAYERS.items()
+        for name, kind, outers in (("ours", ad.checkpoint, OUTER | ONLY_OURS), ("torch's", torchs, OUTER))
+        for place, outer in outers.items()
+        if not (shown == "recurrent" and "vmap" in place)  # torch batches no recurrent layer
+    ],
+)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_layers_as_without_a_checkpoint(layer: Any, kind: Any, outer: Any, how_often: Any) -> None:
+    func, shape = layer
+    x = torch.sin(torch.arange(1.0, 1 + math.prod(shape), dtype=torch.float64)).view(shape)
+    results = []
+    for one in (lambda f: f, kind):
+        torch.manual_seed(0)
+        results.append(outer(how_often(one, func), x))
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("kind", [ad.checkpoint, torchs], ids=["ours", "torch's"])
+@pytest.mark.parametrize("name", ["jacrev", "hessian", "functional.jacobian", "functional.hessian"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_attention_as_without_a_checkpoint(kind: Any, name: str) -> None:
+    layer, shape = ATTENTION
+    x = torch.linspace(-1, 2, 8, dtype=torch.float64).view(shape)
+    assert_close(OUTER[name](kind(layer), x), OUTER[name](layer, x))
+
+
+def test_an_operation_that_writes_to_what_it_has_saved() -> None:
+    """rrelu saves its noise and then draws it: a second run that stops at the last saved tensor is too short."""
+    run = lambda x: functional.rrelu(x, training=True)
+    gradients = []
+    for func in (run, ad.checkpoint(run)):
+        torch.manual_seed(0)
+        gradients.append(ad.grad(lambda x, func=func: func(x).sum())(-X.abs()))
+    assert_close(*gradients)
+    assert ((gradients[0] > 1 / 8) & (gradients[0] < 1 / 3)).all()
+
+
+# Transforms in a checkpointed function, which run again with it.
+
+QUARTIC = lambda x: (W * x**4).sum()
+ONE = torch.ones((), dtype=torch.float64)
+# The sum of some derivative of w x^4, in place of x -> sum w x^4.
+HELD: dict[str, Any] = {
+    "hessian": lambda x: ad.hessian(QUARTIC)(x).sum(),
+    "forward over reverse": lambda x: ad.hessian(QUARTIC, mode="forward-over-reverse")(x).sum(),
+    "jacrev": lambda x: ad.jacrev(lambda x: W * x**4)(x).sum(),
+    "jacfwd": lambda x: ad.jacfwd(lambda x: W * x**4)(x).sum(),
+    "jvp": lambda x: ad.jvp(QUARTIC, (x,), (x,))[1],
+    "linearize": lambda x: ad.linearize(QUARTIC, x)[1](x),
+    "hvp": lambda x: ad.hvp(QUARTIC, (x,), (x,))[1].sum(),
+    "per sample": lambda x: ad.vmap(ad.grad(lambda x, w: w * x**4))(x, W).sum(),
+    "hessian per sample": lambda x: ad.vmap(ad.hessian(lambda x, w: w * x**4))(x, W).sum(),
+    "diagonal": lambda x: ad.hessian_diagonal(QUARTIC)(x).sum(),
+    "functional.hessian": lambda x: ad.functional.hessian(QUARTIC, x, create_graph=True).sum(),
+    "functional.jacobian": lambda x: ad.functional.jacobian(
+        lambda x: W * x**4, x, create_graph=True, vectorize=False
+    ).sum(),
+    "functional.jvp": lambda x: ad.functional.jvp(QUARTIC, x, x, create_graph=True)[1],
+    "by a captured tensor": lambda x: ad.hessian(lambda s: (W * x**4 * s**2).sum())(ONE),
+    "jacrev by a captured tensor": lambda x: ad.jacrev(lambda s: W * x**4 * s)(ONE).sum(),
+}
+FACTORS = {
+    "hessian": (12, 2),
+    "forward over reverse": (12, 2),
+    "hessian per sample": (12, 2),
+    "diagonal": (12, 2),
+}
+FACTORS |= {"functional.hessian": (12, 2), "jvp": (4, 4), "linearize": (4, 4), "functional.jvp": (4, 4)}
+FACTORS |= {"hvp": (12, 3), "by a captured tensor": (2, 4), "jacrev by a captured tensor": (1, 4)}
+AROUND: dict[str, Any] = {
+    "grad": lambda f: ad.grad(f)(X),
+    "plain autograd": lambda f: torch.autograd.grad(f(x := X.clone().requires_grad_()), x)[0],
+    "jacrev": lambda f: ad.jacrev(lambda x: f(x)[None])(X)[0],
+    "functional.jacobian": lambda f: ad.functional.jacobian(f, X),
+    "hessian": lambda f: ad.hessian(f)(X) @ X,
+    "jvp": lambda f: torch.stack([ad.jvp(f, (X,), (e,))[1] for e in torch.eye(3, dtype=X.dtype)]),
+    "vmap of grad": lambda f: ad.vmap(ad.grad(f))(X[None])[0],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "around"),
+    [
+        pytest.param(kind, around, id=f"{name}-{around}")
+        for name, kind in (("ours", ad.checkpoint), ("torch's", torchs))
+        for around in AROUND
+        if kind is ad.checkpoint or around not in ("vmap of grad", "jvp")  # torch's is not for these
+    ],
+)
+@pytest.mark.parametrize("held", HELD)
+def test_transforms_in_a_checkpointed_function(held: str, kind: Any, around: str) -> None:
+    factor, power = FACTORS.get(held, (4, 3))
+    slope = factor * power * W * X ** (power - 1)
+    expected = (power - 1) * slope if around == "hessian" else slope
+    assert_close(AROUND[around](kind(HELD[held])), expected)
+    if around not in ("jvp", "vmap of grad"):
+        # Captured, and not handed on.
+        scaled = lambda x: kind(lambda s: HELD[held](x) * s)(ONE)
+        assert_close(AROUND[around](scaled), expected)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, "auto"])
+def test_what_measures_memory_is_not_taken_for_captured(chunk_size: Any) -> None:
+    """The first chunk is measured by a mode that looks at every tensor, those of inner levels as well."""
+    func = ad.checkpoint(lambda x: ad.vmap(ad.grad(lambda x, w: w * x**3))(x, W) * x)
+    hessian = ad.jacfwd(lambda x: ad.jacrev(func)(x).sum(0), chunk_size=chunk_size)(X)
+    assert_close(hessian, torch.diag(18 * W * X))

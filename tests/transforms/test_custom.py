@@ -211,6 +211,28 @@ def test_defjvps_takes_a_rule_for_each_argument() -> None:
     assert_close(gradients, (torch.cos(X) * T, torch.sin(X), torch.zeros_like(W)))
 
 
+@each_kind
+@pytest.mark.parametrize("names", list(itertools.product(ORDERS, repeat=2)), ids="-".join)
+def test_a_rule_that_calls_its_function_with_a_captured_constant(kind: str, names: tuple[str, str]) -> None:
+    """At every level the constant's tangent is a zero of that level."""
+    if kind == "vjp":
+        scaled = ad.custom_vjp(lambda w, x: w * x**3)
+        scaled.defvjp(
+            lambda w, x: (scaled(w, x), (w, x)),
+            lambda r, c: (r[1] ** 3 * c, 3 * r[0] * r[1] ** 2 * c),
+        )
+    else:
+        scaled = ad.custom_jvp(lambda w, x: w * x**3)
+        scaled.defjvp(
+            lambda p, t: (scaled(*p), 3 * p[0] * p[1] ** 2 * t[1] + p[1] ** 3 * t[0]),
+        )
+    func: Any = lambda x: scaled(W, x).sum()
+    for name in names:
+        func = functools.partial(lambda x, inner: inner(x).sum(), inner=ORDERS[name](func))
+    assert_close(func(X), (6 * W * X).sum())
+    assert_close(ad.vmap(func)(torch.stack([X, T])), torch.stack([(6 * W * X).sum(), (6 * W * T).sum()]))
+
+
 def test_integer_and_batched_tensors_among_the_arguments() -> None:
     def at(x: Tensor, index: Tensor) -> Tensor:
         return x.index_select(0, index[None])[0]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._higher_order_ops import scan
-from torch.nn.functional import mse_loss
+from torch.nn.functional import layer_norm, mse_loss
 
 from scenarios import assert_close
 from table.row import Section
@@ -74,25 +74,20 @@ def jvp_after_a_failed_compile(library: Any, backend: str) -> None:
 
 
 @COMPILING.row(
-    "`jvp` or `hessian` of `torch.compile(det, fullgraph=True)`",
+    "`jvp` or `hessian` of `torch.compile(f, fullgraph=True)`",
     torch="fails to trace",
     fails="Unsupported: ",
     ours="right; the function runs uncompiled",
-    over={"jvp": "jvp", "hessian": "hessian"},
     alone=(),
 )
-def compiled_functions_inside(library: Any, name: str) -> None:
-    compiled = torch.compile(torch.linalg.det, fullgraph=True, backend="aot_eager")
-    a, b = torch.diag(X[0]), torch.eye(3)  # det(a + t b) is the product of a's diagonal and t
-    if name == "jvp":
-        result = library.jvp(compiled, (a,), (b,))[1]
-        expected = X[0, 0] * X[0, 1] + X[0, 0] * X[0, 2] + X[0, 1] * X[0, 2]
-    else:
-        result = library.hessian(compiled)(a).diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1)
-        # Of the product of three numbers: each mixed derivative is the third.
-        expected = torch.stack([X[0].flip(0)[[0, 0, 1]], X[0].flip(0)[[0, 0, 2]], X[0].flip(0)[[1, 2, 0]]])
-        expected = expected * (1 - b)
-    assert_close(result, expected, loose=True)
+def compiled_functions_inside(library: Any) -> None:
+    compiled = torch.compile(lambda x: x.cumprod(0).sum(), fullgraph=True, backend="aot_eager")
+    x, y, z = X[0]
+    zero, one = torch.tensor([0.0, 1.0])
+    gradient = torch.stack([1 + y + y * z, x + x * z, x * y])
+    assert_close(library.jvp(compiled, (X[0],), (W,))[1], gradient @ W, loose=True)
+    expected = torch.stack([zero, one + z, y, one + z, zero, x, y, x, zero]).view(3, 3)
+    assert_close(library.hessian(compiled)(X[0]), expected, loose=True)
 
 
 @COMPILING.row(
@@ -110,19 +105,59 @@ def jacrev_of_a_compiled_function(library: Any) -> None:
 @COMPILING.row(
     "`jvp` or `hessian` of `torch.cond`, `while_loop` or `scan`",
     torch="raises",
-    fails="UncapturedHigherOrderOpError|AssertionError: Expected FakeTensor|AssertionError: ",
+    fails="UncapturedHigherOrderOpError|AssertionError: ",
     ours="right",
-    over={"cond": "cond", "while_loop": "while_loop", "scan": "scan"},
     alone=(),
 )
-def derivatives_of_control_flow(library: Any, name: str) -> None:
-    def func(x: Tensor) -> Tensor:
-        if name == "cond":
-            return torch.cond(x.sum() > 0, lambda y: y**3, lambda y: y**2, (x,)).sum()
-        if name == "while_loop":
-            start = torch.tensor(0), torch.ones_like(x)
-            return torch.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, y * x), start)[1].sum()
+def derivatives_of_control_flow(library: Any) -> None:
+    def branch(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda y: y**3, lambda y: y**2, (x,)).sum()
+
+    def loop(x: Tensor) -> Tensor:
+        start = torch.tensor(0), torch.ones_like(x)
+        return torch.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, y * x), start)[1].sum()
+
+    def steps(x: Tensor) -> Tensor:
         return scan(lambda c, row: (c + row**3, c.clone()), torch.zeros(()), x * 1.0)[0]
 
-    assert_close(library.jvp(func, (W,), (X[0],))[1], (3 * W**2 * X[0]).sum(), loose=True)
-    assert_close(library.hessian(func)(W), torch.diag(6 * W), loose=True)
+    for func in (branch, loop, steps):
+        assert_close(library.jvp(func, (W,), (X[0],))[1], (3 * W**2 * X[0]).sum(), loose=True)
+        assert_close(library.hessian(func)(W), torch.diag(6 * W), loose=True)
+
+
+@COMPILING.row(
+    "`torch.compile` of `vmap(hessian(f))`, and of Hessians in mixed modes, through layer_norm and logcumsumexp",
+    torch="fails to trace",
+    fails="(TorchRuntimeError|Unsupported): ",
+    ours="one graph, right",
+    needs="2.13",
+    alone=(),
+)
+def compiled_derivatives_of_norms(library: Any) -> None:
+    x, v = X.double(), W.double()
+
+    def norm_by_hand(x: Tensor) -> Tensor:
+        centred = x - x.mean()
+        return centred / (centred.square().mean() + 1e-5).sqrt()
+
+    def sums_by_hand(x: Tensor) -> Tensor:
+        return torch.stack([x[: i + 1].exp().sum().log() for i in range(3)])
+
+    for func, by_hand in (
+        (lambda x: layer_norm(x, (3,)), norm_by_hand),
+        (lambda x: x.logcumsumexp(0), sums_by_hand),
+    ):
+
+        def cubed(x: Tensor, func: Any = func) -> Tensor:
+            return func(x).pow(3).sum()
+
+        def derivatives(x: Tensor, cubed: Any = cubed) -> tuple[Tensor, Tensor]:
+            mixed = library.jacrev(lambda x: library.jvp(cubed, (x,), (v,))[1])
+            return library.vmap(library.hessian(cubed))(x), mixed(x[0])
+
+        per_sample, mixed = torch.compile(derivatives, fullgraph=True, backend="aot_eager")(x)
+        expected = [
+            torch.autograd.functional.hessian(lambda x, f=by_hand: f(x).pow(3).sum(), sample) for sample in x
+        ]
+        assert_close(per_sample, torch.stack(expected))
+        assert_close(mixed, expected[0] @ v)

@@ -101,6 +101,23 @@ def checkpoint_inside_other_transforms(library: Any, case: tuple[Any, Tensor]) -
     assert_close(derivative(library, checkpoint_of(library)(cubic)), expected)
 
 
+LAYER = nn.Linear(3, 3, dtype=torch.float64)
+with torch.no_grad():
+    LAYER.weight.copy_(torch.tensor([[1.0, 2.0, 0.5], [-1.0, 3.0, 1.0], [2.0, 0.0, -1.5]]))
+    LAYER.bias.copy_(T)
+
+
+@GRAPHS.row(
+    "`torch.utils.checkpoint` of a linear layer for one sample inside `jacrev`, whose pull runs it again under `vmap`",
+    torch="RuntimeError",
+    fails="RuntimeError: torch.func.*saved tensor hooks",
+    ours="right, also for `functional.jacobian` and Hessians",
+)
+def batched_pulls_of_checkpoints(library: Any) -> None:
+    jacobian = library.jacrev(lambda x: checkpoint(LAYER, x, use_reentrant=False) ** 2)(X)
+    assert_close(jacobian, 2 * (LAYER.weight.detach() @ X + T)[:, None] * LAYER.weight.detach())
+
+
 @GRAPHS.row(
     "an autograd Function without `setup_context` inside `grad`, `jacrev`, `hessian`",
     torch="RuntimeError",

@@ -81,6 +81,18 @@ def jacrev_of_masked_select(library: Any) -> None:
     assert_close(jacobian, torch.eye(3, dtype=torch.float64)[[0, 2, 0, 1]])
 
 
+@OPERATIONS.row(
+    "`jacrev` of `torch.sparse.mm`",
+    torch="RuntimeError",
+    fails="RuntimeError: expand is unsupported",
+    ours="right",
+)
+def jacrev_of_sparse_mm(library: Any) -> None:
+    dense = torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.0, 0.0, -1.0, 3.0]], dtype=torch.float64)
+    jacobian = library.jacrev(lambda x: torch.sparse.mm(dense.to_sparse(), x))(ROWS)
+    assert_close(jacobian, torch.einsum("ij,kl->ikjl", dense, torch.eye(2, dtype=dense.dtype)))
+
+
 @OPERATIONS.row('`jvp` of `scatter_reduce(..., "prod")`', torch="zero", fails=WRONG, ours="right")
 def jvp_of_scatter_reduce_prod(library: Any) -> None:
     x, t = _normal(2, 3).unbind(0)
@@ -332,6 +344,20 @@ def linearize_of_logcumsumexp(library: Any) -> None:
     pushed = library.linearize(lambda x: x.logcumsumexp(0), x)[1](t)
     expected = (x.exp() * t).cumsum(0) / x.exp().cumsum(0)
     torch.testing.assert_close(pushed, expected, rtol=1e-4, atol=1e-4)
+
+
+@OPERATIONS.row(
+    "`jvp` of logcumsumexp of numbers that are far apart",
+    torch="wrong numbers",
+    fails=WRONG,
+    ours="right, by the pullback of the pullback",
+)
+def jvp_of_logcumsumexp(library: Any) -> None:
+    x = torch.tensor([0.0, 1.0, 50.0], dtype=torch.float64)
+    t = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
+    weight = torch.sigmoid(x[1] - x[0])  # of the second of the first two
+    expected = torch.stack([t[0], (1 - weight) * t[0] + weight * t[1], t[2]])
+    assert_close(library.jvp(lambda x: x.logcumsumexp(0), (x,), (t,))[1], expected)
 
 
 @OPERATIONS.row(

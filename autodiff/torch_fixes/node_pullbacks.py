@@ -1,12 +1,15 @@
-"""The pullback of a norm's pullback, as formulas that can be differentiated to any order.
+"""Pullbacks of nodes of a graph, as formulas that can be differentiated to any order.
 
-torch's own takes mean and deviation for constants when it is differentiated in turn. Each function here is given a node
-of a graph and its cotangents, and gives a cotangent for each of the node's inputs, or None: torch's are right.
+Torch's own pullback of a norm's pullback takes mean and deviation for constants when it is differentiated in turn; that
+of logcumsumexp takes the logarithm of its cotangent. Each function here is given a node and its cotangents, and gives a
+cotangent for each of the node's inputs, or None: torch's are right.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from autodiff import _torch
 from autodiff.core.call import spread
@@ -81,3 +84,28 @@ def _pulled_back(
 
 def _summed(x: Tensor, dims: list[int]) -> Tensor:
     return x.sum(dims) if dims else x  # no dims are all of them
+
+
+def of_logcumsumexp(node: Any, cotangents: Cotangents) -> Cotangents | None:
+    """Of LogcumsumexpBackward: to (input,).
+
+    With x for the input and y for the result, which grows: the sum over all j from i on of g[j] exp(x[i] - y[j]), over
+    windows that double. No factor is larger than one.
+    """
+    g, x, y, dim = cotangents[0], *(_torch.saved_by(node, name) for name in ("self", "result", "dim"))
+    if g is None or x.is_complex():
+        return None
+    if x.dim() == 0:
+        return [g.clone()]
+    count, shift = x.size(dim), 1
+    nothing = y == -torch.inf
+    earlier, later = y.narrow(dim, 0, count - 1), y.narrow(dim, 1, count - 1)
+    decay = (earlier - later).masked_fill(nothing.narrow(dim, 0, count - 1), -torch.inf).exp()
+    while shift < count:
+        rest = count - shift
+        longer = g.narrow(dim, 0, rest) + decay * g.narrow(dim, shift, rest)
+        g = torch.cat([longer, g.narrow(dim, rest, shift)], dim)
+        kept = max(rest - shift, 0)
+        decay = decay.narrow(dim, 0, kept) * decay.narrow(dim, shift, kept) if kept else decay
+        shift *= 2
+    return [g * (x - y).masked_fill(nothing, -torch.inf).exp()]
