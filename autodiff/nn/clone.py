@@ -40,6 +40,8 @@ _NEW = vars(nn.Module())
 _NAMES = [*_NEW]
 _STANDARD = tuple(name for name, value in _NEW.items() if isinstance(value, OrderedDict | set))
 _standard_of = itemgetter(*_STANDARD)
+_PER_MODULE = ("_backward_pre_hooks", "_backward_hooks", "_forward_pre_hooks", "_forward_hooks")
+_SHARED = [(name, type(_NEW[name])) for name in _STANDARD if name not in _PER_MODULE]
 
 # A heuristic: so many references are followed in search of a way back, nearest first, and so many more for each module.
 _FOLLOWED, _FOLLOWED_PER_MODULE = 1000, 50
@@ -68,13 +70,13 @@ class ModuleClone:
         self._filled = 0
         self._attributes: list[tuple[nn.Module, str, Any]] = []
         self._simple: set[type] = set()
-        self._nothing = {name: type(_NEW[name])() for name in _STANDARD}
+        self._nothing = {name: kind() for name, kind in _SHARED}
         # The search.
         self._coming: deque[tuple[Any, bool]] = deque()
         self._own: set[int] = set()
         self._seen: dict[int, Any] = {}
         self._parents: dict[int, list[int]] = {}
-        self._functions: set[Any] = set()
+        self._code: set[Any] = set()
         self._followed = 0
         self._out_of_sight = False
         self._leading_back: set[int] = set()
@@ -101,17 +103,15 @@ class ModuleClone:
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Call the clone. What is assigned to objects that had to be rebuilt, and belong to no module, is kept."""
         try:
-            if not (self._out_of_sight or self._found_by_name()):
+            if not (self._out_of_sight or (self._code and self._found_by_name())):
                 return self.root(*args, **kwargs)
             return call_refusing(self.originals, self.root, args, kwargs)
         finally:
             self._write_back()
 
     def _found_by_name(self) -> bool:
-        """Whether code may find a module that was cloned by a name, which means the same to the clone."""
-        code = self._functions | {type(module) for module in self.originals}
-        users = (one for one in code if not (one.__module__ or "").startswith("torch."))
-        return any(id(module) in self._memo for module in found_by_name(users))
+        """Whether users' code may find a module that was cloned by a name, which means the same to the clone."""
+        return any(id(module) in self._memo for module in found_by_name(self._code))
 
     def _write_back(self) -> None:
         originals = {id(clone): original for original, clone, _ in self._rebuilt_objects}
@@ -136,6 +136,8 @@ class ModuleClone:
         return clone  # type: ignore[no-any-return]
 
     def _empty_clone(self, original: nn.Module, kind: type) -> Any:
+        if not kind.__module__.startswith("torch."):
+            self._code.add(kind)
         if isinstance(original, torch.jit.ScriptModule):
             return copy_of_scripted(original)  # TorchScript's own shallow copy
         if kind.__basicsize__ == nn.Module.__basicsize__ and not hasattr(kind, "__del__"):
@@ -198,11 +200,6 @@ class ModuleClone:
             clone._modules[name] = self._clone(child)
 
     def _attribute(self, owner: nn.Module, name: str, value: Any) -> None:
-        if type(value) in WITH_OWN_COPY and references.is_plain(value):
-            if id(value) not in self._memo:
-                self._memo[id(value)] = value.copy()
-            references.assign(self._memo[id(owner)], name, self._memo[id(value)], owner)
-            return
         self._attributes.append((owner, name, value))
         self._meet(value, owned=True)
 
@@ -213,15 +210,19 @@ class ModuleClone:
         kind, key = type(value), id(value)
         if kind in IMMUTABLE or key in self._memo or key in self._own:
             return
+        if kind is nn.Parameter:
+            return
         if kind is weakref.ref and isinstance(value(), Tensor):
             # Recurrent layers have such references to their weights.
             tensor = self._memo.get(id(value()))
             self._memo[key] = value if tensor is None else weakref.ref(tensor)
             return
-        if kind is types.FunctionType:
-            self._functions.add(value)
+        if kind is types.FunctionType and not (value.__module__ or "").startswith("torch."):
+            self._code.add(value)
         if owned and issubclass(kind, nn.Module):
             self._clone(value)
+        elif owned and kind in WITH_OWN_COPY and references.is_plain(value):
+            self._memo[key] = value.copy()
         elif owned and issubclass(kind, CONTAINERS):
             self._own.add(key)
             self._coming.append((value, True))
