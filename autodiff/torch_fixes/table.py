@@ -199,7 +199,7 @@ FIXES = (
         "layer_norm, batch_norm, instance_norm",
         "mean and deviation are taken for constants in forward mode inside forward mode",
         "a formula, inside other transforms",
-        ("jvp_of_jvp_of_normalisations",),
+        ("jvp_of_jvp_of_normalisations", "jvp_of_jvp_inside_a_triplet_loss"),
         (
             forward_overrides(
                 inside_transforms(by_formula(formulas.layer_norm, ("cuda",))),
