@@ -16,6 +16,7 @@ import autodiff as ad
 from autodiff import functional
 from autodiff._torch import forward_level, levels, modes, thread_state
 from autodiff.core import forward
+from autodiff.functional import backward_only
 from autodiff.torch_fixes.attention import plain_attention
 from autodiff.transforms import checkpoint
 from conftest import CLEAN, state_of_torch
@@ -45,6 +46,10 @@ CONTEXTS: dict[str, tuple[type, Any]] = {
     "eager forward level": (forward_level.eager_forward_level, lambda x: ad.jvp(cubic, (x,), (T,))),
     "forward mode": (forward.ForwardMode, lambda x: ad.jvp(cubic, (x,), (T,))),
     "grad mode": (modes.GradMode, lambda x: functional.jacobian(cubic, x)),
+    "mode that sees how grad mode is switched": (
+        backward_only._BackwardOnly,
+        lambda x: functional.jvp(cubic, x, T),
+    ),
     "forward mode ignored": (
         forward_level.ForwardModeIgnored,
         lambda x: ad.jvp(lambda y: nn.functional.multi_margin_loss(y[None], torch.tensor([0])), (x,), (T,)),

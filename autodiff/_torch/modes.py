@@ -172,8 +172,12 @@ class GradMode(AbstractContextManager[None]):
         self._was_recording = torch.is_grad_enabled()
         torch._C._set_grad_enabled(self._on)
 
-    def __exit__(self, *exc: object) -> None:
-        torch._C._set_grad_enabled(self._was_recording)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            torch._C._set_grad_enabled(self._was_recording)
+            return
+        with WithoutFunctionModes():  # one that an interrupt has left sees this
+            torch._C._set_grad_enabled(self._was_recording)
 
 
 class ForwardModeAllowed(AbstractContextManager[None]):

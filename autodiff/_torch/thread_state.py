@@ -151,14 +151,15 @@ def _restore(
 ) -> None:
     """Take this thread back to where it stood outside its outermost guard."""
     _close_generators(error)
+    # First these: they see the switches below.
+    while any(isinstance(mode, FunctionMode) for mode in function_modes()):
+        torch._C._pop_torch_function_stack()
     _leave_levels(levels)
     torch._C._set_grad_enabled(grad)
     torch._C._set_fwd_grad_enabled(forward)
     if not levels:
         allow_hooks(None)
         _functorch.set_single_level_autograd_function_allowed(False)
-    while any(isinstance(mode, FunctionMode) for mode in function_modes()):
-        torch._C._pop_torch_function_stack()
     while _autograd._top_saved_tensors_default_hooks(True) not in (None, hooks):
         _autograd._pop_saved_tensors_default_hooks()
     for shared in Shared.every:
