@@ -59,17 +59,17 @@ FORWARD_FIXES = (
     Fix(
         "factors",
         "cholesky_inverse, linalg.householder_product",
-        "wrong numbers in forward mode inside forward mode",
-        "the pullback of the pullback, inside other transforms",
+        "wrong numbers in forward mode, of householder_product in forward mode inside forward mode",
+        "the pullback of the pullback, of householder_product inside other transforms",
         (
+            "jvp_of_cholesky_inverse",
             "jvp_of_jvp_of_other_operations-cholesky_inverse",
             "jvp_of_jvp_of_other_operations-householder_product",
         ),
         (
+            forward_overrides(by_pullback, Tensor.cholesky_inverse, torch.cholesky_inverse),
             forward_overrides(
-                by_pullback_inside,
-                *(Tensor.cholesky_inverse, torch.cholesky_inverse),
-                *(Tensor.orgqr, torch.orgqr, torch.linalg.householder_product),
+                by_pullback_inside, Tensor.orgqr, torch.orgqr, torch.linalg.householder_product
             ),
         ),
     ),

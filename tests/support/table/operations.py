@@ -361,6 +361,20 @@ def jvp_of_logcumsumexp(library: Any) -> None:
 
 
 @OPERATIONS.row(
+    "`jvp` of cholesky_inverse",
+    torch="wrong numbers",
+    fails=WRONG,
+    ours="right, by the pullback of the pullback",
+)
+def jvp_of_cholesky_inverse(library: Any) -> None:
+    factor = _normal(3, 3).tril() + 3 * torch.eye(3, dtype=torch.float64)
+    move = _normal(3, 3).tril()
+    inverse = (factor @ factor.mT).inverse()
+    expected = -inverse @ (move @ factor.mT + factor @ move.mT) @ inverse
+    assert_close(library.jvp(torch.cholesky_inverse, (factor,), (move,))[1], expected)
+
+
+@OPERATIONS.row(
     "`functional.jvp` of cholesky along a matrix that is not symmetric",
     torch="right",
     fails=None,
