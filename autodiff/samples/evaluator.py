@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from autodiff import _torch
 from autodiff.core import seeds, trees
 from autodiff.core.call import wraps
 from autodiff.core.randomness import random_state, set_random_state
@@ -136,6 +137,9 @@ class Evaluator:
             set_random_state(state)
 
     def _computed(self, batch: Mapped, start: int, stop: int) -> list[Any]:
+        return _torch.under_guard(self._computed_under_guard, batch, start, stop)
+
+    def _computed_under_guard(self, batch: Mapped, start: int, stop: int) -> list[Any]:
         if self._randomness == "same":
             set_random_state(self._start)
         # Results are constants: a graph would keep every chunk alive.

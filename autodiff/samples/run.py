@@ -237,8 +237,7 @@ class Run:
         batched = vmap(reduce, randomness="different", fallback="loop")
         for piece in self._whole(pieces):
             if piece.result is not None:
-                with torch.no_grad():
-                    reduced = batched(piece.result.tree())
+                reduced = _torch.under_guard(_without_grad, batched, piece.result.tree())
                 piece = SamplesPiece(piece.start, piece.stop, _result_of(reduced))  # noqa: PLW2901
             yield piece
 
@@ -353,6 +352,11 @@ def _settings() -> list[Any]:
     """What decides on dtypes and precision, besides arguments."""
     autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     return [torch.get_default_dtype(), torch.get_float32_matmul_precision(), *autocast]
+
+
+def _without_grad(func: Callable[[Any], Any], tree: Any) -> Any:
+    with torch.no_grad():
+        return func(tree)
 
 
 def _tensors_of(texts: dict[str, str] | None) -> dict[str, Tensor] | None:
