@@ -116,6 +116,8 @@ def cotangent_sizes(node: Any) -> list[int]:
 def saved_by(node: Any, name: str) -> Any:
     """What a node of a graph has saved; a tensor without the wrapper of a level that has been left."""
     value = getattr(node, f"_saved_{name}")
+    if isinstance(value, int) and value >= 2**63:
+        return value - 2**64  # torch shows a negative number, such as a dim, without its sign
     return _functorch.unwrap_if_dead(value) if isinstance(value, Tensor) else value
 
 

@@ -129,4 +129,7 @@ def _short_vector(
     numbers = [large * (one - 0.5) if elsewhere else one + 0.5 for one in numbers]
     with torch.inference_mode(mode=False):
         vector = torch.tensor(numbers, dtype=dtype, device=device).view(shape)
-        return vector * (1 + 0.5j) if dtype.is_complex else vector
+        if dtype.is_complex:
+            vector = vector * (1 + 0.5j)
+    # A level wraps what is made inside it, and this outlives the level.
+    return _torch.fully_unwrapped(vector)

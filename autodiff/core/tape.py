@@ -175,6 +175,7 @@ class Tape(ABC):
             self._nodes = self._policies = self._replaced = None  # those of another graph
         return aux
 
+    @_torch.traced_inline_only
     def pull(
         self,
         cotangents: Sequence[Tensor | None],

@@ -81,7 +81,7 @@ def _by_channel(
         assert running_var is not None
         centred = x - running_mean.view(channels)
         return _affine(centred * (upcast(running_var).view(channels) + eps).rsqrt(), weight, bias).to(dtype)
-    count = prod(x.shape[dim] for dim in dims)
+    count = prod([x.shape[dim] for dim in dims])
     if count == 1:
         raise ValueError(f"Expected more than 1 value for each mean when training, got input size {x.shape}")
     y, mean, variance = _standardised(x, dims, eps)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+import autodiff as ad
+from autodiff._torch import is_wrapper
 from autodiff.core import products, seeds
+from autodiff.core.seeds import _short_vector, generic_vector
 
 LEAVES = [torch.zeros(2, 3), torch.zeros((), dtype=torch.float64), torch.zeros(0), torch.zeros(2)]
 TOTAL = 9
@@ -60,3 +64,17 @@ def test_missing_rows_and_columns_are_zeros_of_the_right_dtype() -> None:
 def test_size_of_counts_numbers() -> None:
     assert seeds.size_of(LEAVES) == TOTAL
     assert seeds.size_of([]) == 0
+
+
+def test_a_generic_vector_outlives_the_level_that_it_was_made_in() -> None:
+    _short_vector.cache_clear()
+    made = []
+
+    def func(x: Tensor) -> Tensor:
+        made.append(generic_vector(torch.ones(3, dtype=torch.complex128)))
+        return x.sin().sum()
+
+    ad.vmap(ad.grad(func))(torch.ones(2, 3))
+    again = generic_vector(torch.ones(3, dtype=torch.complex128))
+    assert not is_wrapper(again)
+    ad.grad(lambda x: (x * again.real).sum())(torch.ones(3, dtype=torch.float64))

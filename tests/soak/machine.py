@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autodiff._torch import compiled
 from autodiff._torch import forward_level as forward
 from autodiff._torch.thread_state import thread
 from autodiff.core import tape
@@ -66,7 +65,7 @@ def state() -> dict[str, Any]:
         "recordings": tape._thread.recording,
         "users of attention's formula": attention.plain_attention._users,
         "attention's lock": attention.plain_attention._lock.locked(),
-        "threads in which nothing is compiled": list(compiled._inside),
+        "nothing is compiled in this thread": thread.__dict__.get("uncompiled", 0),
     }
 
 
