@@ -5,6 +5,7 @@ Provides `Evaluator`. Rows alone can be computed for autodiff's own Jacobians in
 
 from __future__ import annotations
 
+import weakref
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ class Evaluator:
         self.splits = jacobian is not None and jacobian.mode != "forward" and not jacobian.has_aux
         self._start = random_state()
         # The last batch, and the memory of its arguments.
-        self._batch: Mapped | None = None
+        self._batch: Callable[[], Mapped | None] = lambda: None
         self._inputs: set[int] = set()
         # What is run under vmap now, and what it returns besides tensors.
         self._current: Callable[..., Any] = func
@@ -146,8 +147,8 @@ class Evaluator:
         with torch.no_grad():
             leaves = batch.of_samples(start, stop, self._randomness)
         # Results stay what they are when a loader writes the next batch to this one's memory.
-        if batch is not self._batch:
-            self._batch = batch
+        if batch is not self._batch():
+            self._batch = weakref.ref(batch)
             self._inputs = {_memory(leaf) for leaf in batch.leaves if isinstance(leaf, Tensor)}
         return [
             leaf.clone() if isinstance(leaf, Tensor) and _memory(leaf) in self._inputs else leaf

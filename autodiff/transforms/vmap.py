@@ -119,6 +119,7 @@ class Mapped:
     """One call of a function under vmap: leaves with their dims, and how to put results together."""
 
     __slots__ = (
+        "__weakref__",
         "_consistency",
         "_func",
         "_name",
