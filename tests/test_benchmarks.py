@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,12 @@ def copy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_both_packages_run_side_by_side(copy: str) -> None:
+    # In a process of its own: the second package takes over what the first has registered with torch.
+    with multiprocessing.get_context("spawn").Pool(1) as processes:
+        processes.apply(_run_side_by_side, (copy,))
+
+
+def _run_side_by_side(copy: str) -> None:
     of_before = before.library(copy)
     assert of_before is not autodiff
     assert of_before.grad.__module__.startswith("autodiff_before.")
