@@ -10,12 +10,14 @@ from autodiff._torch.autograd import cotangent_sizes as cotangent_sizes
 from autodiff._torch.autograd import custom_function_call as custom_function_call
 from autodiff._torch.autograd import hooks_registered as hooks_registered
 from autodiff._torch.autograd import is_differentiable_once as is_differentiable_once
+from autodiff._torch.autograd import is_eager_function as is_eager_function
 from autodiff._torch.autograd import is_function_node as is_function_node
 from autodiff._torch.autograd import is_zero_tensor as is_zero_tensor
 from autodiff._torch.autograd import next_sequence_number as next_sequence_number
 from autodiff._torch.autograd import rearrange as rearrange
 from autodiff._torch.autograd import register_with_torch as register_with_torch
 from autodiff._torch.autograd import saved_by as saved_by
+from autodiff._torch.autograd import saved_tensor_hooks_active as saved_tensor_hooks_active
 from autodiff._torch.autograd import scales_by_frequency as scales_by_frequency
 from autodiff._torch.autograd import sequence_number as sequence_number
 from autodiff._torch.autograd import torch_registry as torch_registry

@@ -85,6 +85,18 @@ def user_function(node: Any) -> type:
     return cls  # type: ignore[no-any-return]
 
 
+def is_eager_function(node: Any) -> bool:
+    """Whether a node belongs to an autograd Function without setup_context, which no level can run."""
+    if not is_function_node(node):
+        return False
+    return user_function(node).setup_context is torch.autograd.Function.setup_context  # type: ignore[attr-defined]
+
+
+def saved_tensor_hooks_active() -> bool:
+    """Whether what operations save goes through a hook, such as that of a checkpoint."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def is_differentiable_once(node: Any) -> bool:
     """Whether the backward of an autograd Function is marked so: torch forgets what its result depends on."""
     backward = getattr(user_function(node), "backward", None)

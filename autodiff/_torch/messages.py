@@ -12,6 +12,7 @@ Meaning: TypeAlias = Literal[
     "no rule",
     "no forward rule",
     "a level that is gone",
+    "a level cannot run it",
     "dtypes are mixed",
 ]
 
@@ -29,6 +30,12 @@ MESSAGES: dict[Meaning, tuple[str, ...]] = {
         "You must implement",
     ),
     "no forward rule": ("forward AD",),
+    "a level cannot run it": (
+        "setup_context",
+        "doesn't have storage",
+        "would mutate a captured Tensor",
+        "saved-tensor hook",
+    ),
     "a level that is gone": ("INTERNAL ASSERT",),
     "dtypes are mixed": ("dtype", "scalar type", "should be the same"),
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from autodiff import _torch
@@ -44,11 +46,13 @@ def _tensors(found: Iterable[Any]) -> Iterator[Tensor]:
 
 def _parts(one: Any) -> Iterable[Any]:
     if isinstance(one, nn.Module):
-        return [*one.parameters(), *one.buffers()]
+        return [*one.parameters(), *one.buffers(), *vars(one).values()]
     if isinstance(one, dict):
         return one.values()
-    if isinstance(one, (list, tuple, set, frozenset)):
+    if isinstance(one, (list, tuple, set, frozenset, deque)):
         return one
+    if isinstance(one, np.ndarray):
+        return one.ravel().tolist() if one.dtype == object else ()
     if isinstance(one, partial):
         return [one.func, one.args, one.keywords]
     if isinstance(one, MethodType):

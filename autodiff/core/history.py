@@ -28,7 +28,13 @@ _eager_alone: WeakSet[Any] = WeakSet()
 
 def reaches_far(func: Callable[..., Any] | None) -> bool:
     """Whether the function reached a long history when it was recorded last, and a level can run it."""
-    return bool(_far_reaching) and func is not None and _code(func) in _far_reaching
+    return (
+        bool(_far_reaching)
+        and func is not None
+        and _code(func) in _far_reaching
+        # A second run, of a checkpoint, has to go the way of the first.
+        and not _torch.saved_tensor_hooks_active()
+    )
 
 
 def remember(func: Callable[..., Any] | None, nodes: Collection[Any], start: int) -> None:
@@ -38,7 +44,8 @@ def remember(func: Callable[..., Any] | None, nodes: Collection[Any], start: int
     """
     if func is None or len(nodes) < LONG or (code := _code(func)) in _eager_alone:
         return
-    if sum(_torch.sequence_number(node) < start for node in nodes) > LONG:
+    new = [node for node in nodes if _torch.sequence_number(node) >= start]
+    if len(nodes) - len(new) > LONG and not any(map(_torch.is_eager_function, new)):
         _far_reaching.add(code)
 
 

@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 from autodiff import _torch
 from autodiff.core import graph, history, hooks
 from autodiff.core.call import is_differentiable, refilled
+from autodiff.core.randomness import remember_randomness
 from autodiff.core.tape import ALL, FlatFunction, Tape, TapeFunction, recorded_outside
-from autodiff.errors import InPlaceError
+from autodiff.errors import IndependenceError, InPlaceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -64,10 +65,14 @@ def record(
     if at_level or not _torch.is_eager():
         return _torch.under_guard(_LevelTape, func, primals, higher_order)
     if history.reaches_far(origin):
+        rewind = remember_randomness()
         try:
             tape = _torch.under_guard(_LevelTape, func, primals, higher_order)
-        except RuntimeError:
+        except RuntimeError as error:
+            if not (isinstance(error, IndependenceError) or _torch.says(error, "a level cannot run it")):
+                raise
             history.forget(origin, for_good=True)
+            rewind()
         else:
             if not tape.is_tracked():
                 history.forget(origin)
@@ -199,13 +204,16 @@ class _EagerTape(Tape):
             if not of_aux:
                 self._tracked, self._nodes = tracked, nodes
         if recording and self.is_tracked():
-            self.outputs, self.aux = self.graph_outputs, aux
+            self.outputs = self.graph_outputs
         else:
             self.outputs = [_torch.detached(output) for output in self.graph_outputs]
-            self.aux = [
-                leaf if recording and self._depends_on_outer_leaf([leaf])[0] else _torch.detached(leaf)
-                for leaf in aux
-            ]
+        # Through primals that require grad everything is tracked; aux by what it depends on.
+        self.aux = [
+            leaf
+            if recording and (requires_grad or self._depends_on_outer_leaf([leaf])[0])
+            else _torch.detached(leaf)
+            for leaf in aux
+        ]
 
     def is_tracked(self) -> bool:
         if self._tracked is None:

@@ -68,7 +68,9 @@ def user_code(node: Any) -> Sequence[Any]:
     ruled: _RulesAndSpecs | None = getattr(node, "ruled", None)
     if ruled is not None:
         return list(ruled.rules.user_code())
-    return [vars(node), *vars(_torch.user_function(node)).values()]
+    classes = _torch.user_function(node).__mro__
+    own = (cls for cls in classes if not cls.__module__.startswith("torch.") and cls is not object)
+    return [vars(node), *(member for cls in own for member in vars(cls).values())]
 
 
 def is_tracked(tensor: Tensor) -> bool:

@@ -205,10 +205,10 @@ class Contract:
         """The results; inside a transform that differentiates them, without ``create_graph``, an error instead."""
         if self.must_be_constant and any(map(is_tracked, filter(is_differentiable, trees.leaves(results)))):
             raise OptionError(
-                f"functional.{self.name}: a transform around this call differentiates its result, which is a constant "
-                f"without create_graph=True: its derivative would be zero. Expected create_graph=True, or "
-                f"autodiff.{_TRANSFORMS[self.name]} in its place; or detached inputs, and torch.no_grad() around the "
-                f"call, where a constant is meant."
+                f"functional.{self.name}: the result depends on what a transform around this call differentiates, but "
+                f"is a constant without create_graph=True: its derivative would be zero. Expected create_graph=True, "
+                f"or autodiff.{_TRANSFORMS[self.name]} in its place; where a constant is meant, torch.no_grad() around "
+                f"the call."
             )
         return results
 

@@ -90,17 +90,17 @@ def of_logcumsumexp(node: Any, cotangents: Cotangents) -> Cotangents | None:
     """Of LogcumsumexpBackward: to (input,).
 
     With x for the input and y for the result, which grows: the sum over all j from i on of g[j] exp(x[i] - y[j]), over
-    windows that double. No factor is larger than one.
+    windows that double; of complex numbers the conjugates. No factor of real numbers is larger than one.
     """
     g, x, y, dim = cotangents[0], *(_torch.saved_by(node, name) for name in ("self", "result", "dim"))
-    if g is None or x.is_complex():
+    if g is None:
         return None
-    if x.dim() == 0:
+    if x.dim() == 0 or x.numel() == 0:
         return [g.clone()]
     count, shift = x.size(dim), 1
-    nothing = y == -torch.inf
+    nothing = y.real == -torch.inf
     earlier, later = y.narrow(dim, 0, count - 1), y.narrow(dim, 1, count - 1)
-    decay = (earlier - later).masked_fill(nothing.narrow(dim, 0, count - 1), -torch.inf).exp()
+    decay = (earlier - later).masked_fill(nothing.narrow(dim, 0, count - 1), -torch.inf).exp().conj()
     while shift < count:
         rest = count - shift
         longer = g.narrow(dim, 0, rest) + decay * g.narrow(dim, shift, rest)
@@ -108,4 +108,4 @@ def of_logcumsumexp(node: Any, cotangents: Cotangents) -> Cotangents | None:
         kept = max(rest - shift, 0)
         decay = decay.narrow(dim, 0, kept) * decay.narrow(dim, shift, kept) if kept else decay
         shift *= 2
-    return [g * (x - y).masked_fill(nothing, -torch.inf).exp()]
+    return [g * (x - y).masked_fill(nothing, -torch.inf).exp().conj()]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import autodiff as ad
@@ -65,6 +67,36 @@ def in_method_of_an_object(w: Tensor):
     return Sine.apply
 
 
+def in_plain_attributes_of_a_module(w: Tensor):
+    module = nn.Module()
+    array = np.empty(1, dtype=object)
+    array[0] = w
+    module.scales = deque([array])
+
+    class Sine(_OfSine):
+        @staticmethod
+        def backward(ctx, g):
+            return g * module.scales[0][0] * ctx.saved_tensors[0].cos()
+
+    return Sine.apply
+
+
+def in_class_above(w: Tensor):
+    class Scaled(_OfSine):
+        by = w
+
+    class Sine(Scaled):
+        @classmethod
+        def scaled(cls, g):
+            return g * cls.by
+
+        @staticmethod
+        def backward(ctx, g):
+            return Sine.scaled(g) * ctx.saved_tensors[0].cos()
+
+    return Sine.apply
+
+
 def in_context(w: Tensor):
     class Sine(torch.autograd.Function):
         @staticmethod
@@ -118,6 +150,8 @@ CAPTURING = [
     in_container,
     in_context,
     in_method_of_an_object,
+    in_plain_attributes_of_a_module,
+    in_class_above,
     by_hook,
     by_hook_of_a_node,
     by_custom_vjp,
