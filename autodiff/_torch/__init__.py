@@ -4,11 +4,11 @@ Levels, wrappers, modes and the engine under names of our own, each entered by `
 """
 
 from autodiff._torch.autograd import DispatchMode as DispatchMode
+from autodiff._torch.autograd import HookHandle as HookHandle
 from autodiff._torch.autograd import backward as backward
 from autodiff._torch.autograd import copy_of_scripted as copy_of_scripted
 from autodiff._torch.autograd import cotangent_sizes as cotangent_sizes
 from autodiff._torch.autograd import custom_function_call as custom_function_call
-from autodiff._torch.autograd import hooks_registered as hooks_registered
 from autodiff._torch.autograd import is_differentiable_once as is_differentiable_once
 from autodiff._torch.autograd import is_eager_function as is_eager_function
 from autodiff._torch.autograd import is_function_node as is_function_node
@@ -79,6 +79,6 @@ from autodiff._torch.recomputation import around_recomputation as around_recompu
 from autodiff._torch.thread_state import FunctionMode as FunctionMode
 from autodiff._torch.thread_state import function_mode as function_mode
 from autodiff._torch.thread_state import function_modes as function_modes
-from autodiff._torch.thread_state import guarded as guarded
+from autodiff._torch.thread_state import keeps_grad_mode as keeps_grad_mode
 from autodiff._torch.thread_state import under_guard as under_guard
 from autodiff._torch.thread_state import without_inference_mode as without_inference_mode

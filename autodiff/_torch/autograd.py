@@ -60,12 +60,6 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor._version for tensor in tensors]
 
 
-def next_sequence_number() -> int:
-    """What the next node that this thread makes is numbered by."""
-    number: int = torch._C._autograd._get_sequence_nr()
-    return number
-
-
 def sequence_number(node: Any) -> int:
     """What its thread numbered a node by; of a leaf's node the largest number there is."""
     number: int = node._sequence_nr()
@@ -109,12 +103,6 @@ def scales_by_frequency(nodes: Iterable[Any]) -> bool:
     return any(getattr(node, "_saved_scale_grad_by_freq", False) for node in embeddings)
 
 
-def hooks_registered() -> int:
-    """How many hooks on tensors, nodes and modules have been registered in this process."""
-    count: int = torch.utils.hooks.RemovableHandle.next_id
-    return count
-
-
 def is_zero_tensor(tensor: Tensor) -> bool:
     """Whether the tensor is a zero without memory, such as the tangent of a constant."""
     return tensor._is_zerotensor()
@@ -133,6 +121,10 @@ def saved_by(node: Any, name: str) -> Any:
     return _functorch.unwrap_if_dead(value) if isinstance(value, Tensor) else value
 
 
+# What the next node that this thread makes is numbered by.
+next_sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
+# Its ``next_id`` counts the hooks on tensors, nodes and modules that have been registered in this process.
+HookHandle = torch.utils.hooks.RemovableHandle
 # What every backward that is marked by once_differentiable runs.
 _ONCE_DIFFERENTIABLE: Any = once_differentiable(repr).__code__
 

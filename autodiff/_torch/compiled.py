@@ -57,8 +57,10 @@ class _Uncompiled(AbstractContextManager[None]):
         own = thread.__dict__
         if own.get("uncompiled"):
             return func(*args)
+        if _TRACER in _modules:
+            _set_stance()
+        own["uncompiled"] = 1
         try:
-            self.__enter__()
             return func(*args)
         finally:
             own["uncompiled"] = 0

@@ -132,18 +132,25 @@ def under_guard(func: Callable[..., R], /, *args: Any, **kwargs: Any) -> R:
     return func(*args, **kwargs) if "guarded" in thread.__dict__ else guard(func, *args, **kwargs)
 
 
-def guarded(func: F) -> F:
-    """``func`` inside a `guard`, and with inference mode off."""
+def keeps_grad_mode(func: F) -> F:
+    """``func``, which enters nothing itself but grad mode, after which that is as before, and with inference mode off.
+
+    A guard takes 6 us, and one C call in ``finally`` is as safe.
+    """
 
     @wraps(func)
-    def guarded_func(*args: Any, **kwargs: Any) -> Any:
+    def keeping(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if torch.is_inference_mode_enabled():
-            return without_inference_mode(guarded_func, *args, **kwargs)
-        return under_guard(func, *args, **kwargs)
+            return without_inference_mode(keeping, *args, **kwargs)
+        before = torch.is_grad_enabled()
+        try:
+            return func(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(before)
 
-    return guarded_func  # type: ignore[return-value]
+    return keeping  # type: ignore[return-value]
 
 
 def _restore(

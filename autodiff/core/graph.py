@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from autodiff import _torch
 from autodiff.core import hooks
@@ -135,6 +136,11 @@ def shows_linear(outputs: Sequence[Any], inputs: Sequence[Tensor]) -> bool:
         return found
 
     return all(depends(output.grad_fn) for output in outputs)
+
+
+def functions(nodes: Iterable[Any]) -> list[Any]:
+    """The nodes of autograd Functions among these."""
+    return [node for node in nodes if isinstance(node, BackwardCFunction)]
 
 
 def bytes_of_a_pull(nodes: Iterable[Any]) -> tuple[int, int]:

@@ -201,6 +201,8 @@ class _EagerTape(Tape):
             tracked, nodes = self._depends_on_outer_leaf([*self.graph_outputs, *of_aux])
             if not tracked:
                 self._tracked, recording = False, False
+            if not graph.functions(nodes):
+                self._functions = []  # nor are there any behind the outputs alone
             if not of_aux:
                 self._tracked, self._nodes = tracked, nodes
         if recording and self.is_tracked():

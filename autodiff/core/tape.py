@@ -70,7 +70,9 @@ def recorded_outside(leaves: Sequence[Tensor]) -> bool:
 
 def inside_derivative() -> bool:
     """Whether a transform that differentiates is at work around what happens here."""
-    return recorded_outside(()) or _torch.grad_level_active() or _torch.forward_level_active()
+    if recorded_outside(()):
+        return True
+    return not _torch.is_eager() and (_torch.grad_level_active() or _torch.forward_level_active())
 
 
 class Tape(ABC):
@@ -118,7 +120,7 @@ class Tape(ABC):
     def functions(self) -> list[Any]:
         """The nodes of autograd Functions: what these give need not be the gradient of anything."""
         if self._functions is None:
-            self._functions = [node for node in self._known_nodes() if _torch.is_function_node(node)]
+            self._functions = graph.functions(self._known_nodes())
         return self._functions
 
     def _replaced_pullbacks(self) -> list[tuple[Any, NodePullback]]:
@@ -166,13 +168,13 @@ class Tape(ABC):
         return aux
 
     def _run_inside(self, func: FlatFunction, lift: Lift, differentiate: TapeFunction | None) -> list[Any]:
-        hook_count = _torch.hooks_registered()
+        hook_count = _torch.HookHandle.next_id
         self.graph_outputs, aux = func(self.inputs, lift)
-        self.has_hooks = _torch.hooks_registered() != hook_count
+        self.has_hooks = _torch.HookHandle.next_id != hook_count
         if differentiate is not None:
             self.outputs, self.aux = self.graph_outputs, aux
             self.graph_outputs, aux = differentiate(self)
-            self._nodes = self._policies = self._replaced = None  # those of another graph
+            self._nodes = self._functions = self._policies = self._replaced = None  # those of another graph
         return aux
 
     @_torch.traced_inline_only
@@ -190,7 +192,7 @@ class Tape(ABC):
         ``create_graph=None`` makes a graph only where the result can be differentiated from outside. A pull
         that makes a graph keeps the one that it reads, since the two share saved tensors.
         """
-        if self._without_tangents and _torch.forward_level_active():
+        if self._without_tangents and not _torch.is_eager() and _torch.forward_level_active():
             primals, tangents = zip(*map(_split, cotangents), strict=True)
             if any(tangent is not None for tangent in tangents):
                 # Linear in its cotangents. Torch's pullbacks need not have a rule for forward mode.

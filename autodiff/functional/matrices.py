@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autodiff._torch import compiling, guarded
+from autodiff._torch import compiling, keeps_grad_mode
 from autodiff.core import trees
 from autodiff.core.randomness import remember_randomness
 from autodiff.errors import OptionCombinationError, OptionError, StrategyError, StrictModeError
@@ -24,7 +24,7 @@ _OUTPUT_INDEPENDENT = (
 )
 
 
-@guarded
+@keeps_grad_mode
 def jacobian(
     func: Callable[..., Any],
     inputs: Any,
@@ -84,7 +84,7 @@ def jacobian(
     return contract.leaving(_derivative(contract, make, of_inputs, vectorize, strategy))
 
 
-@guarded
+@keeps_grad_mode
 def hessian(
     func: Callable[..., Any],
     inputs: Any,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from autodiff import checks
-from autodiff._torch import compiling, guarded
+from autodiff._torch import compiling, keeps_grad_mode
 from autodiff.core.call import Call, is_differentiable
 from autodiff.core.forward import push
 from autodiff.core.linearization import Linearization, gradient, linearize, linearize_derivative
@@ -56,7 +56,7 @@ _HESSIAN_ENTRY_INDEPENDENT = (
 _ONE_OUTPUT = "the user-provided function returns a single Tensor with a single element."
 
 
-@guarded
+@keeps_grad_mode
 def vjp(
     func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False, strict: bool = False
 ) -> tuple[Any, Any]:
@@ -101,7 +101,7 @@ def vjp(
     return contract.leaving((output, product))
 
 
-@guarded
+@keeps_grad_mode
 def jvp(
     func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False, strict: bool = False
 ) -> tuple[Any, Any]:
@@ -155,7 +155,7 @@ def jvp(
     return contract.leaving((call.like_output(linearized.outputs), product))
 
 
-@guarded
+@keeps_grad_mode
 def vhp(
     func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False, strict: bool = False
 ) -> tuple[Any, Any]:
@@ -199,7 +199,7 @@ def vhp(
     return contract.leaving((output, product))
 
 
-@guarded
+@keeps_grad_mode
 def hvp(
     func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False, strict: bool = False
 ) -> tuple[Any, Any]:
