@@ -34,4 +34,5 @@ def inside_levels(
     with warnings.catch_warnings():
         # A second copy of this package, as the benchmark has one, takes the place of the first.
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
-        _LIBRARY.impl(operator.name().removeprefix("aten::"), kernel, "FuncTorchDynamicLayerFrontMode")
+        name = operator.name().removeprefix("aten::")
+        _LIBRARY.impl(name, kernel, "FuncTorchDynamicLayerFrontMode", allow_override=True)

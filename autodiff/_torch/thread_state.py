@@ -17,6 +17,7 @@ import torch
 from torch import overrides
 from torch._C import _autograd, _functorch
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +29,7 @@ _LEAVE = {
     _functorch.TransformType.Jvp: _functorch._jvp_decrement_nesting,
     _functorch.TransformType.Vmap: _functorch._vmap_decrement_nesting,
 }
+_CHECKPOINT = checkpoint.__file__
 _GENERATOR_CONTEXTS = {
     contextlib._GeneratorContextManager.__enter__.__code__,
     contextlib._GeneratorContextManager.__exit__.__code__,
@@ -199,18 +201,23 @@ def allow_hooks(message: str | None) -> None:
 
 
 def _close_generators(error: BaseException | None) -> None:
-    """Run the end of a generator's ``with`` that an interrupt has left out: it would run when the traceback goes."""
-    contexts = []
+    """Run the end of a generator's ``with`` that an interrupt has left out: it would run when the traceback goes.
+
+    So does that of torch.utils.checkpoint, in torch 2.11 after any error.
+    """
+    generators = []
     while error is not None:
         trace = error.__traceback__
         while trace is not None:
             if trace.tb_frame.f_code in _GENERATOR_CONTEXTS:
-                contexts.append(trace.tb_frame.f_locals["self"])
+                generators.append(trace.tb_frame.f_locals["self"].gen)
+            elif trace.tb_frame.f_code.co_filename == _CHECKPOINT and "gen" in trace.tb_frame.f_locals:
+                generators.append(trace.tb_frame.f_locals["gen"])
             trace = trace.tb_next
         error = error.__context__
-    for context in reversed(contexts):  # the innermost first; those that have ended do nothing
+    for generator in reversed(generators):  # the innermost first; those that have ended do nothing
         with contextlib.suppress(BaseException):
-            context.gen.close()
+            generator.close()
 
 
 def without_inference_mode(func: Callable[..., R], /, *args: Any, **kwargs: Any) -> R:
