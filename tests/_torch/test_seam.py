@@ -10,6 +10,7 @@ import ast
 import contextlib
 import dataclasses
 import threading
+import traceback
 import types
 import warnings
 from contextlib import contextmanager
@@ -98,6 +99,7 @@ CONTRACTS = {
     "torch._C._set_fwd_grad_enabled": "test_modes_are_switched_without_context_managers",
     "checkpoint._recomputation_hook": "test_second_run_of_a_checkpoint_can_be_surrounded",
     "checkpoint._StopRecomputationError": "test_second_run_of_a_checkpoint_ends_by_an_exception",
+    "checkpoint.__file__": "test_checkpoint_has_its_generator_in_a_frame_of_its_file",
     "_C._autograd": "test_hooks_of_checkpoints_can_be_put_aside",
     "torch._C._get_dispatch_mode": "test_tracers_and_fake_tensors_are_modes_of_their_own",
     "torch._C._TorchDispatchModeKey": "test_tracers_and_fake_tensors_are_modes_of_their_own",
@@ -391,6 +393,24 @@ def test_second_run_of_a_checkpoint_can_be_surrounded() -> None:
         del _torch.around_recomputation["here"]
     assert seen == ["runs", "entered", "runs", "left"]
     assert torch.equal(x.grad, X.cos())
+
+
+def test_checkpoint_has_its_generator_in_a_frame_of_its_file() -> None:
+    """What torch.utils.checkpoint has entered is ended by closing its local ``gen``, also after an error."""
+
+    def fail(x: Tensor) -> Tensor:
+        raise ValueError
+
+    try:
+        checkpoint.checkpoint(fail, X, use_reentrant=False)
+    except ValueError as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    of_checkpoint = [one.f_locals for one in frames if one.f_code.co_filename == checkpoint.__file__]
+    found = [names["gen"] for names in of_checkpoint if "gen" in names]
+    assert found
+    for generator in found:
+        generator.close()
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def test_second_run_of_a_checkpoint_ends_by_an_exception() -> None:
