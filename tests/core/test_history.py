@@ -11,6 +11,7 @@ from torch import Tensor
 
 import autodiff as ad
 from autodiff.core import graph, history
+from autodiff.core.tape import checkpoints
 
 STEPS = 150  # some 1,000 nodes
 
@@ -66,6 +67,12 @@ def loop(derivative, steps: int = STEPS):
         state = (state * 0.9 + 0.1 * slope).clamp(-1, 1)
     (sensitivity,) = torch.autograd.grad(state.sum(), weight)
     return state.detach(), sensitivity
+
+
+@pytest.fixture(autouse=True)
+def no_checkpoint_before(monkeypatch):
+    """A process that has used a checkpoint records nothing at a level."""
+    monkeypatch.setattr(checkpoints, "used", False)
 
 
 def counted_walks(monkeypatch) -> list[int]:
