@@ -6,7 +6,6 @@ Imports nothing from the package.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
@@ -67,9 +66,8 @@ traced_formulas: dict[Any, Callable[..., Any]] = {}
 
 def around_higher_order(func: Callable[..., Any], *args: Any) -> Any:
     """``func(*args)`` inside all that is registered in `higher_order`."""
-    for around in higher_order.values():
-        func = partial(around, func)
-    return func(*args)
+    inside = (*higher_order.values(), func)  # each calls the next
+    return inside[0](*inside[1:], *args)
 
 
 # Called when a registry has changed.
