@@ -44,8 +44,9 @@ from autodiff.nn import functional_call as functional_call
 from autodiff.nn import stack_module_state as stack_module_state
 from autodiff.nn import sample_loss as sample_loss
 
-# The API of torch.autograd.functional, trees, checks of derivatives, errors and types: modules of their own.
+# The API of torch.autograd.functional, operators, trees, checks of derivatives, errors and types: modules of their own.
 from autodiff import functional as functional
+from autodiff import operators as operators
 from autodiff import pytree as pytree
 from autodiff import testing as testing
 from autodiff import errors as errors

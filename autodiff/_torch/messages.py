@@ -14,6 +14,7 @@ Meaning: TypeAlias = Literal[
     "a level that is gone",
     "a level cannot run it",
     "dtypes are mixed",
+    "a graph was freed",
 ]
 
 MESSAGES: dict[Meaning, tuple[str, ...]] = {
@@ -37,6 +38,7 @@ MESSAGES: dict[Meaning, tuple[str, ...]] = {
         "saved-tensor hook",
     ),
     "a level that is gone": ("INTERNAL ASSERT",),
+    "a graph was freed": ("backward through the graph a second time",),
     "dtypes are mixed": ("dtype", "scalar type", "should be the same"),
 }
 

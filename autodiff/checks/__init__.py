@@ -11,6 +11,15 @@ from autodiff.checks.leaves import holomorphic_dtypes as holomorphic_dtypes
 from autodiff.checks.leaves import raise_no_differentiable_leaf as raise_no_differentiable_leaf
 from autodiff.checks.leaves import raise_not_a_tensor as raise_not_a_tensor
 from autodiff.checks.leaves import real_tensors as real_tensors
+from autodiff.checks.operators import block_patterns as block_patterns
+from autodiff.checks.operators import raise_complex_factor as raise_complex_factor
+from autodiff.checks.operators import raise_not_adjoint as raise_not_adjoint
+from autodiff.checks.operators import raise_not_linear as raise_not_linear
+from autodiff.checks.operators import raise_not_positive as raise_not_positive
+from autodiff.checks.operators import raise_not_symmetric as raise_not_symmetric
+from autodiff.checks.operators import same_space as same_space
+from autodiff.checks.operators import shown_function as shown_function
+from autodiff.checks.operators import square_operator as square_operator
 from autodiff.checks.options import argnums as argnums
 from autodiff.checks.options import choice as choice
 from autodiff.checks.options import chunk_size as chunk_size
@@ -29,6 +38,8 @@ from autodiff.checks.outputs import raise_independent as raise_independent
 from autodiff.checks.outputs import raise_nonlinear_backward as raise_nonlinear_backward
 from autodiff.checks.outputs import scalar_output as scalar_output
 from autodiff.checks.outputs import tensor_outputs as tensor_outputs
+from autodiff.checks.vectors import flat_vectors as flat_vectors
 from autodiff.checks.vectors import matching_leaf as matching_leaf
 from autodiff.checks.vectors import matching_structure as matching_structure
+from autodiff.checks.vectors import matching_vector as matching_vector
 from autodiff.checks.vectors import tuple_of_primals as tuple_of_primals

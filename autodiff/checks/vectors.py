@@ -11,6 +11,9 @@ from autodiff.core import trees
 from autodiff.errors import DtypeError, LeafError, ShapeError, StructureError
 
 if TYPE_CHECKING:
+    import torch
+
+    from autodiff.core.specs import TensorSpec
     from autodiff.core.trees import Spec
 
 
@@ -69,3 +72,39 @@ def matching_leaf(name: str, kind: str, path: str, value: object, model_path: st
 def _flattened(name: str, what: str) -> str:
     """How torch.func.linearize begins; the other transforms name the leaf at once."""
     return f"a tangent in flattened pytree doesn't match the {what}: " if name == "linearize" else ""
+
+
+def flat_vectors(name: str, path: str, value: Tensor, size: int, dtype: torch.dtype, spec: Spec) -> None:
+    """One vector ``[size]``, or the columns of a matrix ``[size, k]``, in the dtype of an operator's space."""
+    trees_too = "" if spec.is_leaf() else f", or a tree like the operator's domain, {spec}"
+    if value.dim() not in (1, 2) or value.shape[0] != size:
+        raise ShapeError(
+            f"{name}: expected a vector of shape [{size}] or a matrix of shape [{size}, k]{trees_too}, got {path} of shape "
+            f"{tuple(value.shape)}. Give one number for each number of the domain."
+        )
+    if value.dtype != dtype:
+        raise DtypeError(
+            f"{name}: expected {path} of dtype {dtype}, that of the operator's domain, got {value.dtype}. Convert it, as "
+            f"in {path}.to({dtype})."
+        )
+
+
+def matching_vector(name: str, path: str, value: object, model_path: str, model: TensorSpec) -> None:
+    """One leaf of a vector is a tensor of the shape and dtype that its place in an operator's domain has."""
+    rule = "A vector must match the operator's domain leaf for leaf."
+    if not isinstance(value, Tensor):
+        if isinstance(value, PASSIVE_TYPES):
+            raise LeafError(
+                f"{name}: {path} is of type {type(value).__name__}, but {model_path} is a tensor of shape "
+                f"{tuple(model.shape)}. {rule} Write zeros of that shape for zero."
+            )
+        raise_not_a_tensor(name, path, value)
+    if value.shape != model.shape:
+        raise ShapeError(
+            f"{name}: {path} has shape {tuple(value.shape)}, but {model_path} has shape {tuple(model.shape)}. {rule}"
+        )
+    if value.dtype != model.dtype:
+        raise DtypeError(
+            f"{name}: {path} has dtype {value.dtype}, but {model_path} has dtype {model.dtype}. {rule} Convert it, as in "
+            f"{path}.to({model.dtype})."
+        )

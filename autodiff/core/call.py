@@ -38,8 +38,6 @@ class Call:
 
     __slots__ = (
         "_leaves",
-        "_output_positions",
-        "_primal_positions",
         "_selected",
         "args",
         "aux_spec",
@@ -48,6 +46,8 @@ class Call:
         "kwargs",
         "name",
         "out_spec",
+        "output_positions",
+        "primal_positions",
         "primals",
         "spec",
     )
@@ -76,26 +76,26 @@ class Call:
             tree = self._select()
         while True:
             self._leaves, self.spec = trees.flatten(tree)
-            self._primal_positions = [
+            self.primal_positions = [
                 i
                 for i, leaf in enumerate(self._leaves)
                 # `is_differentiable`, inlined: this loop is hot.
                 if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
             ]
-            if len(self._primal_positions) == len(self._leaves):
+            if len(self.primal_positions) == len(self._leaves):
                 break
             known = trees.with_known_classes(self._leaves, self.spec)
             if known is None:
                 break
             tree = known
-        if not self._primal_positions:
+        if not self.primal_positions:
             checks.raise_no_differentiable_leaf(name, self.spec, self._leaves, self.root)
         if wrt is not None:
             several = isinstance(self._selected, list)
-            self._primal_positions = _matching(
-                name, wrt, trees.dotted_paths(self.spec, skip=several), self._primal_positions
-            )
-        self.primals: list[Tensor] = [self._leaves[i] for i in self._primal_positions]
+            places = trees.dotted_paths(self.spec, skip=several)
+            found = matching(name, wrt, [places[i] for i in self.primal_positions])
+            self.primal_positions = [self.primal_positions[i] for i in found]
+        self.primals: list[Tensor] = [self._leaves[i] for i in self.primal_positions]
 
     @property
     def root(self) -> str:
@@ -124,7 +124,7 @@ class Call:
         ``lift`` is applied to every other tensor among the arguments.
         """
         all_given = len(leaves) == len(self._leaves)
-        filled = list(leaves) if all_given else refilled(self._leaves, self._primal_positions, leaves, lift)
+        filled = list(leaves) if all_given else refilled(self._leaves, self.primal_positions, leaves, lift)
         try:
             output = self._run(trees.unflatten(self.spec, filled), lift)
         except RuntimeError as error:
@@ -138,8 +138,8 @@ class Call:
             aux_leaves = []
         out_leaves, self.out_spec = trees.flatten(output)
         # None is not an output, as in a gradient, where it stands for what is not differentiated: so grad composes.
-        self._output_positions = [i for i, leaf in enumerate(out_leaves) if leaf is not None]
-        return [out_leaves[i] for i in self._output_positions], aux_leaves
+        self.output_positions = [i for i, leaf in enumerate(out_leaves) if leaf is not None]
+        return [out_leaves[i] for i in self.output_positions], aux_leaves
 
     def _run(self, tree: Any, lift: Lift | None) -> Any:
         kwargs = _lifted_tree(self.kwargs, lift)
@@ -163,17 +163,15 @@ class Call:
     @property
     def output_count(self) -> int:
         """How many leaves the output has, those that are None left aside."""
-        return len(self._output_positions)
+        return len(self.output_positions)
 
     def like_arguments(self, values: Sequence[Any]) -> Any:
         """A tree like the selected arguments with one value for each primal, None elsewhere."""
-        return trees.unflatten(self.spec, spread(values, self._primal_positions, len(self._leaves)))
+        return trees.unflatten(self.spec, spread(values, self.primal_positions, len(self._leaves)))
 
     def like_output(self, values: Sequence[Any]) -> Any:
         """A tree like the function's output, None where that held None."""
-        return trees.unflatten(
-            self.out_spec, spread(values, self._output_positions, self.out_spec.num_leaves)
-        )
+        return trees.unflatten(self.out_spec, spread(values, self.output_positions, self.out_spec.num_leaves))
 
     def aux(self, leaves: Sequence[Any]) -> Any:
         """The auxiliary output, put together again."""
@@ -182,8 +180,8 @@ class Call:
     def tangents(self, kind: str, tree: Any) -> list[Tensor]:
         """The leaves of a tree of tangents, checked against the primals; passive places are ignored."""
         leaves = checks.matching_structure(self.name, kind, self.spec, tree, self.root)
-        picked = [leaves[i] for i in self._primal_positions]
-        for primal, tangent, position in zip(self.primals, picked, self._primal_positions, strict=True):
+        picked = [leaves[i] for i in self.primal_positions]
+        for primal, tangent, position in zip(self.primals, picked, self.primal_positions, strict=True):
             if type(tangent) is not Tensor or tangent.shape != primal.shape or tangent.dtype != primal.dtype:
                 path = trees.paths(self.spec, kind)[position]
                 home = trees.paths(self.spec, self.root)[position]
@@ -193,8 +191,8 @@ class Call:
     def cotangents(self, outputs: Sequence[Tensor], tree: Any) -> list[Tensor]:
         """The leaves of a tree of cotangents, checked against the outputs."""
         leaves = checks.matching_structure(self.name, "cotangents", self.out_spec, tree, "primal output")
-        picked = [leaves[i] for i in self._output_positions]
-        for output, cotangent, position in zip(outputs, picked, self._output_positions, strict=True):
+        picked = [leaves[i] for i in self.output_positions]
+        for output, cotangent, position in zip(outputs, picked, self.output_positions, strict=True):
             if (
                 type(cotangent) is not Tensor
                 or cotangent.shape != output.shape
@@ -231,11 +229,11 @@ class Call:
 
     def path_of_primal(self, index: int, root: str | None = None) -> str:
         """The place of a primal, written as code; ``root`` is a tree like the selected arguments."""
-        return trees.paths(self.spec, self.root if root is None else root)[self._primal_positions[index]]
+        return trees.paths(self.spec, self.root if root is None else root)[self.primal_positions[index]]
 
     def path_of_output(self, index: int) -> str:
         """The place of an output, written as code."""
-        return trees.paths(self.out_spec, "output")[self._output_positions[index]]
+        return trees.paths(self.out_spec, "output")[self.output_positions[index]]
 
 
 def is_differentiable(leaf: object) -> bool:
@@ -304,14 +302,14 @@ def _resolve_argnum(
     checks.raise_argnum_out_of_range(name, pick, len(args))
 
 
-def _matching(name: str, wrt: Wrt, places: Sequence[str], candidates: Sequence[int]) -> list[int]:
-    """Those leaves, of the candidates, whose place matches a pattern."""
+def matching(name: str, wrt: Wrt, places: Sequence[str]) -> list[int]:
+    """The numbers of the leaves whose place matches a pattern."""
     checks.wrt(name, wrt)
     patterns = wrt if isinstance(wrt, tuple) else (str(wrt),)
     for pattern in patterns:
-        if not any(fnmatchcase(places[i], pattern) for i in candidates):
-            checks.raise_unmatched_wrt(name, pattern, [places[i] for i in candidates])
-    return [i for i in candidates if any(fnmatchcase(places[i], pattern) for pattern in patterns)]
+        if not any(fnmatchcase(place, pattern) for place in places):
+            checks.raise_unmatched_wrt(name, pattern, places)
+    return [i for i, place in enumerate(places) if any(fnmatchcase(place, pattern) for pattern in patterns)]
 
 
 def refilled(

@@ -12,7 +12,7 @@ import torch
 from autodiff import _torch, checks
 from autodiff.core import graph
 from autodiff.core.chunks import Sizes
-from autodiff.core.reverse import differentiated, record, record_derivative
+from autodiff.core.reverse import conjugated, differentiated, record, record_derivative
 from autodiff.core.tape import ALL, ONE_BY_ONE
 from autodiff.core.transpose import transpose
 
@@ -125,14 +125,19 @@ def _of_tape(differentiate: Differentiate) -> Callable[[Tape], tuple[list[Any], 
 
 
 def gradient(
-    call: Call, *, strict: bool = False, inspect: Callable[[Linearization], None] | None = None
+    call: Call,
+    *,
+    strict: bool = False,
+    holomorphic: bool = False,
+    inspect: Callable[[Linearization], None] | None = None,
 ) -> Differentiate:
     """How a call of a scalar function is differentiated; ``inspect`` is shown the function's linearization."""
 
     def pulled(tape: Tape) -> list[Tensor]:
-        checks.scalar_output(call.name, call.out_spec, tape.outputs)
+        checks.scalar_output(call.name, call.out_spec, tape.outputs, holomorphic)
         if inspect is not None:
             inspect(Linearization(tape))
-        return call.dense_cotangents(tape.pull([torch.ones_like(tape.outputs[0])]), strict)
+        slope = tape.pull([torch.ones_like(tape.outputs[0])])
+        return call.dense_cotangents(conjugated(slope) if holomorphic else slope, strict)
 
     return pulled

@@ -1,0 +1,96 @@
+"""Checks of operators: their spaces, and what is combined with them. Imports `errors` alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from autodiff.errors import ArgnumsError, DtypeError, RuleError, ShapeError, StructureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+
+def same_space(name: str, path: str, space: Any, model_path: str, model: Any) -> None:
+    """Two spaces of operators are the same: in structure, shapes, dtypes and devices."""
+    if space == model:
+        return
+    if space.spec != model.spec or space.positions != model.positions:
+        raise StructureError(
+            f"{name}: expected {path} and {model_path} to be the same space, got {space} and {model}, which have other "
+            f"structures. Make both operators at trees of one structure."
+        )
+    pairs = zip(space.paths, space.leaves, model.leaves, strict=True)
+    where, one, other = next(pair for pair in pairs if pair[1] != pair[2])
+    kind = ShapeError if one.shape != other.shape else DtypeError
+    raise kind(
+        f"{name}: expected {path} and {model_path} to be the same space, got {_described(one)} and {_described(other)} at "
+        f"{where or 'their only leaf'}. Make both operators at tensors of one shape, dtype and device."
+    )
+
+
+def _described(spec: Any) -> str:
+    return f"shape {tuple(spec.shape)}, {spec.dtype} on {spec.device}"
+
+
+def square_operator(name: str, operator: str, domain: Any, codomain: Any) -> None:
+    """An operator maps a space to itself."""
+    if domain != codomain:
+        raise ShapeError(
+            f"{name}: expected an operator from a space to itself, got {operator} from {domain} to {codomain}. Take "
+            f"A.H @ A or A @ A.H, or the block of it that is meant."
+        )
+
+
+def block_patterns(name: str, patterns: Any) -> tuple[Any, Any]:
+    """The patterns of ``A[rows, columns]``."""
+    if not isinstance(patterns, tuple) or len(patterns) != 2:
+        raise ArgnumsError(
+            f"A[rows, columns]: expected two patterns for {name}, of the leaves in its rows and in its columns, got "
+            f"{patterns!r}. Write A['layer.*', 'layer.*']; each may be a tuple of patterns."
+        )
+    return patterns
+
+
+def shown_function(func: Callable[..., Any]) -> str:
+    """A function's name, for the repr of an operator."""
+    while isinstance(func, partial):
+        func = func.func
+    return getattr(func, "__name__", type(func).__name__)
+
+
+def raise_complex_factor(operator: str, dtype: torch.dtype) -> NoReturn:
+    raise DtypeError(
+        f"c * A: expected a real number, since {operator} is of dtype {dtype}, got a complex one. Make the operator at "
+        f"complex tensors, with holomorphic=True."
+    )
+
+
+def raise_not_linear(name: str, function: str) -> NoReturn:
+    raise RuleError(
+        f"{name}: expected a linear function, but {function} of 2 u - v is not 2 {function}(u) - {function}(v) for two "
+        f"vectors. Leave out constants and nonlinear operations, or pass check=False if rounding alone makes the difference."
+    )
+
+
+def raise_not_symmetric(name: str, function: str) -> NoReturn:
+    raise RuleError(
+        f"{name}: expected a symmetric operator, as promised, but <v, {function}(u)> is not <{function}(v), u> for two "
+        f"vectors. Drop symmetric=True and positive=True, or mend the function; check=False leaves the comparison out."
+    )
+
+
+def raise_not_adjoint(name: str, function: str) -> NoReturn:
+    raise RuleError(
+        f"{name}: expected rmatvec to multiply by the conjugate transpose of {function}, but <v, matvec(u)> is not "
+        f"<rmatvec(v), u> for two vectors. Mend it, or leave it out to have it found; check=False leaves the comparison out."
+    )
+
+
+def raise_not_positive(name: str, function: str) -> NoReturn:
+    raise RuleError(
+        f"{name}: expected a positive semidefinite operator, as promised, but <v, {function}(v)> is negative for a vector. "
+        f"Pass symmetric=True instead of positive=True."
+    )

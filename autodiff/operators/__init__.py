@@ -1,0 +1,24 @@
+"""Matrices that are never formed: Jacobians, Hessians and their relatives as linear operators on trees.
+
+>>> import torch
+>>> from autodiff import operators
+>>> A = operators.hessian(lambda x: (x**3).sum())(torch.tensor([1.0, 2.0]))
+>>> A @ torch.tensor([1.0, 1.0])
+tensor([ 6., 12.])
+"""
+
+# isort: off  the groups are what a reader looks for
+
+# What every operator is, and what it maps.
+from autodiff.operators.operator import Operator as Operator
+from autodiff.operators.space import Space as Space
+
+# Operators of functions.
+from autodiff.operators.makers import jacobian as jacobian
+from autodiff.operators.makers import hessian as hessian
+
+# Operators that are given.
+from autodiff.operators.given import diagonal as diagonal
+from autodiff.operators.given import identity_like as identity_like
+from autodiff.operators.given import from_matrix as from_matrix
+from autodiff.operators.given import from_matvec as from_matvec

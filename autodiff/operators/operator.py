@@ -1,0 +1,440 @@
+"""The algebra of operators: sums, multiples, products, adjoints and blocks, none of which is ever formed.
+
+Provides `Operator`, from which all operators are made, and the operators that are made of others.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from autodiff import checks
+from autodiff.core.call import matching, spread
+from autodiff.core.chunks import Sizes
+from autodiff.operators.lazy import lazy
+from autodiff.operators.linear_map import LinearMap, in_batches, tree_class
+from autodiff.operators.space import Leaves, Space
+
+
+class Operator(LinearMap):
+    """A matrix that is never formed: a linear map between two spaces of trees, which multiplies vectors.
+
+    ``A @ v`` takes a tree like ``A.domain``, a tensor ``[n]`` or a tensor ``[n, k]``, and gives the same form of
+    ``A.codomain``; a tensor that is itself a whole tree of the domain counts as a tree. ``v @ A`` is ``A.T @ v``.
+
+    Operators of differentiated functions come from :func:`autodiff.operators.hessian` and its siblings. They combine
+    by ``+``, ``-``, ``*``, ``/`` and ``@``, with one another and with numbers: ``A + 0.1`` adds 0.1 to the diagonal.
+    ``A["layer.*", "layer.*"]`` is the block of the leaves whose places match, rows first; each side is a pattern or
+    a tuple of patterns, as in ``wrt``.
+
+    An operator is a tree: its leaves are the tensors that it was made of.
+
+    >>> import torch
+    >>> import autodiff as ad
+    >>> A = ad.operators.hessian(lambda x: x[0] ** 2 * x[1])(torch.tensor([1.0, 3.0]))
+    >>> A @ torch.tensor([1.0, 1.0])
+    tensor([8., 2.])
+    >>> (2 * A + 1).to_matrix()
+    tensor([[13.,  4.],
+            [ 4.,  1.]])
+    """
+
+    # numpy leaves ``array * A`` to A.
+    __array_ufunc__: ClassVar[None] = None
+
+    def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, Operator):
+            checks.same_space("A @ B", "B.codomain", other.codomain, "A.domain", self.domain)
+            return Product((*_factors(self), *_factors(other)))
+        form, leaves, count = self.domain.read(f"{self.name} @ v", other)
+        product = self.multiply(leaves, count=count if form == "matrix" else None)
+        return self.codomain.write(form, product, count)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        """``v @ A`` is ``A.T @ v``, and ``M @ A`` for a matrix ``[k, m]`` is ``(A.T @ M.T).T``."""
+        if isinstance(other, Tensor) and other.dim() == 2 and not self.codomain.is_only_leaf(other):
+            return (self.T @ other.mT).mT
+        return self.T @ other
+
+    def prepared(self) -> Operator:
+        """This operator, with all that its products have in common done now, inside the transforms that are active.
+
+        An operator that was put together from its leaves inside a transform evaluates its function for each product
+        until then.
+        """
+        for part in self.parts:
+            part.prepared()
+        return self
+
+    @property
+    def parts(self) -> Sequence[Operator]:
+        """The operators that this one is made of."""
+        return ()
+
+    @property
+    def H(self) -> Operator:  # noqa: N802  as in torch
+        """The conjugate transpose."""
+        return self if self.symmetric else Adjoint(self)
+
+    @property
+    def T(self) -> Operator:  # noqa: N802  as in torch
+        """The transpose; of a complex operator it is the conjugate of ``A.H``."""
+        return Conjugate(self.H) if self.dtype.is_complex else self.H
+
+    def __add__(self, other: Any) -> Operator:
+        if isinstance(other, Operator):
+            checks.same_space("A + B", "B.domain", other.domain, "A.domain", self.domain)
+            checks.same_space("A + B", "B.codomain", other.codomain, "A.codomain", self.codomain)
+            return Sum((*_terms(self), *_terms(other)))
+        if not _is_scalar(other):
+            return NotImplemented
+        checks.square_operator("A + a number", self.name, self.domain, self.codomain)
+        return self + other * Identity(self.domain)
+
+    __radd__ = __add__
+
+    def __mul__(self, other: Any) -> Operator:
+        if not _is_scalar(other):
+            return NotImplemented
+        if _is_complex(other) and not self.dtype.is_complex:
+            checks.raise_complex_factor(self.name, self.dtype)
+        return Scaled(other, self)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Operator:
+        return self * -1
+
+    def __sub__(self, other: Any) -> Operator:
+        return self + (-other)
+
+    def __rsub__(self, other: Any) -> Operator:
+        return -self + other
+
+    def __truediv__(self, other: Any) -> Operator:
+        return self * (1 / other) if _is_scalar(other) else NotImplemented
+
+    def __getitem__(self, patterns: Any) -> Operator:
+        rows, columns = checks.block_patterns(self.name, patterns)
+        return Block(
+            self,
+            tuple(matching("A[rows, columns]", rows, self.codomain.paths)),
+            tuple(matching("A[rows, columns]", columns, self.domain.paths)),
+        )
+
+
+def _is_scalar(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0
+    return isinstance(value, int | float | complex) and not isinstance(value, bool)
+
+
+def _is_complex(value: Any) -> bool:
+    return value.is_complex() if isinstance(value, Tensor) else isinstance(value, complex)
+
+
+def _is_at_least_zero(value: Any) -> bool:
+    """Whether a factor is known to be: of a tensor it is not, since that may be on a device or inside a transform."""
+    return isinstance(value, int | float) and value >= 0
+
+
+def _terms(operator: Operator) -> tuple[Operator, ...]:
+    return operator.terms if isinstance(operator, Sum) else (operator,)
+
+
+def _factors(operator: Operator) -> tuple[Operator, ...]:
+    return operator.factors if isinstance(operator, Product) else (operator,)
+
+
+@tree_class()
+@dataclass(eq=False, repr=False)
+class Identity(Operator):
+    """The identity of a space."""
+
+    space: Space
+
+    name = "identity"
+    symmetric = positive = True
+
+    @property
+    def domain(self) -> Space:
+        return self.space
+
+    codomain = domain
+
+    def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
+        del adjoint, count
+        return vectors
+
+
+class Elementary(Operator):
+    """An operator that multiplies one vector at a time, and several of them in batches."""
+
+    @abstractmethod
+    def product(self, *, adjoint: bool) -> Callable[[Leaves], Leaves]:
+        """What multiplies one vector. All that the products have in common is done before this returns."""
+
+    def at_once(self) -> Sizes:
+        """How many vectors are multiplied in one batch."""
+        return Sizes(None)
+
+    def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
+        product = self.product(adjoint=adjoint)
+        if count is None:
+            return product(vectors)
+        return in_batches(product, self.codomain if adjoint else self.domain, vectors, count, self.at_once())
+
+
+class _Wrapping(Operator):
+    """An operator that is like another one in all but its products."""
+
+    operand: Operator
+
+    @property
+    def parts(self) -> Sequence[Operator]:
+        return (self.operand,)
+
+    @property
+    def domain(self) -> Space:
+        return self.operand.domain
+
+    @property
+    def codomain(self) -> Space:
+        return self.operand.codomain
+
+    @property
+    def symmetric(self) -> bool:
+        return self.operand.symmetric
+
+    @property
+    def positive(self) -> bool:
+        return self.operand.positive
+
+    @property
+    def cost(self) -> float:
+        return self.operand.cost
+
+
+@tree_class("operand")
+@dataclass(eq=False, repr=False)
+class Adjoint(_Wrapping):
+    """The conjugate transpose of an operator."""
+
+    operand: Operator
+
+    @property
+    def name(self) -> str:
+        return f"({self.operand.name}).H"
+
+    @property
+    def domain(self) -> Space:
+        return self.operand.codomain
+
+    @property
+    def codomain(self) -> Space:
+        return self.operand.domain
+
+    @property
+    def H(self) -> Operator:  # noqa: N802
+        return self.operand
+
+    def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
+        return self.operand.multiply(vectors, adjoint=not adjoint, count=count)
+
+
+@tree_class("operand")
+@dataclass(eq=False, repr=False)
+class Conjugate(_Wrapping):
+    """The complex conjugate of an operator: with the adjoint it makes the transpose."""
+
+    operand: Operator
+
+    @property
+    def name(self) -> str:
+        return f"({self.operand.name}).conj()"
+
+    def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
+        return _conjugated(self.operand.multiply(_conjugated(vectors), adjoint=adjoint, count=count))
+
+
+def _conjugated(leaves: Leaves) -> list[Tensor | None]:
+    return [None if leaf is None else leaf.conj().resolve_conj() for leaf in leaves]
+
+
+@tree_class("factor", "operand")
+@dataclass(eq=False, repr=False)
+class Scaled(_Wrapping):
+    """A number times an operator."""
+
+    factor: Any
+    operand: Operator
+
+    @property
+    def name(self) -> str:
+        return f"{'c' if isinstance(self.factor, Tensor) else self.factor} * {self.operand.name}"
+
+    @property
+    def symmetric(self) -> bool:
+        return self.operand.symmetric and not _is_complex(self.factor)
+
+    @property
+    def positive(self) -> bool:
+        return self.operand.positive and _is_at_least_zero(self.factor)
+
+    def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
+        factor = self.factor
+        if adjoint and _is_complex(factor):
+            factor = factor.conj() if isinstance(factor, Tensor) else factor.conjugate()
+        # A tensor of shape () that is of another kind of number would raise a leaf's dtype.
+        return [
+            None if leaf is None else (leaf * factor).to(leaf.dtype)
+            for leaf in self.operand.multiply(vectors, adjoint=adjoint, count=count)
+        ]
+
+
+@tree_class("terms")
+@dataclass(eq=False, repr=False)
+class Sum(Operator):
+    """A sum of operators between the same spaces."""
+
+    terms: tuple[Operator, ...]
+
+    @property
+    def parts(self) -> Sequence[Operator]:
+        return self.terms
+
+    @property
+    def name(self) -> str:
+        return " + ".join(term.name for term in self.terms)
+
+    @property
+    def domain(self) -> Space:
+        return self.terms[0].domain
+
+    @property
+    def codomain(self) -> Space:
+        return self.terms[0].codomain
+
+    @property
+    def symmetric(self) -> bool:
+        return all(term.symmetric for term in self.terms)
+
+    @property
+    def positive(self) -> bool:
+        return all(term.positive for term in self.terms)
+
+    @property
+    def cost(self) -> float:
+        return sum(term.cost for term in self.terms)
+
+    def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
+        return added([term.multiply(vectors, adjoint=adjoint, count=count) for term in self.terms])
+
+
+def added(parts: Sequence[Leaves]) -> list[Tensor | None]:
+    """The sum of vectors, leaf by leaf; None stands for zero."""
+    total = list(parts[0])
+    for part in parts[1:]:
+        pairs = zip(total, part, strict=True)
+        total = [two if one is None else one if two is None else one + two for one, two in pairs]
+    return total
+
+
+@tree_class("factors")
+@dataclass(eq=False, repr=False)
+class Product(Operator):
+    """A product of operators, the last of which is applied first."""
+
+    factors: tuple[Operator, ...]
+
+    @property
+    def parts(self) -> Sequence[Operator]:
+        return self.factors
+
+    @property
+    def name(self) -> str:
+        return " @ ".join(f"({f.name})" if isinstance(f, Sum) else f.name for f in self.factors)
+
+    @property
+    def domain(self) -> Space:
+        return self.factors[-1].domain
+
+    @property
+    def codomain(self) -> Space:
+        return self.factors[0].codomain
+
+    @lazy
+    def _middle(self) -> Operator | None:
+        """M of a product B.H @ M @ B, the identity where it is B.H @ B, None where it is neither."""
+        factors = self.factors
+        while len(factors) > 1 and _are_adjoint(factors[0], factors[-1]):
+            factors = factors[1:-1]
+        if not factors:
+            return Identity(self.domain)
+        return factors[0] if len(factors) == 1 else None
+
+    @property
+    def symmetric(self) -> bool:
+        return self._middle is not None and self._middle.symmetric
+
+    @property
+    def positive(self) -> bool:
+        return self._middle is not None and self._middle.positive
+
+    @property
+    def cost(self) -> float:
+        return sum(factor.cost for factor in self.factors)
+
+    def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
+        for factor in self.factors if adjoint else reversed(self.factors):
+            vectors = factor.multiply(vectors, adjoint=adjoint, count=count)
+        return vectors
+
+
+def _are_adjoint(one: Operator, other: Operator) -> bool:
+    if isinstance(one, Adjoint):
+        return one.operand is other
+    if isinstance(other, Adjoint):
+        return other.operand is one
+    return one is other and one.symmetric
+
+
+@tree_class("operand")
+@dataclass(eq=False, repr=False)
+class Block(_Wrapping):
+    """The block of some leaves of the codomain and some of the domain."""
+
+    operand: Operator
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"block of {self.operand.name}"
+
+    @lazy
+    def domain(self) -> Space:
+        return self.operand.domain.part(self.columns)
+
+    @lazy
+    def codomain(self) -> Space:
+        return self.operand.codomain.part(self.rows)
+
+    @property
+    def symmetric(self) -> bool:
+        return self.operand.symmetric and self.rows == self.columns
+
+    @property
+    def positive(self) -> bool:
+        return self.operand.positive and self.rows == self.columns
+
+    def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
+        given, taken = (self.rows, self.columns) if adjoint else (self.columns, self.rows)
+        whole = self.operand.codomain if adjoint else self.operand.domain
+        full = spread(vectors, given, len(whole.leaves))
+        image = self.operand.multiply(full, adjoint=adjoint, count=count)
+        return [image[i] for i in taken]
