@@ -189,8 +189,8 @@ class Elementary(Operator):
         return in_batches(product, self.codomain if adjoint else self.domain, vectors, count, self.at_once())
 
 
-class _Wrapping(Operator):
-    """An operator that is like another one in all but its products."""
+class Wrapping(Operator):
+    """An operator that is like another one in all but a few things."""
 
     operand: Operator
 
@@ -218,10 +218,13 @@ class _Wrapping(Operator):
     def cost(self) -> float:
         return self.operand.cost
 
+    def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
+        return self.operand.multiply(vectors, adjoint=adjoint, count=count)
+
 
 @tree_class("operand")
 @dataclass(eq=False, repr=False)
-class Adjoint(_Wrapping):
+class Adjoint(Wrapping):
     """The conjugate transpose of an operator."""
 
     operand: Operator
@@ -248,7 +251,7 @@ class Adjoint(_Wrapping):
 
 @tree_class("operand")
 @dataclass(eq=False, repr=False)
-class Conjugate(_Wrapping):
+class Conjugate(Wrapping):
     """The complex conjugate of an operator: with the adjoint it makes the transpose."""
 
     operand: Operator
@@ -267,7 +270,7 @@ def _conjugated(leaves: Leaves) -> list[Tensor | None]:
 
 @tree_class("factor", "operand")
 @dataclass(eq=False, repr=False)
-class Scaled(_Wrapping):
+class Scaled(Wrapping):
     """A number times an operator."""
 
     factor: Any
@@ -405,7 +408,7 @@ def _are_adjoint(one: Operator, other: Operator) -> bool:
 
 @tree_class("operand")
 @dataclass(eq=False, repr=False)
-class Block(_Wrapping):
+class Block(Wrapping):
     """The block of some leaves of the codomain and some of the domain."""
 
     operand: Operator
