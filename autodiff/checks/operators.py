@@ -29,15 +29,16 @@ def same_space(name: str, path: str, space: Any, model_path: str, model: Any) ->
         return
     if space.spec != model.spec or space.positions != model.positions:
         raise StructureError(
-            f"{name}: expected {path} and {model_path} to be the same space, got {space} and {model}, which have other "
-            f"structures. Make both operators at trees of one structure."
+            f"{name}: expected {path} and {model_path} to be the same space, got {space} and {model}, which have "
+            f"other structures. Make both operators at trees of one structure."
         )
     pairs = zip(space.paths, space.leaves, model.leaves, strict=True)
     where, one, other = next(pair for pair in pairs if pair[1] != pair[2])
     kind = ShapeError if one.shape != other.shape else DtypeError
     raise kind(
-        f"{name}: expected {path} and {model_path} to be the same space, got {_described(one)} and {_described(other)} at "
-        f"{where or 'their only leaf'}. Make both operators at tensors of one shape, dtype and device."
+        f"{name}: expected {path} and {model_path} to be the same space, got {_described(one)} and "
+        f"{_described(other)} at {where or 'their only leaf'}. Make both operators at tensors of one shape, dtype and "
+        f"device."
     )
 
 
@@ -80,8 +81,9 @@ def raise_complex_factor(operator: str, dtype: torch.dtype) -> NoReturn:
 
 def raise_not_linear(name: str, function: str) -> NoReturn:
     raise RuleError(
-        f"{name}: expected a linear function, but {function} of 2 u - v is not 2 {function}(u) - {function}(v) for two "
-        f"vectors. Leave out constants and nonlinear operations, or pass check=False if rounding alone makes the difference."
+        f"{name}: expected a linear function, but {function}(2 u - v) is not 2 {function}(u) - {function}(v) for two "
+        f"vectors. Leave out constants and nonlinear operations, or pass check=False if rounding alone makes the "
+        f"difference."
     )
 
 
@@ -95,14 +97,15 @@ def raise_not_symmetric(name: str, function: str) -> NoReturn:
 def raise_not_adjoint(name: str, function: str) -> NoReturn:
     raise RuleError(
         f"{name}: expected rmatvec to multiply by the conjugate transpose of {function}, but <v, matvec(u)> is not "
-        f"<rmatvec(v), u> for two vectors. Mend it, or leave it out to have it found; check=False leaves the comparison out."
+        f"<rmatvec(v), u> for two vectors. Mend it, or leave it out to have it found; check=False leaves the "
+        f"comparison out."
     )
 
 
 def raise_not_positive(name: str, function: str) -> NoReturn:
     raise RuleError(
-        f"{name}: expected a positive semidefinite operator, as promised, but <v, {function}(v)> is negative for a vector. "
-        f"Pass symmetric=True instead of positive=True."
+        f"{name}: expected a positive semidefinite operator, as promised, but <v, {function}(v)> is negative for a "
+        f"vector. Pass symmetric=True instead of positive=True."
     )
 
 

@@ -1,4 +1,4 @@
-"""Jacobians and Hessians as operators: one evaluation of the function is kept, and each product is a pull through it."""
+"""Jacobians and Hessians as operators: one evaluation of the function is kept, and each product pulls through it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from autodiff.operators.space import Leaves, Space
 from autodiff.types import Argnums, Wrt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
 T = TypeVar("T")
@@ -69,7 +67,7 @@ def kept_outside_transforms(operator: Operator, name: str, compute: Callable[[],
 
 
 class Derivative(Elementary):
-    """A derivative of a function at the arguments of a call, which is evaluated once, when a product is first needed."""
+    """A derivative of a function at the arguments of a call; it is evaluated once, when a product is first needed."""
 
     options: Options
     args: tuple[Any, ...]

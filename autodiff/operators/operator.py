@@ -86,14 +86,14 @@ class Operator(LinearMap):
         return Conjugate(self.H) if self.dtype.is_complex else self.H
 
     def __add__(self, other: Any) -> Operator:
-        if isinstance(other, Operator):
-            checks.same_space("A + B", "B.domain", other.domain, "A.domain", self.domain)
-            checks.same_space("A + B", "B.codomain", other.codomain, "A.codomain", self.codomain)
-            return Sum((*_terms(self), *_terms(other)))
-        if not _is_scalar(other):
+        if _is_scalar(other):
+            checks.square_operator("A + a number", self.name, self.domain, self.codomain)
+            other = Identity(self.domain) * other
+        if not isinstance(other, Operator):
             return NotImplemented
-        checks.square_operator("A + a number", self.name, self.domain, self.codomain)
-        return self + other * Identity(self.domain)
+        checks.same_space("A + B", "B.domain", other.domain, "A.domain", self.domain)
+        checks.same_space("A + B", "B.codomain", other.codomain, "A.codomain", self.codomain)
+        return Sum((*_terms(self), *_terms(other)))
 
     __radd__ = __add__
 
@@ -107,13 +107,13 @@ class Operator(LinearMap):
     __rmul__ = __mul__
 
     def __neg__(self) -> Operator:
-        return self * -1
+        return Scaled(-1, self)
 
     def __sub__(self, other: Any) -> Operator:
-        return self + (-other)
+        return self.__add__(-other)
 
     def __rsub__(self, other: Any) -> Operator:
-        return -self + other
+        return Scaled(-1, self).__add__(other)
 
     def __truediv__(self, other: Any) -> Operator:
         return self * (1 / other) if _is_scalar(other) else NotImplemented
