@@ -173,7 +173,9 @@ class HessianOperator(Derivative):
     kind = "hessian"
 
     def _evaluate(self, call: Call) -> Evaluation:
-        return Evaluation(call, linearize_derivative(call, gradient(call, holomorphic=self.options.holomorphic)))
+        return Evaluation(
+            call, linearize_derivative(call, gradient(call, holomorphic=self.options.holomorphic))
+        )
 
     @property
     def value(self) -> Tensor:

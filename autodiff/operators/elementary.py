@@ -1,14 +1,18 @@
-"""Operators that multiply one vector at a time: several go through them in batches."""
+"""Operators that know how to multiply one vector, and take several of them in batches."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from autodiff.core.chunks import Sizes
 from autodiff.operators.linear_map import in_batches
 from autodiff.operators.operator import Operator
-from autodiff.operators.space import Leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from autodiff.operators.space import Leaves
 
 
 class Elementary(Operator):

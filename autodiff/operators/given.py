@@ -17,7 +17,7 @@ from autodiff.core.chunks import Sizes
 from autodiff.core.seeds import generic_vector
 from autodiff.core.transpose import LinearityCheck, transposed
 from autodiff.operators.elementary import Elementary
-from autodiff.operators.lazy import kept_outside_transforms, lazy
+from autodiff.operators.lazy import lazy
 from autodiff.operators.linear_map import tree_class
 from autodiff.operators.operator import Identity, Operator
 from autodiff.operators.space import Leaves, Space
