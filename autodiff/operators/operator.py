@@ -80,7 +80,11 @@ class Operator(LinearMap):
     @property
     def T(self) -> Operator:  # noqa: N802  as in torch
         """The transpose; of a complex operator it is the conjugate of ``A.H``."""
-        return Conjugate(self.H) if self.dtype.is_complex else self.H
+        return self.H.conj()
+
+    def conj(self) -> Operator:
+        """The complex conjugate."""
+        return Conjugate(self) if self.dtype.is_complex else self
 
     def __add__(self, other: Any) -> Operator:
         if is_scalar(other):
@@ -239,6 +243,9 @@ class Conjugate(Wrapping):
     @property
     def name(self) -> str:
         return f"({self.operand.name}).conj()"
+
+    def conj(self) -> Operator:
+        return self.operand
 
     def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
         return _conjugated(self.operand.multiply(_conjugated(vectors), adjoint=adjoint, count=count))
