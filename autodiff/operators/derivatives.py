@@ -44,6 +44,11 @@ class Options:
     wrt: Wrt = None
     caller: str = ""
 
+    def for_batch(self, number: int) -> Options:
+        """The options for one batch of a data set."""
+        del number
+        return self
+
 
 class Evaluation(NamedTuple):
     """A function, or its gradient, that was evaluated; and what pushes a vector forward, where that is not a pull."""

@@ -85,7 +85,7 @@ def per_sample(
     budget = None if memory is None else parse_bytes(name, memory)
     Evaluator(func, in_dims, randomness, as_matrix=as_matrix)  # whether the options fit the function
     if progress:
-        Progress.check()
+        Progress.check("per_sample")
     options = Options(chunk_size, row_chunk_size, budget, as_matrix, on_error, randomness, progress)
     return PerSample(func, in_dims, options)
 

@@ -1,4 +1,4 @@
-"""A progress bar with samples per second and memory, by tqdm."""
+"""A progress bar with samples per second and, where it is measured, memory; by tqdm."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ _UNSEEN = (AttributeError, OSError, ValueError)
 
 
 class Progress:
-    """A bar while ``with`` lasts; ``shown=False`` makes none."""
+    """A bar while ``with`` lasts, which stays on the screen unless it is not to ``stay``; ``shown=False`` makes none."""
 
-    def __init__(self, what: str, total: int | None, done: int, *, shown: bool) -> None:
+    def __init__(
+        self, what: str, total: int | None, done: int, *, shown: bool, unit: str = "sample", stay: bool = True
+    ) -> None:
         self._bar: Any = None
         if shown:
             from tqdm.auto import tqdm  # noqa: PLC0415  an extra
 
             with contextlib.suppress(*_UNSEEN):
-                self._bar = tqdm(desc=what, total=total, initial=done, unit="sample")
+                self._bar = tqdm(desc=what, total=total, initial=done, unit=unit, leave=stay)
 
     @staticmethod
-    def check() -> None:
+    def check(name: str) -> None:
         """An error if tqdm is missing."""
         if importlib.util.find_spec("tqdm") is None:
             raise OptionError(
-                "per_sample: progress=True needs tqdm, which is not installed. Install it: pip install "
-                "'autodiff[progress]', or leave progress out."
+                f"{name}: progress=True needs tqdm, which is not installed. Install it: pip install "
+                f"'autodiff[progress]', or leave progress out."
             )
 
     def __enter__(self) -> Self:
@@ -44,11 +46,12 @@ class Progress:
             with contextlib.suppress(*_UNSEEN):
                 self._bar.close()
 
-    def advance(self, samples: int, report: Report) -> None:
+    def advance(self, samples: int, report: Report | None = None) -> None:
         """Count samples that are done."""
         if self._bar is not None:
             with contextlib.suppress(*_UNSEEN):
-                self._bar.set_postfix_str(
-                    f"chunk {report.largest}, peak {memory.format_bytes(report.peak)}", refresh=False
-                )
+                if report is not None:
+                    self._bar.set_postfix_str(
+                        f"chunk {report.largest}, peak {memory.format_bytes(report.peak)}", refresh=False
+                    )
                 self._bar.update(samples)
