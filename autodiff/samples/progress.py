@@ -17,7 +17,7 @@ _UNSEEN = (AttributeError, OSError, ValueError)
 
 
 class Progress:
-    """A bar while ``with`` lasts, which stays on the screen unless it is not to ``stay``; ``shown=False`` makes none."""
+    """A bar while ``with`` lasts, and after it with ``stay``; ``shown=False`` makes none."""
 
     def __init__(
         self, what: str, total: int | None, done: int, *, shown: bool, unit: str = "sample", stay: bool = True
