@@ -6,9 +6,8 @@ Beside torch.func by hand and, where it is installed, curvlinops; with solvers a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,9 @@ from benchmarks import memory
 from benchmarks.clock import Here, medians
 from benchmarks.promises import Promise
 from benchmarks.rows.row import Place, Row, Side
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 ROUNDS = 11
 # Hessian and Gauss-Newton products, in gradients.
@@ -142,7 +144,7 @@ def _of_curvlinops(one: Problem, kind: str, v: dict[str, Tensor]) -> Callable[[]
         [(one.inputs, one.targets)],
         check_deterministic=False,
         num_data=len(one.targets),
-        batch_size_fn=lambda inputs: len(one.targets),
+        batch_size_fn=lambda _: len(one.targets),
     )
     vector = [v[name] for name, _ in one.module.named_parameters()]
     return lambda: operator @ vector

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
+import torch.nn.functional as F
 
 import autodiff as ad
 from autodiff import operators
