@@ -15,9 +15,10 @@ from autodiff.core import trees
 from autodiff.core.call import Call
 from autodiff.core.linearization import gradient
 from autodiff.core.reverse import record
-from autodiff.operators.derivatives import JacobianOperator, Options, kept_outside_transforms
+from autodiff.operators.derivatives import JacobianOperator, Options
 from autodiff.operators.gauss_newton import BetweenJacobians, ModelOptions
 from autodiff.operators.given import Matrix
+from autodiff.operators.lazy import keeping, kept_outside_transforms
 from autodiff.operators.likelihoods import likelihood_of
 from autodiff.operators.linear_map import tree_class
 from autodiff.operators.makers import Maker
@@ -270,8 +271,7 @@ class EmpiricalFisherOperator(Wrapping):
         return kept_outside_transforms(self, "_evaluation", self._evaluate)
 
     def prepared(self) -> Self:
-        self.__dict__["_evaluation"] = self._evaluated
-        return self
+        return keeping(self, "_evaluation", self._evaluated)
 
     @property
     def values(self) -> Tensor:
