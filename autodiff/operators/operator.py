@@ -86,14 +86,14 @@ class Operator(LinearMap):
         return Conjugate(self.H) if self.dtype.is_complex else self.H
 
     def __add__(self, other: Any) -> Operator:
-        if isinstance(other, Operator):
-            checks.same_space("A + B", "B.domain", other.domain, "A.domain", self.domain)
-            checks.same_space("A + B", "B.codomain", other.codomain, "A.codomain", self.codomain)
-            return Sum((*_terms(self), *_terms(other)))
-        if not _is_scalar(other):
+        if _is_scalar(other):
+            checks.square_operator("A + a number", self.name, self.domain, self.codomain)
+            other = Identity(self.domain) * other
+        if not isinstance(other, Operator):
             return NotImplemented
-        checks.square_operator("A + a number", self.name, self.domain, self.codomain)
-        return self + other * Identity(self.domain)
+        checks.same_space("A + B", "B.domain", other.domain, "A.domain", self.domain)
+        checks.same_space("A + B", "B.codomain", other.codomain, "A.codomain", self.codomain)
+        return Sum((*_terms(self), *_terms(other)))
 
     __radd__ = __add__
 
@@ -107,13 +107,13 @@ class Operator(LinearMap):
     __rmul__ = __mul__
 
     def __neg__(self) -> Operator:
-        return self * -1
+        return Scaled(-1, self)
 
     def __sub__(self, other: Any) -> Operator:
-        return self + (-other)
+        return self.__add__(-other)
 
     def __rsub__(self, other: Any) -> Operator:
-        return -self + other
+        return Scaled(-1, self).__add__(other)
 
     def __truediv__(self, other: Any) -> Operator:
         return self * (1 / other) if _is_scalar(other) else NotImplemented
@@ -189,8 +189,8 @@ class Elementary(Operator):
         return in_batches(product, self.codomain if adjoint else self.domain, vectors, count, self.at_once())
 
 
-class _Wrapping(Operator):
-    """An operator that is like another one in all but its products."""
+class Wrapping(Operator):
+    """An operator that is like another one in all but a few things."""
 
     operand: Operator
 
@@ -218,10 +218,13 @@ class _Wrapping(Operator):
     def cost(self) -> float:
         return self.operand.cost
 
+    def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
+        return self.operand.multiply(vectors, adjoint=adjoint, count=count)
+
 
 @tree_class("operand")
 @dataclass(eq=False, repr=False)
-class Adjoint(_Wrapping):
+class Adjoint(Wrapping):
     """The conjugate transpose of an operator."""
 
     operand: Operator
@@ -248,7 +251,7 @@ class Adjoint(_Wrapping):
 
 @tree_class("operand")
 @dataclass(eq=False, repr=False)
-class Conjugate(_Wrapping):
+class Conjugate(Wrapping):
     """The complex conjugate of an operator: with the adjoint it makes the transpose."""
 
     operand: Operator
@@ -267,7 +270,7 @@ def _conjugated(leaves: Leaves) -> list[Tensor | None]:
 
 @tree_class("factor", "operand")
 @dataclass(eq=False, repr=False)
-class Scaled(_Wrapping):
+class Scaled(Wrapping):
     """A number times an operator."""
 
     factor: Any
@@ -405,7 +408,7 @@ def _are_adjoint(one: Operator, other: Operator) -> bool:
 
 @tree_class("operand")
 @dataclass(eq=False, repr=False)
-class Block(_Wrapping):
+class Block(Wrapping):
     """The block of some leaves of the codomain and some of the domain."""
 
     operand: Operator
