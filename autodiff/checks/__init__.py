@@ -12,6 +12,7 @@ from autodiff.checks.leaves import raise_no_differentiable_leaf as raise_no_diff
 from autodiff.checks.leaves import raise_not_a_tensor as raise_not_a_tensor
 from autodiff.checks.leaves import real_tensors as real_tensors
 from autodiff.checks.operators import block_patterns as block_patterns
+from autodiff.checks.operators import raise_captured_inside as raise_captured_inside
 from autodiff.checks.operators import raise_complex_factor as raise_complex_factor
 from autodiff.checks.operators import raise_not_adjoint as raise_not_adjoint
 from autodiff.checks.operators import raise_not_linear as raise_not_linear

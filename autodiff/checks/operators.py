@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from autodiff.errors import ArgnumsError, DtypeError, RuleError, ShapeError, StructureError
+from autodiff.errors import ArgnumsError, CaptureError, DtypeError, RuleError, ShapeError, StructureError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,3 +94,11 @@ def raise_not_positive(name: str, function: str) -> NoReturn:
         f"{name}: expected a positive semidefinite operator, as promised, but <v, {function}(v)> is negative for a vector. "
         f"Pass symmetric=True instead of positive=True."
     )
+
+
+def raise_captured_inside(name: str, cause: BaseException | None = None) -> NoReturn:
+    raise CaptureError(
+        f"{name}: a function captures a tensor that is differentiated, and hands it to a transform of its own, where "
+        f"it cannot be replaced. Expected an argument: pass the tensor to the function, or detach it where no "
+        f"derivative in it is needed."
+    ) from cause
