@@ -14,6 +14,7 @@ from autodiff.checks.leaves import real_tensors as real_tensors
 from autodiff.checks.operators import block_patterns as block_patterns
 from autodiff.checks.operators import losses_of_samples as losses_of_samples
 from autodiff.checks.operators import model_and_target as model_and_target
+from autodiff.checks.operators import raise_captured_inside as raise_captured_inside
 from autodiff.checks.operators import raise_complex_factor as raise_complex_factor
 from autodiff.checks.operators import raise_not_adjoint as raise_not_adjoint
 from autodiff.checks.operators import raise_not_convex as raise_not_convex
