@@ -5,8 +5,8 @@ from importlib import import_module
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 import autodiff as ad
 from autodiff import operators
@@ -43,9 +43,9 @@ def categorical():
 
 # The loss, a target for it, and the matrix in closed form.
 KNOWN = {
-    "cross entropy": (F.cross_entropy, LABELS, lambda: expected_of_outputs(categorical()) / SAMPLES),
+    "cross entropy": (functional.cross_entropy, LABELS, lambda: expected_of_outputs(categorical()) / SAMPLES),
     "cross entropy, sum": (
-        partial(F.cross_entropy, reduction="sum"),
+        partial(functional.cross_entropy, reduction="sum"),
         LABELS,
         lambda: expected_of_outputs(categorical()),
     ),
@@ -54,7 +54,7 @@ KNOWN = {
         LABELS.index_fill(0, torch.tensor([2]), -100),
         lambda: expected_of_outputs([b * (i != 2) for i, b in enumerate(categorical())]) / (SAMPLES - 1),
     ),
-    "squared error": (F.mse_loss, NUMBERS, lambda: 2 * jacobian().T @ jacobian() / NUMBERS.numel()),
+    "squared error": (functional.mse_loss, NUMBERS, lambda: 2 * jacobian().T @ jacobian() / NUMBERS.numel()),
     "squared error, sum": (nn.MSELoss(reduction="sum"), NUMBERS, lambda: 2 * jacobian().T @ jacobian()),
     "logits": (
         nn.BCEWithLogitsLoss(),
@@ -91,23 +91,25 @@ class TestOfKnownLikelihoods:
 
 def test_an_operator_repeats_its_draws_and_another_one_draws_anew():
     generator = torch.Generator().manual_seed(1)
-    one = operators.fisher(model, F.cross_entropy, 2, generator=generator)
-    other = operators.fisher(model, F.cross_entropy, 2, generator=generator)
+    one = operators.fisher(model, functional.cross_entropy, 2, generator=generator)
+    other = operators.fisher(model, functional.cross_entropy, 2, generator=generator)
     first, again, second = one(W, X, LABELS), one(W, X, LABELS), other(W, X, LABELS)
     assert torch.equal(first.to_matrix(), again.to_matrix())
     assert not torch.equal(first.to_matrix(), second.to_matrix())
-    repeated = operators.fisher(model, F.cross_entropy, 2, generator=torch.Generator().manual_seed(1))
+    repeated = operators.fisher(
+        model, functional.cross_entropy, 2, generator=torch.Generator().manual_seed(1)
+    )
     assert torch.equal(repeated(W, X, LABELS).to_matrix(), first.to_matrix())
 
 
 def test_the_seed_comes_from_the_global_generator_and_draws_leave_it_alone():
     torch.manual_seed(0)
-    maker = operators.fisher(model, F.cross_entropy, 2)
+    maker = operators.fisher(model, functional.cross_entropy, 2)
     state = torch.get_rng_state()
     maker(W, X, LABELS).to_matrix()
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(0)
-    same = operators.fisher(model, F.cross_entropy, 2)
+    same = operators.fisher(model, functional.cross_entropy, 2)
     assert torch.equal(same(W, X, LABELS).to_matrix(), maker(W, X, LABELS).to_matrix())
 
 
@@ -150,7 +152,9 @@ def test_derivative_in_the_parameters_of_exact_and_drawn():
     v = torch.randn(SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     direction = torch.randn(CLASSES, INPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for samples in (None, 2):
-        maker = operators.fisher(model, F.cross_entropy, samples, generator=torch.Generator().manual_seed(4))
+        maker = operators.fisher(
+            model, functional.cross_entropy, samples, generator=torch.Generator().manual_seed(4)
+        )
         curvature = lambda w, maker=maker: v @ (maker(w, X, LABELS) @ v)
         step = 1e-6
         expected = (curvature(W + step * direction) - curvature(W - step * direction)) / (2 * step)
@@ -160,13 +164,13 @@ def test_derivative_in_the_parameters_of_exact_and_drawn():
 
 def test_what_is_not_known():
     for loss in (
-        lambda output, target: 2 * F.cross_entropy(output, target),
-        partial(F.cross_entropy, weight=torch.ones(CLASSES)),
-        partial(F.cross_entropy, label_smoothing=0.1),
+        lambda output, target: 2 * functional.cross_entropy(output, target),
+        partial(functional.cross_entropy, weight=torch.ones(CLASSES)),
+        partial(functional.cross_entropy, label_smoothing=0.1),
         nn.CrossEntropyLoss(weight=torch.ones(CLASSES)),
         nn.BCEWithLogitsLoss(pos_weight=torch.ones(CLASSES)),
         nn.MSELoss(reduction="none"),
-        F.l1_loss,
+        functional.l1_loss,
     ):
         assert likelihood_of(loss) is None
         with pytest.raises(OptionError, match=r"operators\.fisher: .*operators\.gauss_newton"):
@@ -175,9 +179,9 @@ def test_what_is_not_known():
 
 def test_wrong_options():
     with pytest.raises(OptionError, match="samples is a positive int, got 0"):
-        operators.fisher(model, F.cross_entropy, 0)
+        operators.fisher(model, functional.cross_entropy, 0)
     with pytest.raises(OptionError, match=r"Pass samples=1 or more"):
-        operators.fisher(model, F.cross_entropy, sample=lambda output, generator: output)
+        operators.fisher(model, functional.cross_entropy, sample=lambda output, generator: output)
     squared_mean = lambda output, target: (output - target).sum() ** 2
     with pytest.raises(OutputError, match="neither"):
         operators.fisher(model, squared_mean, 1, sample=lambda output, generator: output + 1)(W, X, NUMBERS)
@@ -187,7 +191,7 @@ def test_wrong_options():
 
 
 def sample_loss(w, x, y):
-    return F.cross_entropy(model(w, x[None]), y[None])
+    return functional.cross_entropy(model(w, x[None]), y[None])
 
 
 def gradients(x=X, y=LABELS):
@@ -215,7 +219,7 @@ class TestEmpirical:
         summed = operators.empirical_fisher(sample_loss, reduction="sum")(W, X, LABELS)
         torch.testing.assert_close(summed.to_matrix(), G.T @ G)
         assert A.positive
-        torch.testing.assert_close(A.values, F.cross_entropy(model(W, X), LABELS, reduction="none"))
+        torch.testing.assert_close(A.values, functional.cross_entropy(model(W, X), LABELS, reduction="none"))
 
     def test_dims(self):
         G = gradients()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 import autodiff as ad
 from autodiff import operators
@@ -28,8 +28,8 @@ def quartic(output, target):
 
 
 TARGETS = {
-    F.cross_entropy: LABELS,
-    F.mse_loss: torch.randn(SAMPLES, CLASSES, dtype=torch.float64, generator=GENERATOR),
+    functional.cross_entropy: LABELS,
+    functional.mse_loss: torch.randn(SAMPLES, CLASSES, dtype=torch.float64, generator=GENERATOR),
     quartic: torch.randn(SAMPLES, CLASSES, dtype=torch.float64, generator=GENERATOR),
 }
 LOSSES = list(TARGETS)
@@ -131,7 +131,7 @@ def test_the_model_runs_once():
         runs.append(1)
         return model(params, x)
 
-    A = operators.gauss_newton(counted, F.cross_entropy)(PARAMS, X, LABELS)
+    A = operators.gauss_newton(counted, functional.cross_entropy)(PARAMS, X, LABELS)
     A @ torch.ones(SIZE, dtype=torch.float64)
     assert A.value.shape == ()
     A.to_matrix()
@@ -140,22 +140,24 @@ def test_the_model_runs_once():
 
 def test_aux():
     with_aux = lambda params, x: (model(params, x), {"mean": x.mean()})
-    A = operators.gauss_newton(with_aux, F.cross_entropy, has_aux=True)(PARAMS, X, LABELS)
+    A = operators.gauss_newton(with_aux, functional.cross_entropy, has_aux=True)(PARAMS, X, LABELS)
     assert A.aux["mean"] == X.mean()
-    torch.testing.assert_close(A.to_matrix(), dense(F.cross_entropy))
+    torch.testing.assert_close(A.to_matrix(), dense(functional.cross_entropy))
 
 
 def test_an_output_that_is_a_tree():
     tree_model = lambda params, x: {"a": model(params, x)[:, :1], "b": (model(params, x)[:, 1:], None)}
-    tree_loss = lambda output, target: F.cross_entropy(torch.cat([output["a"], output["b"][0]], 1), target)
+    tree_loss = lambda output, target: functional.cross_entropy(
+        torch.cat([output["a"], output["b"][0]], 1), target
+    )
     A = operators.gauss_newton(tree_model, tree_loss)(PARAMS, X, LABELS)
-    torch.testing.assert_close(A.to_matrix(), dense(F.cross_entropy))
+    torch.testing.assert_close(A.to_matrix(), dense(functional.cross_entropy))
 
 
 def test_positive_where_it_is_known():
     make = operators.gauss_newton
-    assert make(model, F.cross_entropy)(PARAMS, X, LABELS).positive
-    assert make(model, torch.nn.MSELoss(reduction="sum"))(PARAMS, X, TARGETS[F.mse_loss]).positive
+    assert make(model, functional.cross_entropy)(PARAMS, X, LABELS).positive
+    assert make(model, torch.nn.MSELoss(reduction="sum"))(PARAMS, X, TARGETS[functional.mse_loss]).positive
     assert not make(model, quartic)(PARAMS, X, TARGETS[quartic]).positive
     convex = lambda output, target: ((output - target) ** 4).sum()
     assert make(model, convex, convex=True)(PARAMS, X, TARGETS[quartic]).positive
@@ -163,25 +165,25 @@ def test_positive_where_it_is_known():
 
 
 def test_a_loss_that_is_not_convex_as_promised():
-    concave = lambda output, target: -F.mse_loss(output, target)
+    concave = lambda output, target: -functional.mse_loss(output, target)
     with pytest.raises(RuleError, match=r"convex.*is negative along a vector\. Drop convex=True"):
-        operators.gauss_newton(model, concave, convex=True)(PARAMS, X, TARGETS[F.mse_loss])
+        operators.gauss_newton(model, concave, convex=True)(PARAMS, X, TARGETS[functional.mse_loss])
 
 
 def test_wrong_calls():
-    make = operators.gauss_newton(model, F.cross_entropy)
+    make = operators.gauss_newton(model, functional.cross_entropy)
     with pytest.raises(ArgnumsError, match=r"operators\.gauss_newton: .*Pass the target last"):
         make(PARAMS)
     with pytest.raises(OutputError, match=r"operators\.gauss_newton: loss: .*scalar"):
         operators.gauss_newton(model, lambda output, target: output)(PARAMS, X, LABELS)
     with pytest.raises(OutputError, match=r"operators\.gauss_newton: .*only tensors"):
-        operators.gauss_newton(lambda params, x: "text", F.cross_entropy)(PARAMS, X, LABELS)
+        operators.gauss_newton(lambda params, x: "text", functional.cross_entropy)(PARAMS, X, LABELS)
     with pytest.raises(ShapeError, match=r"gauss_newton of cross_entropy of model @ v"):
         make(PARAMS, X, LABELS) @ torch.ones(3, dtype=torch.float64)
 
 
 def test_repr_says_what_it_is():
-    A = operators.gauss_newton(model, F.cross_entropy)(PARAMS, X, LABELS)
+    A = operators.gauss_newton(model, functional.cross_entropy)(PARAMS, X, LABELS)
     assert repr(A) == (
         "<gauss_newton of cross_entropy of model: [35, 35], torch.float64, cpu, positive semidefinite, "
         "2 gradients a product>"
