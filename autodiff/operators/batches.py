@@ -1,6 +1,6 @@
 """A data set that is gone through for every product: tensors in pieces, a DataLoader, or any other re-iterable.
 
-Provides `DataSet`. Imports `core`, `checks` and the progress bar of `samples`.
+Provides `DataSet`. Imports `core` and `checks`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autodiff import checks
 from autodiff.core import randomness, trees
-from autodiff.samples.progress import Progress
+from autodiff.core.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -71,11 +71,11 @@ class DataSet:
     def through(self, what: str) -> Generator[Batch]:
         """The same, with a bar, and with the same random numbers each time."""
         total = None if self.length is None else self.length[1]
-        bar = Progress(what, total, 0, shown=self._progress, stay=False)
+        bar = Progress(what, total, 0, unit="sample", shown=self._progress, stay=False)
         with self.repeated_random_numbers(), bar:
             for batch in self.batches():
                 yield batch
-                bar.advance(batch.samples or 1)
+                bar.advance(batch.samples or 1, f"batch {batch.number + 1}")
 
     def repeated_random_numbers(self) -> AbstractContextManager[None]:
         """Draw what was drawn each time before."""

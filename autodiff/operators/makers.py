@@ -8,10 +8,10 @@ from typing import Any, Generic, Literal, TypeVar
 
 from autodiff import checks
 from autodiff.core.memory import parse_bytes
+from autodiff.core.progress import Progress
 from autodiff.operators.data import Over
 from autodiff.operators.derivatives import HessianOperator, JacobianOperator, Options
 from autodiff.operators.operator import Operator
-from autodiff.samples.progress import Progress
 from autodiff.types import Argnums, Wrt
 
 Made_co = TypeVar("Made_co", bound=Operator, covariant=True)
@@ -26,9 +26,7 @@ class Maker(Generic[Made_co]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Made_co:
         """The operator at these arguments; the function runs now, and its graph lives as long as the operator."""
-        operator = self.unprepared(*args, **kwargs)
-        operator.prepared()
-        return operator
+        return self.unprepared(*args, **kwargs).prepared()
 
     def unprepared(self, *args: Any, **kwargs: Any) -> Made_co:
         """The same; the function runs when it is first needed."""

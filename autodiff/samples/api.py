@@ -8,8 +8,8 @@ from typing import Any
 from autodiff import checks
 from autodiff._torch import traced_inline_only
 from autodiff.core.memory import parse_bytes
+from autodiff.core.progress import Progress
 from autodiff.samples.evaluator import Evaluator, name_of
-from autodiff.samples.progress import Progress
 from autodiff.samples.report import Report
 from autodiff.samples.run import Chunk, Options, Run
 from autodiff.types import ChunkSize, OnError, Randomness

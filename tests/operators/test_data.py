@@ -652,6 +652,9 @@ class Bar:
         self.desc, self.total, self.leave, self.done, self.closed = desc, total, leave, initial, False
         self.bars.append(self)
 
+    def set_postfix_str(self, text: str, refresh: bool) -> None:
+        del text, refresh
+
     def update(self, count: int) -> None:
         self.done += count
 
