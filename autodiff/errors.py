@@ -259,6 +259,30 @@ class BufferWarning(UserWarning):
     """
 
 
+class ConvergenceWarning(UserWarning):
+    """An iteration stopped before its result was as good as it should be.
+
+    >>> import torch, autodiff, warnings
+    >>> fit = autodiff.operators.minimum(lambda x, a: ((x - a) ** 2).sum())(lambda start, a: start)
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     derivative = autodiff.grad(lambda a: fit(torch.zeros(()), a))(torch.ones(()))
+    >>> caught[0].message
+    ConvergenceWarning('operators.minimum: ...')
+    """
+
+
+class SingularError(AutodiffError, RuntimeError, ArithmeticError):
+    """A matrix has no inverse, such as the Jacobian of an equation whose solution is differentiated.
+
+    >>> import torch, autodiff
+    >>> fit = autodiff.operators.minimum(lambda x, a: (x.sum() - a) ** 2)(lambda start, a: start + a / 2)
+    >>> autodiff.grad(lambda a: fit(torch.zeros(2), a).sum())(torch.ones(()))
+    Traceback (most recent call last):
+    autodiff.errors.SingularError: operators.minimum: ...
+    """
+
+
 class OptionError(AutodiffError, ValueError, RuntimeError):
     """An option has a value that is not allowed, such as ``chunk_size=0``.
 

@@ -25,3 +25,8 @@ from autodiff.operators.given import diagonal as diagonal
 from autodiff.operators.given import identity_like as identity_like
 from autodiff.operators.given import from_matrix as from_matrix
 from autodiff.operators.given import from_matvec as from_matvec
+
+# Solutions that are differentiated by what holds for them.
+from autodiff.operators.root import root as root
+from autodiff.operators.root import fixed_point as fixed_point
+from autodiff.operators.root import minimum as minimum
