@@ -259,30 +259,6 @@ class BufferWarning(UserWarning):
     """
 
 
-class ConvergenceWarning(UserWarning):
-    """An iteration stopped before its result was as good as it should be.
-
-    >>> import torch, autodiff, warnings
-    >>> fit = autodiff.operators.minimum(lambda x, a: ((x - a) ** 2).sum())(lambda start, a: start)
-    >>> with warnings.catch_warnings(record=True) as caught:
-    ...     warnings.simplefilter("always")
-    ...     derivative = autodiff.grad(lambda a: fit(torch.zeros(()), a))(torch.ones(()))
-    >>> caught[0].message
-    ConvergenceWarning('operators.minimum: ...')
-    """
-
-
-class SingularError(AutodiffError, RuntimeError, ArithmeticError):
-    """A matrix has no inverse, such as the Jacobian of an equation whose solution is differentiated.
-
-    >>> import torch, autodiff
-    >>> fit = autodiff.operators.minimum(lambda x, a: (x.sum() - a) ** 2)(lambda start, a: start + a / 2)
-    >>> autodiff.grad(lambda a: fit(torch.zeros(2), a).sum())(torch.ones(()))
-    Traceback (most recent call last):
-    autodiff.errors.SingularError: operators.minimum: ...
-    """
-
-
 class OptionError(AutodiffError, ValueError, RuntimeError):
     """An option has a value that is not allowed, such as ``chunk_size=0``.
 
@@ -380,4 +356,39 @@ class ResumeError(AutodiffError, RuntimeError, ValueError):
     ...     autodiff.per_sample(torch.sin)(torch.ones(2), out=file.name)
     Traceback (most recent call last):
     autodiff.errors.ResumeError: per_sample: ... exists, but has no journal of per_sample beside it. ...
+    """
+
+
+class SolverError(AutodiffError, RuntimeError, ArithmeticError):
+    """A solver cannot go on: the operator is not what its method needs, or its numbers are not finite.
+
+    >>> import torch, autodiff
+    >>> A = autodiff.operators.from_matrix(torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
+    >>> autodiff.operators.solve(A, torch.ones(2), "cg")
+    Traceback (most recent call last):
+    autodiff.errors.SolverError: operators.solve: expected a positive definite operator for method='cg', ...
+    """
+
+
+class SingularError(SolverError):
+    """A matrix has no inverse, such as the Jacobian of an equation whose solution is differentiated.
+
+    >>> import torch, autodiff
+    >>> fit = autodiff.operators.minimum(lambda x, a: (x.sum() - a) ** 2)(lambda start, a: start + a / 2)
+    >>> autodiff.grad(lambda a: fit(torch.zeros(2), a).sum())(torch.ones(()))
+    Traceback (most recent call last):
+    autodiff.errors.SingularError: operators.minimum: ...
+    """
+
+
+class ConvergenceWarning(UserWarning):
+    """An iteration ended before its result was as exact as was asked for.
+
+    >>> import torch, autodiff, warnings
+    >>> A = autodiff.operators.diagonal(torch.tensor([1.0, 2.0, 3.0]))
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     x = autodiff.operators.solve(A, torch.ones(3), "cg", maxiter=1)
+    >>> caught[0].message
+    ConvergenceWarning('operators.solve: cg has not converged after 1 of 1 steps: ...
     """

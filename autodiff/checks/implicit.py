@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
-from autodiff._torch import compiling, fully_unwrapped, stop_tracing
+from autodiff._torch import fully_unwrapped
 from autodiff.core import trees
 from autodiff.errors import (
     CaptureError,
@@ -44,15 +44,6 @@ def raise_solver_wrote(name: str, solver: str) -> NoReturn:
         f"{name}: {solver} wrote in place to an argument other than start: the answer is that of another argument. "
         f"Expected a solver that leaves its arguments as they are; write to a clone."
     )
-
-
-def untraced_solver(name: str, solver: str) -> None:
-    if compiling():
-        stop_tracing(
-            f"{name}: torch.compile traces a call of {solver}. Expected a call outside of what is compiled: how long "
-            f"it iterates depends on numbers, which no tracer knows. Compile with fullgraph=False, which runs it "
-            f"uncompiled, or compile what it calls."
-        )
 
 
 def like_start(name: str, path: str, value: Any, space: Any, model: str) -> list[Any]:

@@ -24,8 +24,10 @@ from autodiff.core.captures import reaches_wrapper
 from autodiff.core.rules import inplace_counts, is_tracked
 from autodiff.operators.implicit import Equation, Solver, attached, captured
 from autodiff.operators.lazy import lazy
+from autodiff.operators.linear_solver import LinearSolver, Method
 from autodiff.operators.makers import hessian, jacobian
 from autodiff.operators.operator import Operator
+from autodiff.operators.refinement import Tolerance
 from autodiff.operators.space import Space
 from autodiff.transforms.grad import grad
 from autodiff.types import P, R
@@ -33,6 +35,8 @@ from autodiff.types import P, R
 # The residual of an answer is at most such a part of what it is made of. A heuristic: SciPy's solvers stop at 1e-5 and
 # below, and a derivative then has errors of that size.
 _TOLERANCE = 1e-4
+# A matrix with at most so many rows is made and factorised: exact, for the time of as many products in batches.
+_DENSE = 256
 
 
 class Condition(ABC):
@@ -42,6 +46,8 @@ class Condition(ABC):
     # What is zero, and its derivative, for messages.
     zero: ClassVar[str]
     matrix: ClassVar[str]
+    # What solves systems with the derivative where it is large.
+    method: ClassVar[Method] = "gmres"
 
     def __init__(self, func: Callable[..., Any]) -> None:
         self.func = func
@@ -111,6 +117,7 @@ class Minimum(Condition):
     name = "operators.minimum"
     zero = "the gradient"
     matrix = "the Hessian of the objective"
+    method = "minres"
 
     def residual(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         return grad(self._objective)(x, *args, **kwargs)
@@ -179,7 +186,7 @@ class DifferentiableSolver:
 
     def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The solver's answer, tied to its arguments."""
-        checks.untraced_solver(self.name, self.shown)
+        checks.untraced_iteration(self.name)
         start, given = self._split(args, kwargs)
         x, aux = self._solved(start, args, kwargs)
         space = Space.of(start, self.name, "start")
@@ -296,7 +303,22 @@ def differentiable(
 
 
 def _solve(condition: Condition, A: Operator, b: Tensor) -> Tensor:
-    """The solution with the matrix itself."""
+    """The solution by a factorisation, or by iterations where the matrix is large."""
+    return _solve_dense(condition, A, b) if len(b) <= _DENSE else _solve_iteratively(condition, A, b)
+
+
+def _solve_iteratively(condition: Condition, A: Operator, b: Tensor) -> Tensor:
+    checks.solver_dtypes(condition.name, [b.dtype])
+    tolerance = Tolerance(torch.finfo(b.dtype).eps ** (2 / 3), 0.0)
+    solver = LinearSolver(
+        condition.name, condition.method, tolerance, None, None, 20, progress=False, check=False
+    )
+    solution = solver.find(A, b[:, None])
+    solver.warn(solver.found[0], "in a derivative, ", stacklevel=2)
+    return solution[:, 0]
+
+
+def _solve_dense(condition: Condition, A: Operator, b: Tensor) -> Tensor:
     # torch has no factorisations in half precision.
     dtype = torch.promote_types(A.dtype, torch.float32)
     matrix, size = A.to_matrix().to(dtype), b.shape[0]
