@@ -4,6 +4,18 @@ The first parameter of each is the public name that the user called. A message h
 path, what was expected, what came, and the way out. Phrases by which programs know torch.func's errors are kept.
 """
 
+from autodiff.checks.estimators import enough_samples as enough_samples
+from autodiff.checks.estimators import one_kind_of_number as one_kind_of_number
+from autodiff.checks.estimators import operator as operator
+from autodiff.checks.estimators import raise_coarse_grid as raise_coarse_grid
+from autodiff.checks.estimators import raise_fixed_distribution as raise_fixed_distribution
+from autodiff.checks.estimators import raise_grid as raise_grid
+from autodiff.checks.estimators import raise_needs_symmetric as raise_needs_symmetric
+from autodiff.checks.estimators import raise_not_positive_definite as raise_not_positive_definite
+from autodiff.checks.estimators import raise_options_of_operator as raise_options_of_operator
+from autodiff.checks.estimators import raise_undifferentiable as raise_undifferentiable
+from autodiff.checks.estimators import raise_width as raise_width
+from autodiff.checks.estimators import untraced_drawing as untraced_drawing
 from autodiff.checks.jacobians import jacobian_block as jacobian_block
 from autodiff.checks.jacobians import raise_jacobian_of_other_inputs as raise_jacobian_of_other_inputs
 from autodiff.checks.jacobians import shape as shape
