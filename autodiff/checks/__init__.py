@@ -24,11 +24,17 @@ from autodiff.checks.leaves import raise_no_differentiable_leaf as raise_no_diff
 from autodiff.checks.leaves import raise_not_a_tensor as raise_not_a_tensor
 from autodiff.checks.leaves import real_tensors as real_tensors
 from autodiff.checks.operators import block_patterns as block_patterns
+from autodiff.checks.operators import losses_of_samples as losses_of_samples
+from autodiff.checks.operators import model_and_target as model_and_target
 from autodiff.checks.operators import raise_complex_factor as raise_complex_factor
 from autodiff.checks.operators import raise_not_adjoint as raise_not_adjoint
+from autodiff.checks.operators import raise_not_convex as raise_not_convex
 from autodiff.checks.operators import raise_not_linear as raise_not_linear
+from autodiff.checks.operators import raise_not_over_samples as raise_not_over_samples
 from autodiff.checks.operators import raise_not_positive as raise_not_positive
 from autodiff.checks.operators import raise_not_symmetric as raise_not_symmetric
+from autodiff.checks.operators import raise_samples_missing as raise_samples_missing
+from autodiff.checks.operators import raise_unknown_likelihood as raise_unknown_likelihood
 from autodiff.checks.operators import same_space as same_space
 from autodiff.checks.operators import shown_function as shown_function
 from autodiff.checks.operators import square_operator as square_operator

@@ -5,7 +5,17 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from autodiff.errors import ArgnumsError, DtypeError, RuleError, ShapeError, StructureError
+from torch import Tensor
+
+from autodiff.errors import (
+    ArgnumsError,
+    DtypeError,
+    OptionError,
+    OutputError,
+    RuleError,
+    ShapeError,
+    StructureError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,15 +29,16 @@ def same_space(name: str, path: str, space: Any, model_path: str, model: Any) ->
         return
     if space.spec != model.spec or space.positions != model.positions:
         raise StructureError(
-            f"{name}: expected {path} and {model_path} to be the same space, got {space} and {model}, which have other "
-            f"structures. Make both operators at trees of one structure."
+            f"{name}: expected {path} and {model_path} to be the same space, got {space} and {model}, which have "
+            f"other structures. Make both operators at trees of one structure."
         )
     pairs = zip(space.paths, space.leaves, model.leaves, strict=True)
     where, one, other = next(pair for pair in pairs if pair[1] != pair[2])
     kind = ShapeError if one.shape != other.shape else DtypeError
     raise kind(
-        f"{name}: expected {path} and {model_path} to be the same space, got {_described(one)} and {_described(other)} at "
-        f"{where or 'their only leaf'}. Make both operators at tensors of one shape, dtype and device."
+        f"{name}: expected {path} and {model_path} to be the same space, got {_described(one)} and "
+        f"{_described(other)} at {where or 'their only leaf'}. Make both operators at tensors of one shape, dtype and "
+        f"device."
     )
 
 
@@ -70,8 +81,9 @@ def raise_complex_factor(operator: str, dtype: torch.dtype) -> NoReturn:
 
 def raise_not_linear(name: str, function: str) -> NoReturn:
     raise RuleError(
-        f"{name}: expected a linear function, but {function} of 2 u - v is not 2 {function}(u) - {function}(v) for two "
-        f"vectors. Leave out constants and nonlinear operations, or pass check=False if rounding alone makes the difference."
+        f"{name}: expected a linear function, but {function}(2 u - v) is not 2 {function}(u) - {function}(v) for two "
+        f"vectors. Leave out constants and nonlinear operations, or pass check=False if rounding alone makes the "
+        f"difference."
     )
 
 
@@ -85,12 +97,64 @@ def raise_not_symmetric(name: str, function: str) -> NoReturn:
 def raise_not_adjoint(name: str, function: str) -> NoReturn:
     raise RuleError(
         f"{name}: expected rmatvec to multiply by the conjugate transpose of {function}, but <v, matvec(u)> is not "
-        f"<rmatvec(v), u> for two vectors. Mend it, or leave it out to have it found; check=False leaves the comparison out."
+        f"<rmatvec(v), u> for two vectors. Mend it, or leave it out to have it found; check=False leaves the "
+        f"comparison out."
     )
 
 
 def raise_not_positive(name: str, function: str) -> NoReturn:
     raise RuleError(
-        f"{name}: expected a positive semidefinite operator, as promised, but <v, {function}(v)> is negative for a vector. "
-        f"Pass symmetric=True instead of positive=True."
+        f"{name}: expected a positive semidefinite operator, as promised, but <v, {function}(v)> is negative for a "
+        f"vector. Pass symmetric=True instead of positive=True."
     )
+
+
+def model_and_target(name: str, args: tuple[Any, ...]) -> None:
+    """The arguments of a model, and the target of its loss."""
+    if len(args) < 2:
+        raise ArgnumsError(
+            f"{name}: expected the model's arguments and then the target of the loss, got {len(args)} positional "
+            f"arguments. Pass the target last: {name}(model, loss)(params, inputs, target)."
+        )
+
+
+def raise_not_convex(name: str, loss: str) -> NoReturn:
+    raise RuleError(
+        f"{name}: expected a loss that is convex in the model's output, as promised, but the second derivative of "
+        f"{loss} is negative along a vector. Drop convex=True."
+    )
+
+
+def raise_unknown_likelihood(name: str, loss: str) -> NoReturn:
+    raise OptionError(
+        f"{name}: expected a loss whose targets have a known distribution: cross_entropy, mse_loss or "
+        f"binary_cross_entropy_with_logits of torch.nn.functional, a partial of one with keywords, or its "
+        f"module, without weights; got {loss}. Pass that function itself, pass samples=n and sample=, which draws "
+        f"targets, or take operators.gauss_newton."
+    )
+
+
+def raise_samples_missing(name: str) -> NoReturn:
+    raise OptionError(
+        f"{name}: expected samples, the number of targets to draw, with sample=, got samples=None. Pass "
+        f"samples=1 or more."
+    )
+
+
+def raise_not_over_samples(name: str, loss: str) -> NoReturn:
+    raise OutputError(
+        f"{name}: expected a loss that is a mean or a sum over the first dimension of the output and the target, got "
+        f"{loss}, which is neither. Write it so, with one loss for each sample, or take operators.empirical_fisher."
+    )
+
+
+def losses_of_samples(name: str, losses: Any) -> None:
+    """One loss for each sample."""
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or losses.is_complex():
+        came = (
+            f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"type {type(losses).__name__}"
+        )
+        raise OutputError(
+            f"{name}: expected a function that returns one real tensor of shape () for a sample, so [N] for all, got "
+            f"{came}. Write the loss of one sample."
+        )

@@ -79,13 +79,13 @@ def flat_vectors(name: str, path: str, value: Tensor, size: int, dtype: torch.dt
     trees_too = "" if spec.is_leaf() else f", or a tree like the operator's domain, {spec}"
     if value.dim() not in (1, 2) or value.shape[0] != size:
         raise ShapeError(
-            f"{name}: expected a vector of shape [{size}] or a matrix of shape [{size}, k]{trees_too}, got {path} of shape "
-            f"{tuple(value.shape)}. Give one number for each number of the domain."
+            f"{name}: expected a vector of shape [{size}] or a matrix of shape [{size}, k]{trees_too}, got {path} of "
+            f"shape {tuple(value.shape)}. Give one number for each number of the domain."
         )
     if value.dtype != dtype:
         raise DtypeError(
-            f"{name}: expected {path} of dtype {dtype}, that of the operator's domain, got {value.dtype}. Convert it, as "
-            f"in {path}.to({dtype})."
+            f"{name}: expected {path} of dtype {dtype}, that of the operator's domain, got {value.dtype}. Convert it, "
+            f"as in {path}.to({dtype})."
         )
 
 
@@ -105,6 +105,6 @@ def matching_vector(name: str, path: str, value: object, model_path: str, model:
         )
     if value.dtype != model.dtype:
         raise DtypeError(
-            f"{name}: {path} has dtype {value.dtype}, but {model_path} has dtype {model.dtype}. {rule} Convert it, as in "
-            f"{path}.to({model.dtype})."
+            f"{name}: {path} has dtype {value.dtype}, but {model_path} has dtype {model.dtype}. {rule} Convert it, as "
+            f"in {path}.to({model.dtype})."
         )

@@ -16,6 +16,9 @@ from autodiff.operators.space import Space as Space
 # Operators of functions.
 from autodiff.operators.makers import jacobian as jacobian
 from autodiff.operators.makers import hessian as hessian
+from autodiff.operators.gauss_newton import gauss_newton as gauss_newton
+from autodiff.operators.fisher import fisher as fisher
+from autodiff.operators.fisher import empirical_fisher as empirical_fisher
 
 # Operators that are given.
 from autodiff.operators.given import identity_like as identity_like

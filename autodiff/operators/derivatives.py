@@ -1,11 +1,11 @@
-"""Jacobians and Hessians as operators: one evaluation of the function is kept, and each product is a pull through it."""
+"""Jacobians and Hessians as operators: one evaluation of the function is kept, and each product pulls through it."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from autodiff import checks
 from autodiff._torch import MESSAGES, compiling, functorch_active
@@ -13,16 +13,17 @@ from autodiff.core.call import Call
 from autodiff.core.chunks import Sizes
 from autodiff.core.linearization import Linearization, gradient, linearize, linearize_derivative
 from autodiff.core.reverse import conjugated
+from autodiff.operators.elementary import Elementary
 from autodiff.operators.lazy import lazy
 from autodiff.operators.linear_map import tree_class
-from autodiff.operators.operator import Elementary
+from autodiff.operators.operator import Operator
 from autodiff.operators.space import Leaves, Space
 from autodiff.types import Argnums, Wrt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
+
+T = TypeVar("T")
 
 # So many vectors go through a graph in one batch that its largest cotangent takes this many bytes: a heuristic. Then
 # what an operation costs in itself no longer counts, and a batch only costs the memory that it moves. 32 products with
@@ -32,13 +33,17 @@ _ENOUGH_PER_OPERATION = 384 * 2**10
 
 @dataclass(frozen=True)
 class Options:
-    """What a derivative is taken of, and how: the options of the transform that would form the matrix."""
+    """What a derivative is taken of, and how: the options of the transform that would form the matrix.
+
+    ``caller`` is the public name in messages, where that is not the derivative's own.
+    """
 
     func: Callable[..., Any]
     argnums: Argnums = 0
     has_aux: bool = False
     holomorphic: bool = False
     wrt: Wrt = None
+    caller: str = ""
 
 
 class Evaluation(NamedTuple):
@@ -48,8 +53,22 @@ class Evaluation(NamedTuple):
     push: Callable[[Leaves], Leaves] | None = None
 
 
+def kept_outside_transforms(operator: Operator, name: str, compute: Callable[[], T]) -> T:
+    """What was computed for an operator once, or is computed now.
+
+    It is kept where no transform is active: what is recorded inside one must not outlive it, and the operator may come
+    from outside.
+    """
+    kept: T | None = operator.__dict__.get(name)
+    if kept is None:
+        kept = compute()
+        if compiling() or not functorch_active():
+            operator.__dict__[name] = kept
+    return kept
+
+
 class Derivative(Elementary):
-    """A derivative of a function at the arguments of a call, which is evaluated once, when a product is first needed."""
+    """A derivative of a function at the arguments of a call; it is evaluated once, when a product is first needed."""
 
     options: Options
     args: tuple[Any, ...]
@@ -64,7 +83,7 @@ class Derivative(Elementary):
     @lazy
     def _call(self) -> Call:
         one = self.options
-        name = f"operators.{self.kind}"
+        name = one.caller or f"operators.{self.kind}"
         call = Call(name, one.func, self.args, self.kwargs, one.argnums, one.has_aux, one.wrt)
         checks.holomorphic_dtypes(name, call.primals, one.holomorphic, "inputs")
         return call
@@ -76,13 +95,7 @@ class Derivative(Elementary):
     @property
     def evaluated(self) -> Evaluation:
         """The function, or its gradient, evaluated once."""
-        kept: Evaluation | None = self.__dict__.get("_evaluation")
-        if kept is None:
-            kept = self._evaluate(self._call)
-            # What is recorded inside a transform must not outlive it, and this operator may come from outside.
-            if compiling() or not functorch_active():
-                self.__dict__["_evaluation"] = kept
-        return kept
+        return kept_outside_transforms(self, "_evaluation", lambda: self._evaluate(self._call))
 
     def prepared(self) -> Self:
         self.__dict__["_evaluation"] = self.evaluated

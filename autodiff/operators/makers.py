@@ -11,17 +11,17 @@ from autodiff.operators.derivatives import HessianOperator, JacobianOperator, Op
 from autodiff.operators.operator import Operator
 from autodiff.types import Argnums, Wrt
 
-Made = TypeVar("Made", bound=Operator, covariant=True)
+Made_co = TypeVar("Made_co", bound=Operator, covariant=True)
 
 
 @dataclass(frozen=True)
-class Maker(Generic[Made]):
+class Maker(Generic[Made_co]):
     """What makes an operator at the arguments of the function."""
 
-    kind: type[Made]
+    kind: type[Made_co]
     options: Options
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Made:
+    def __call__(self, *args: Any, **kwargs: Any) -> Made_co:
         """The operator at these arguments; the function runs now, and its graph lives as long as the operator."""
         operator = self.kind(self.options, args, kwargs)  # type: ignore[call-arg]
         operator.prepared()

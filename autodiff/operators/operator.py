@@ -5,8 +5,7 @@ Provides `Operator`, from which all operators are made, and the operators that a
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,9 +13,8 @@ from torch import Tensor
 
 from autodiff import checks
 from autodiff.core.call import matching, spread
-from autodiff.core.chunks import Sizes
 from autodiff.operators.lazy import lazy
-from autodiff.operators.linear_map import LinearMap, in_batches, tree_class
+from autodiff.operators.linear_map import LinearMap, tree_class
 from autodiff.operators.space import Leaves, Space
 
 
@@ -86,14 +84,14 @@ class Operator(LinearMap):
         return Conjugate(self.H) if self.dtype.is_complex else self.H
 
     def __add__(self, other: Any) -> Operator:
-        if isinstance(other, Operator):
-            checks.same_space("A + B", "B.domain", other.domain, "A.domain", self.domain)
-            checks.same_space("A + B", "B.codomain", other.codomain, "A.codomain", self.codomain)
-            return Sum((*_terms(self), *_terms(other)))
-        if not _is_scalar(other):
+        if _is_scalar(other):
+            checks.square_operator("A + a number", self.name, self.domain, self.codomain)
+            other = Identity(self.domain) * other
+        if not isinstance(other, Operator):
             return NotImplemented
-        checks.square_operator("A + a number", self.name, self.domain, self.codomain)
-        return self + other * Identity(self.domain)
+        checks.same_space("A + B", "B.domain", other.domain, "A.domain", self.domain)
+        checks.same_space("A + B", "B.codomain", other.codomain, "A.codomain", self.codomain)
+        return Sum((*_terms(self), *_terms(other)))
 
     __radd__ = __add__
 
@@ -107,13 +105,13 @@ class Operator(LinearMap):
     __rmul__ = __mul__
 
     def __neg__(self) -> Operator:
-        return self * -1
+        return Scaled(-1, self)
 
     def __sub__(self, other: Any) -> Operator:
-        return self + (-other)
+        return self.__add__(-other)
 
     def __rsub__(self, other: Any) -> Operator:
-        return -self + other
+        return Scaled(-1, self).__add__(other)
 
     def __truediv__(self, other: Any) -> Operator:
         return self * (1 / other) if _is_scalar(other) else NotImplemented
@@ -171,26 +169,8 @@ class Identity(Operator):
         return vectors
 
 
-class Elementary(Operator):
-    """An operator that multiplies one vector at a time, and several of them in batches."""
-
-    @abstractmethod
-    def product(self, *, adjoint: bool) -> Callable[[Leaves], Leaves]:
-        """What multiplies one vector. All that the products have in common is done before this returns."""
-
-    def at_once(self) -> Sizes:
-        """How many vectors are multiplied in one batch."""
-        return Sizes(None)
-
-    def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
-        product = self.product(adjoint=adjoint)
-        if count is None:
-            return product(vectors)
-        return in_batches(product, self.codomain if adjoint else self.domain, vectors, count, self.at_once())
-
-
-class _Wrapping(Operator):
-    """An operator that is like another one in all but its products."""
+class Wrapping(Operator):
+    """An operator that is like another one in all but a few things."""
 
     operand: Operator
 
@@ -218,10 +198,13 @@ class _Wrapping(Operator):
     def cost(self) -> float:
         return self.operand.cost
 
+    def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
+        return self.operand.multiply(vectors, adjoint=adjoint, count=count)
+
 
 @tree_class("operand")
 @dataclass(eq=False, repr=False)
-class Adjoint(_Wrapping):
+class Adjoint(Wrapping):
     """The conjugate transpose of an operator."""
 
     operand: Operator
@@ -248,7 +231,7 @@ class Adjoint(_Wrapping):
 
 @tree_class("operand")
 @dataclass(eq=False, repr=False)
-class Conjugate(_Wrapping):
+class Conjugate(Wrapping):
     """The complex conjugate of an operator: with the adjoint it makes the transpose."""
 
     operand: Operator
@@ -267,7 +250,7 @@ def _conjugated(leaves: Leaves) -> list[Tensor | None]:
 
 @tree_class("factor", "operand")
 @dataclass(eq=False, repr=False)
-class Scaled(_Wrapping):
+class Scaled(Wrapping):
     """A number times an operator."""
 
     factor: Any
@@ -405,7 +388,7 @@ def _are_adjoint(one: Operator, other: Operator) -> bool:
 
 @tree_class("operand")
 @dataclass(eq=False, repr=False)
-class Block(_Wrapping):
+class Block(Wrapping):
     """The block of some leaves of the codomain and some of the domain."""
 
     operand: Operator

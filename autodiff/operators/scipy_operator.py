@@ -25,7 +25,8 @@ def scipy_operator(operator: Any) -> Any:
         raise ImportError("A.to_scipy(): expected SciPy to be installed. Run pip install scipy.") from error
     if operator.dtype not in _IN_NUMPY:
         raise DtypeError(
-            f"A.to_scipy(): expected a dtype that NumPy has, got {operator.dtype}. Make the operator at float32 tensors."
+            f"A.to_scipy(): expected a dtype that NumPy has, got {operator.dtype}. Make the operator at float32 "
+            f"tensors."
         )
     dtype = np.dtype(str(operator.dtype).removeprefix("torch."))
 
@@ -40,7 +41,7 @@ def scipy_operator(operator: Any) -> Any:
         return multiply
 
     multiply = in_numpy(operator.matmat, operator.domain)
-    multiply_adjoint = in_numpy(lambda matrix: operator.H.matmat(matrix), operator.codomain)
+    multiply_adjoint = in_numpy(operator.H.matmat, operator.codomain)
     return LinearOperator(
         operator.shape,
         matvec=multiply,

@@ -33,7 +33,7 @@ class Vectors(NamedTuple):
 
     form: Form
     leaves: Leaves
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count, which nobody needs here
 
 
 @dataclass(frozen=True)
