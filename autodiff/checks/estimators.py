@@ -11,10 +11,10 @@ from autodiff.core import trees
 from autodiff.errors import DefiniteError, DtypeError, LeafError, OptionError, RuleError
 
 
-def operator(name: str, A: object) -> None:
-    if not hasattr(A, "matmat"):
+def operator(name: str, value: object) -> None:
+    if not hasattr(value, "matmat"):
         raise LeafError(
-            f"{name}: expected an operator, got {type(A).__name__}. Make one by operators.hessian(loss)(params), "
+            f"{name}: expected an operator, got {type(value).__name__}. Make one by operators.hessian(loss)(params), "
             f"or of a matrix by operators.from_matrix(M)."
         )
 
@@ -31,8 +31,8 @@ def untraced_drawing(name: str) -> None:
     if compiling():
         stop_tracing(
             f"{name}: torch.compile traces the call. Expected a call outside of what is compiled: it draws random "
-            f"vectors outside of all transforms, and its iterations end by numbers, which no tracer can follow. Compile with "
-            f"fullgraph=False, which runs it uncompiled, or compile the function that the operator is made of."
+            f"vectors outside of all transforms, and its iterations end by numbers, which no tracer follows. Compile "
+            f"with fullgraph=False, which runs it uncompiled, or compile the function that the operator is made of."
         )
 
 
@@ -43,8 +43,8 @@ def one_kind_of_number(name: str, operator_name: str, space: Any) -> None:
         i = kinds.index(not kinds[0])
         raise DtypeError(
             f"{name}: expected the domain of {operator_name} to be real or complex in all leaves, got "
-            f"{space.leaves[0].dtype} at {space.paths[0]} and {space.leaves[i].dtype} at {space.paths[i]}. Take blocks of it, as in "
-            f"A[{space.paths[0]!r}, {space.paths[0]!r}]."
+            f"{space.leaves[0].dtype} at {space.paths[0]} and {space.leaves[i].dtype} at {space.paths[i]}. "
+            f"Take blocks of it, as in A[{space.paths[0]!r}, {space.paths[0]!r}]."
         )
 
 

@@ -19,7 +19,6 @@ from autodiff.operators.probes import (
     Distribution,
     computed_in,
     drawing,
-    ready,
     standard_error,
 )
 from autodiff.operators.quadrature import log_samples
@@ -71,8 +70,8 @@ def trace(
       and a third estimates the rest. Where the eigenvalues decay, it needs far fewer products.
     - ``"xtrace"``: half of the products find the space, half multiply it; each probe in turn is left out of the space,
       and estimates the rest. It is the most accurate one where the eigenvalues decay.
-    - ``"exact"``: a product for each vector of the standard basis. So do the two before where their space would have all
-      dimensions of the domain.
+    - ``"exact"``: a product for each vector of the standard basis. So do the two before where their space would have
+      all dimensions of the domain.
 
     The spaces take the memory of their vectors; what needs none is multiplied in batches of 64 MiB of probes.
 
@@ -124,12 +123,12 @@ def trace(
     probes = drawing(name, A, distribution or ("sphere" if method == "xtrace" else "rademacher"), generator)
     match method:
         case "hutchinson":
-            forms = quadratic_forms(ready(A), probes, samples)
+            forms = quadratic_forms(A.prepared(), probes, samples)
             return _scalar(forms.mean(), standard_error(forms), A)
         case "hutch++":
-            return _scalar(*hutch_plus_plus(ready(A), probes, samples), A)
+            return _scalar(*hutch_plus_plus(A.prepared(), probes, samples), A)
         case "xtrace":
-            return _scalar(*xtrace(ready(A), probes, samples), A)
+            return _scalar(*xtrace(A.prepared(), probes, samples), A)
         case "exact":
             raise AssertionError("computed above")
         case _:
@@ -238,7 +237,7 @@ def diagonal(
         estimate = A.diagonal()
         return Estimate(estimate, _tree(torch.zeros(space.size, device=space.device), space, real=True))
     probes = drawing(name, A, "rademacher", generator)
-    mean, error = (hutchinson_diagonal if method == "hutchinson" else xdiag)(ready(A), probes, samples)
+    mean, error = (hutchinson_diagonal if method == "hutchinson" else xdiag)(A.prepared(), probes, samples)
     return Estimate(_tree(mean, space), _tree(error, space, real=True))
 
 
@@ -338,8 +337,8 @@ def frobenius_norm(
             the same estimate. Inside ``vmap`` all samples of the batch share the probes.
 
     Returns:
-        ``(estimate, standard_error)``: real tensors of shape ``()``. The square is unbiased, so the norm is too small, by about
-        half of (standard error)^2 / norm; the standard error is that of the square over twice the norm. The
+        ``(estimate, standard_error)``: real tensors of shape ``()``. The square is unbiased; the norm is too small, by
+        about half of (standard error)^2 / norm. The standard error is that of the square over twice the norm. The
         estimate is differentiable, the standard error a constant.
 
     Raises:
@@ -350,9 +349,9 @@ def frobenius_norm(
     _check_options(name, A, method, ("hutchinson", "exact"), samples, distribution)
     dtype = computed_in(A.dtype)
     if method == "exact":
-        return _scalar(exact_norm(ready(A), dtype), None, A)
+        return _scalar(exact_norm(A.prepared(), dtype), None, A)
     probes = drawing(name, A, distribution or "rademacher", generator)
-    A = ready(A)
+    A = A.prepared()
     norms = [torch.linalg.vector_norm(A.matmat(Z).to(dtype), dim=0) for Z in probes.batches(samples)]
     # Of norms the norm: at zero its derivative is zero, that of a root of squares NaN.
     each = torch.cat(norms)

@@ -23,7 +23,7 @@ class _Space(NamedTuple):
     """The space of some products, and the spaces of all of them but one.
 
     ``Q`` are orthonormal columns, zeros beyond the rank. Column i of ``own`` are the coordinates in Q of the unit
-    vector that leaves the space when product i is left out, zeros where none does. ``ranks`` are the dimensions without it.
+    vector that leaves the space when product i is left out, zeros where none does. ``ranks`` are the dimensions then.
 
     # Q: [n, k], own: [k, k], ranks: [k]
     """

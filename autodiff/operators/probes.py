@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from autodiff import checks
-from autodiff._torch import OutsideTransforms, compiling, functorch_active
-from autodiff.core import trees
-from autodiff.operators.derivatives import Derivative
+from autodiff._torch import OutsideTransforms, compiling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,23 +74,6 @@ def drawing(name: str, A: Operator, distribution: Distribution, generator: torch
     checks.untraced_drawing(name)
     checks.one_kind_of_number(name, A.name, A.domain)
     return Drawing(A.domain, distribution, generator)
-
-
-def ready(A: Operator) -> Operator:
-    """The operator, ready for several products: a copy, where it would evaluate its function for each of them.
-
-    That is where it was put together from its leaves. What it records inside a transform must not outlive that.
-    """
-    if not functorch_active() or _is_ready(A):
-        return A
-    leaves, spec = trees.flatten(A)
-    copy: Operator = trees.unflatten(spec, leaves)
-    return copy.prepared()
-
-
-def _is_ready(A: Operator) -> bool:
-    own = not isinstance(A, Derivative) or "_evaluation" in vars(A)
-    return own and all(_is_ready(part) for part in A.parts)
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ from autodiff._torch import fully_unwrapped
 from autodiff.core.rules import Rules, attach, is_tracked
 from autodiff.core.seeds import generic_vector
 from autodiff.core.specs import TensorSpec
-from autodiff.operators.probes import computed_in, constant_product, ready
+from autodiff.operators.probes import computed_in, constant_product
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,7 +57,7 @@ def gauss_rules(
 ) -> Iterator[GaussRules]:
     """The rules of ``count`` probes, as many at a time as fit; fewer steps where the space has no more dimensions."""
     checks.square_operator(name, A.name, A.domain, A.codomain)
-    A = ready(A)
+    A = A.prepared()
     if check and not A.symmetric:
         _check_symmetric(name, A)
     steps = min(steps, A.domain.size)
@@ -146,13 +146,13 @@ class Undifferentiable(Rules):
     def __init__(self, name: str, what: str, way_out: str) -> None:
         self._texts = name, what, way_out
 
-    def pull(  # noqa: D102
+    def pull(
         self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         del saved, cotangents, wanted
         checks.raise_undifferentiable(*self._texts)
 
-    def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:  # noqa: D102
+    def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         del saved, tangents
         checks.raise_undifferentiable(*self._texts)
 
@@ -168,13 +168,13 @@ class _LogDerivative(Rules):
         solutions: Tensor = attach(self._once, [saved[1]], [saved[0]])[0]
         return solutions
 
-    def pull(  # noqa: D102
+    def pull(
         self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         del wanted
         (cotangent,) = cotangents
         return [None if cotangent is None else cotangent * self._solutions(saved), None]
 
-    def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:  # noqa: D102
+    def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         tangent = tangents[0]
         return [None if tangent is None else (self._solutions(saved).conj() * tangent).sum(0).real]
