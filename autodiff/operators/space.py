@@ -168,8 +168,8 @@ class Space:
         # leaf: [k, *shape] -> [size, k]
         """
         flat = [
-            leaf.reshape((count, -1 if leaf.numel() else 0)).to(self.dtype)
-            for leaf in self.dense(rows, count)
+            leaf.reshape((count, size)).to(self.dtype)
+            for leaf, size in zip(self.dense(rows, count), self.sizes, strict=True)
         ]
         return (flat[0] if len(flat) == 1 else torch.cat(flat, 1)).mT
 
