@@ -235,6 +235,16 @@ class RuleError(AutodiffError, RuntimeError, TypeError):
     """
 
 
+class DefiniteError(AutodiffError, RuntimeError, ValueError):
+    """An operator is not positive definite where it has to be.
+
+    >>> import torch, autodiff
+    >>> autodiff.operators.logdet(autodiff.operators.diagonal(torch.tensor([1.0, -2.0])))
+    Traceback (most recent call last):
+    autodiff.errors.DefiniteError: operators.logdet: expected a symmetric positive definite operator, ...
+    """
+
+
 class CloneError(AutodiffError, RuntimeError):
     """A module has an attribute that leads back to it and cannot be cloned, or it calls a layer that was not cloned.
 
@@ -345,6 +355,17 @@ class BudgetWarning(UserWarning):
     ...     sums = autodiff.per_sample(lambda x: x.sin().sum(), memory="1kB")(torch.ones(3, 1000))
     >>> caught[0].message
     BudgetWarning('per_sample: ...')
+    """
+
+
+class DataError(AutodiffError, ValueError, RuntimeError):
+    """A data set that is gone through for every product of an operator is not the same each time.
+
+    >>> import torch, autodiff
+    >>> batches = (torch.ones(2) for _ in range(3))
+    >>> autodiff.operators.hessian(torch.sum).over(batches)
+    Traceback (most recent call last):
+    autodiff.errors.DataError: operators.over(sum): expected batches that can be gone through for every product, ...
     """
 
 
