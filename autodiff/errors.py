@@ -202,7 +202,7 @@ class ForwardRuleError(AutodiffError, NotImplementedError, RuntimeError):
 
 
 class CaptureError(AutodiffError, RuntimeError):
-    """A checkpointed function captures a differentiated tensor in a way that cannot be followed.
+    """A checkpointed function, or the function of an operator, captures a differentiated tensor and hides it.
 
     >>> import torch, autodiff
     >>> def loss(w):
@@ -232,16 +232,6 @@ class RuleError(AutodiffError, RuntimeError, TypeError):
     >>> autodiff.grad(autodiff.custom_vjp(lambda x: x**2))(torch.ones(()))
     Traceback (most recent call last):
     autodiff.errors.RuleError: custom_vjp: <lambda> is differentiated, but has no rule. ...
-    """
-
-
-class DefiniteError(AutodiffError, RuntimeError, ValueError):
-    """An operator is not positive definite where it has to be.
-
-    >>> import torch, autodiff
-    >>> autodiff.operators.logdet(autodiff.operators.diagonal(torch.tensor([1.0, -2.0])))
-    Traceback (most recent call last):
-    autodiff.errors.DefiniteError: operators.logdet: expected a symmetric positive definite operator, ...
     """
 
 
@@ -358,6 +348,17 @@ class BudgetWarning(UserWarning):
     """
 
 
+class DataError(AutodiffError, ValueError, RuntimeError):
+    """A data set that is gone through for every product of an operator is not the same each time.
+
+    >>> import torch, autodiff
+    >>> batches = (torch.ones(2) for _ in range(3))
+    >>> autodiff.operators.hessian(torch.sum).over(batches)
+    Traceback (most recent call last):
+    autodiff.errors.DataError: operators.over(sum): expected batches that can be gone through for every product, ...
+    """
+
+
 class ResumeError(AutodiffError, RuntimeError, ValueError):
     """A file holds the results of another run, or is not one of ``per_sample``'s.
 
@@ -366,4 +367,39 @@ class ResumeError(AutodiffError, RuntimeError, ValueError):
     ...     autodiff.per_sample(torch.sin)(torch.ones(2), out=file.name)
     Traceback (most recent call last):
     autodiff.errors.ResumeError: per_sample: ... exists, but has no journal of per_sample beside it. ...
+    """
+
+
+class SolverError(AutodiffError, RuntimeError, ArithmeticError):
+    """A solver cannot go on: the operator is not what its method needs, or its numbers are not finite.
+
+    >>> import torch, autodiff
+    >>> A = autodiff.operators.from_matrix(torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
+    >>> autodiff.operators.solve(A, torch.ones(2), "cg")
+    Traceback (most recent call last):
+    autodiff.errors.SolverError: operators.solve: expected a positive definite operator for method='cg', ...
+    """
+
+
+class SingularError(SolverError):
+    """A matrix has no inverse, such as the Jacobian of an equation whose solution is differentiated.
+
+    >>> import torch, autodiff
+    >>> fit = autodiff.operators.minimum(lambda x, a: (x.sum() - a) ** 2)(lambda start, a: start + a / 2)
+    >>> autodiff.grad(lambda a: fit(torch.zeros(2), a).sum())(torch.ones(()))
+    Traceback (most recent call last):
+    autodiff.errors.SingularError: operators.minimum: ...
+    """
+
+
+class ConvergenceWarning(UserWarning):
+    """An iteration ended before its result was as exact as was asked for.
+
+    >>> import torch, autodiff, warnings
+    >>> A = autodiff.operators.diagonal(torch.tensor([1.0, 2.0, 3.0]))
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     x = autodiff.operators.solve(A, torch.ones(3), "cg", maxiter=1)
+    >>> caught[0].message
+    ConvergenceWarning('operators.solve: cg has not converged after 1 of 1 steps: ...
     """

@@ -4,9 +4,21 @@ The first parameter of each is the public name that the user called. A message h
 path, what was expected, what came, and the way out. Phrases by which programs know torch.func's errors are kept.
 """
 
+from autodiff.checks.data_sets import data_set as data_set
+from autodiff.checks.data_sets import differentiated_outside_of_batches as differentiated_outside_of_batches
+from autodiff.checks.data_sets import raise_no_batches as raise_no_batches
+from autodiff.checks.data_sets import raise_not_additive as raise_not_additive
+from autodiff.checks.data_sets import raise_other_batch as raise_other_batch
+from autodiff.checks.data_sets import raise_varying as raise_varying
+from autodiff.checks.data_sets import raise_writes as raise_writes
+from autodiff.checks.data_sets import reduction as reduction
+from autodiff.checks.data_sets import same_length as same_length
+from autodiff.checks.data_sets import samples_of_batch as samples_of_batch
+from autodiff.checks.data_sets import tensors_to_cut as tensors_to_cut
+from autodiff.checks.data_sets import untraced_data as untraced_data
+from autodiff.checks.data_sets import unwritten_arguments as unwritten_arguments
 from autodiff.checks.estimators import enough_samples as enough_samples
 from autodiff.checks.estimators import one_kind_of_number as one_kind_of_number
-from autodiff.checks.estimators import operator as operator
 from autodiff.checks.estimators import raise_coarse_grid as raise_coarse_grid
 from autodiff.checks.estimators import raise_fixed_distribution as raise_fixed_distribution
 from autodiff.checks.estimators import raise_grid as raise_grid
@@ -16,6 +28,13 @@ from autodiff.checks.estimators import raise_options_of_operator as raise_option
 from autodiff.checks.estimators import raise_undifferentiable as raise_undifferentiable
 from autodiff.checks.estimators import raise_width as raise_width
 from autodiff.checks.estimators import untraced_drawing as untraced_drawing
+from autodiff.checks.implicit import holds_at_answer as holds_at_answer
+from autodiff.checks.implicit import like_start as like_start
+from autodiff.checks.implicit import raise_captured_inside as raise_captured_inside
+from autodiff.checks.implicit import raise_singular as raise_singular
+from autodiff.checks.implicit import raise_solver_wrote as raise_solver_wrote
+from autodiff.checks.implicit import raise_unused_keyword as raise_unused_keyword
+from autodiff.checks.implicit import real_minimum as real_minimum
 from autodiff.checks.jacobians import jacobian_block as jacobian_block
 from autodiff.checks.jacobians import raise_jacobian_of_other_inputs as raise_jacobian_of_other_inputs
 from autodiff.checks.jacobians import shape as shape
@@ -56,6 +75,22 @@ from autodiff.checks.outputs import raise_independent as raise_independent
 from autodiff.checks.outputs import raise_nonlinear_backward as raise_nonlinear_backward
 from autodiff.checks.outputs import scalar_output as scalar_output
 from autodiff.checks.outputs import tensor_outputs as tensor_outputs
+from autodiff.checks.solvers import disjoint_blocks as disjoint_blocks
+from autodiff.checks.solvers import number_of_starts as number_of_starts
+from autodiff.checks.solvers import operator as operator
+from autodiff.checks.solvers import positive_number as positive_number
+from autodiff.checks.solvers import raise_indefinite as raise_indefinite
+from autodiff.checks.solvers import raise_no_inverse as raise_no_inverse
+from autodiff.checks.solvers import raise_not_finite as raise_not_finite
+from autodiff.checks.solvers import raise_not_positive_for as raise_not_positive_for
+from autodiff.checks.solvers import raise_not_symmetric_for as raise_not_symmetric_for
+from autodiff.checks.solvers import raise_preconditioner_not_positive as raise_preconditioner_not_positive
+from autodiff.checks.solvers import raise_right_side_not_finite as raise_right_side_not_finite
+from autodiff.checks.solvers import rank as rank
+from autodiff.checks.solvers import solver_dtypes as solver_dtypes
+from autodiff.checks.solvers import square_system as square_system
+from autodiff.checks.solvers import tolerance as tolerance
+from autodiff.checks.solvers import untraced_iteration as untraced_iteration
 from autodiff.checks.vectors import flat_vectors as flat_vectors
 from autodiff.checks.vectors import matching_leaf as matching_leaf
 from autodiff.checks.vectors import matching_structure as matching_structure

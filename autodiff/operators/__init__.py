@@ -25,6 +25,20 @@ from autodiff.operators.given import identity_like as identity_like
 from autodiff.operators.given import from_matrix as from_matrix
 from autodiff.operators.given import from_matvec as from_matvec
 
+# Linear equations.
+from autodiff.operators.solve import solve as solve
+from autodiff.operators.solve import SolveInfo as SolveInfo
+
+# Preconditioners.
+from autodiff.operators.preconditioners import jacobi as jacobi
+from autodiff.operators.preconditioners import block_jacobi as block_jacobi
+from autodiff.operators.preconditioners import nystrom as nystrom
+
+# Solutions that are differentiated by what holds for them.
+from autodiff.operators.root import root as root
+from autodiff.operators.root import fixed_point as fixed_point
+from autodiff.operators.root import minimum as minimum
+
 # Numbers and functions of an operator, estimated by random vectors. Of a tree, diagonal makes the diagonal operator.
 from autodiff.operators.estimators import trace as trace
 from autodiff.operators.estimators import diagonal as diagonal

@@ -10,13 +10,13 @@ from torch import Tensor
 from autodiff import checks
 from autodiff._torch import fully_unwrapped
 from autodiff.core.rules import attach, is_tracked
+from autodiff.operators.operator import Operator
 from autodiff.operators.probes import drawing, standard_error
 from autodiff.operators.quadrature import Undifferentiable, gauss_rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from autodiff.operators.operator import Operator
     from autodiff.operators.quadrature import GaussRules
 
 # The grid reaches so many widths beyond the spectrum: what lies outside is less than 1e-6 of the density.
@@ -142,7 +142,8 @@ def spectral_density(
 
     Raises:
         ShapeError: the operator does not map a space to itself.
-        RuleError: it is not symmetric, or the density is differentiated.
+        SolverError: it is not symmetric.
+        RuleError: the density is differentiated.
         OptionError: ``probes`` or ``steps`` is not positive, or the grid too coarse for the width.
         DtypeError: some leaves of the domain are real and others complex.
 
@@ -151,7 +152,7 @@ def spectral_density(
     density", ICML (2019).
     """
     name = "operators.spectral_density"
-    checks.operator(name, A)
+    checks.operator(name, "A", A, Operator)
     checks.positive_int(name, "probes", probes, "It is how many random vectors there are.")
     checks.positive_int(name, "steps", steps, "It is how many products are computed with each probe.")
     if width is not None and not width > 0:
@@ -161,7 +162,7 @@ def spectral_density(
     elif grid is not None and (not isinstance(grid, Tensor) or grid.dim() != 1):
         checks.raise_grid(name, grid)
     drawn = drawing(name, A, "rademacher", generator)
-    nodes, weights = _rules(name, gauss_rules(name, A, drawn, probes, steps, check))
+    nodes, weights = _rules(name, gauss_rules(name, A.prepared(), drawn, probes, steps, check))
     sigma = _width(nodes.detach(), steps) if width is None else torch.full_like(nodes[0, 0].detach(), width)
     if isinstance(grid, Tensor):
         points = grid.to(nodes)
