@@ -259,6 +259,31 @@ class BufferWarning(UserWarning):
     """
 
 
+class ConvergenceWarning(UserWarning):
+    """An iteration stopped before its result was as good as it should be.
+
+    >>> import torch, autodiff, warnings
+    >>> A = autodiff.operators.diagonal(torch.linspace(0, 1, 200))
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     values, vectors = autodiff.operators.eigsh(A, 1, maxiter=2)
+    >>> caught[0].message
+    ConvergenceWarning('operators.eigsh: ...')
+    """
+
+
+class DegeneracyError(AutodiffError, RuntimeError):
+    """The derivative of an eigenvector does not exist, since its eigenvalue is repeated.
+
+    >>> import torch, autodiff
+    >>> def last(d):
+    ...     return autodiff.operators.eigsh(autodiff.operators.diagonal(d), 1)[1].sum()
+    >>> autodiff.grad(last)(torch.ones(200))
+    Traceback (most recent call last):
+    autodiff.errors.DegeneracyError: operators.eigsh: ...
+    """
+
+
 class OptionError(AutodiffError, ValueError, RuntimeError):
     """An option has a value that is not allowed, such as ``chunk_size=0``.
 

@@ -12,11 +12,14 @@ from autodiff.checks.leaves import raise_no_differentiable_leaf as raise_no_diff
 from autodiff.checks.leaves import raise_not_a_tensor as raise_not_a_tensor
 from autodiff.checks.leaves import real_tensors as real_tensors
 from autodiff.checks.operators import block_patterns as block_patterns
+from autodiff.checks.operators import is_operator as is_operator
 from autodiff.checks.operators import losses_of_samples as losses_of_samples
 from autodiff.checks.operators import model_and_target as model_and_target
 from autodiff.checks.operators import raise_complex_factor as raise_complex_factor
+from autodiff.checks.operators import raise_degenerate as raise_degenerate
 from autodiff.checks.operators import raise_not_adjoint as raise_not_adjoint
 from autodiff.checks.operators import raise_not_convex as raise_not_convex
+from autodiff.checks.operators import raise_not_hermitian as raise_not_hermitian
 from autodiff.checks.operators import raise_not_linear as raise_not_linear
 from autodiff.checks.operators import raise_not_over_samples as raise_not_over_samples
 from autodiff.checks.operators import raise_not_positive as raise_not_positive
@@ -26,10 +29,13 @@ from autodiff.checks.operators import raise_unknown_likelihood as raise_unknown_
 from autodiff.checks.operators import same_space as same_space
 from autodiff.checks.operators import shown_function as shown_function
 from autodiff.checks.operators import square_operator as square_operator
+from autodiff.checks.operators import warn_not_converged as warn_not_converged
 from autodiff.checks.options import argnums as argnums
 from autodiff.checks.options import choice as choice
 from autodiff.checks.options import chunk_size as chunk_size
 from autodiff.checks.options import eigenvalue_count as eigenvalue_count
+from autodiff.checks.options import iteration_options as iteration_options
+from autodiff.checks.options import pair_count as pair_count
 from autodiff.checks.options import positive_int as positive_int
 from autodiff.checks.options import raise_argnum_out_of_range as raise_argnum_out_of_range
 from autodiff.checks.options import raise_repeated_argnums as raise_repeated_argnums
@@ -37,6 +43,7 @@ from autodiff.checks.options import raise_unknown_argname as raise_unknown_argna
 from autodiff.checks.options import raise_unmatched_wrt as raise_unmatched_wrt
 from autodiff.checks.options import randomness as randomness
 from autodiff.checks.options import untraced_call as untraced_call
+from autodiff.checks.options import untraced_iteration as untraced_iteration
 from autodiff.checks.options import wrt as wrt
 from autodiff.checks.outputs import advise as advise
 from autodiff.checks.outputs import aux_pair as aux_pair

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -9,7 +10,10 @@ from torch import Tensor
 
 from autodiff.errors import (
     ArgnumsError,
+    ConvergenceWarning,
+    DegeneracyError,
     DtypeError,
+    LeafError,
     OptionError,
     OutputError,
     RuleError,
@@ -157,3 +161,33 @@ def losses_of_samples(name: str, losses: Any) -> None:
             f"{name}: expected a function that returns one real tensor of shape () for a sample, so [N] for all, got "
             f"{came}. Write the loss of one sample."
         )
+
+
+def is_operator(name: str, kind: type, value: object) -> None:
+    """An operator, and not a matrix or a function."""
+    if not isinstance(value, kind):
+        raise LeafError(
+            f"{name}: expected an operator of autodiff.operators as A, got {type(value).__name__}. Make one: "
+            f"operators.from_matrix(M) of a matrix, operators.from_matvec(f, domain) of a function that multiplies."
+        )
+
+
+def raise_not_hermitian(name: str, operator: str) -> NoReturn:
+    raise RuleError(
+        f"{name}: expected an operator that equals its conjugate transpose, but <v, A u> is not <A v, u> for two vectors, "
+        f"where A is {operator}. Take svds(A), or eigsh of (A + A.H) / 2; check=False leaves the comparison out."
+    )
+
+
+def warn_not_converged(name: str, what: str, after: str, way_out: str) -> None:
+    """A warning with figures."""
+    message = f"{name}: expected convergence, but {what} not converged after {after}. {way_out}"
+    warnings.warn(message, ConvergenceWarning, stacklevel=4)
+
+
+def raise_degenerate(name: str, gap: float) -> NoReturn:
+    raise DegeneracyError(
+        f"{name}: expected a simple eigenvalue, since an eigenvector or a second derivative is differentiated, but two "
+        f"differ by {gap:.2g} alone, and their eigenvectors are no function of the operator. Differentiate what all of "
+        f"them have in common, such as the sum of their eigenvalues."
+    )

@@ -25,3 +25,7 @@ from autodiff.operators.given import diagonal as diagonal
 from autodiff.operators.given import identity_like as identity_like
 from autodiff.operators.given import from_matrix as from_matrix
 from autodiff.operators.given import from_matvec as from_matvec
+
+# What is done with them.
+from autodiff.operators.eigsh import eigsh as eigsh
+from autodiff.operators.svds import svds as svds
