@@ -124,23 +124,24 @@ def model_and_target(name: str, args: tuple[Any, ...]) -> None:
 
 def raise_not_convex(name: str, loss: str) -> NoReturn:
     raise RuleError(
-        f"{name}: expected a loss that is convex in the model's output, as promised, but the second derivative of {loss} "
-        f"is negative along a vector. Drop convex=True."
+        f"{name}: expected a loss that is convex in the model's output, as promised, but the second derivative of "
+        f"{loss} is negative along a vector. Drop convex=True."
     )
 
 
 def raise_unknown_likelihood(name: str, loss: str) -> NoReturn:
     raise OptionError(
         f"{name}: expected a loss whose targets have a known distribution: cross_entropy, mse_loss or "
-        f"binary_cross_entropy_with_logits of torch.nn.functional, a partial of one with keywords, or its module, without "
-        f"weights; got {loss}. Pass that function itself, pass samples=n and sample=, which draws targets, or take "
-        f"operators.gauss_newton."
+        f"binary_cross_entropy_with_logits of torch.nn.functional, a partial of one with keywords, or its "
+        f"module, without weights; got {loss}. Pass that function itself, pass samples=n and sample=, which draws "
+        f"targets, or take operators.gauss_newton."
     )
 
 
 def raise_samples_missing(name: str) -> NoReturn:
     raise OptionError(
-        f"{name}: expected samples, the number of targets to draw, with sample=, got samples=None. Pass samples=1 or more."
+        f"{name}: expected samples, the number of targets to draw, with sample=, got samples=None. Pass "
+        f"samples=1 or more."
     )
 
 

@@ -13,9 +13,10 @@ from autodiff.core.call import Call
 from autodiff.core.chunks import Sizes
 from autodiff.core.linearization import Linearization, gradient, linearize, linearize_derivative
 from autodiff.core.reverse import conjugated
+from autodiff.operators.elementary import Elementary
 from autodiff.operators.lazy import lazy
 from autodiff.operators.linear_map import tree_class
-from autodiff.operators.operator import Elementary, Operator
+from autodiff.operators.operator import Operator
 from autodiff.operators.space import Leaves, Space
 from autodiff.types import Argnums, Wrt
 

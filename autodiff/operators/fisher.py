@@ -85,7 +85,7 @@ class FisherOperator(BetweenJacobians):
             gradients.append(trees.leaves(slope(output, drawn)))
         leaves = [torch.stack([one[i] for one in gradients]) for i in space.positions]
         if one.sample is not None or likelihood is None:
-            terms = _count_of_mean(one.loss, output, drawn)
+            terms: int | Tensor = _count_of_mean(one.loss, output, drawn)
         else:
             terms = likelihood.terms(output, target) if likelihood.mean else 1
         return SecondMoment(tuple(leaves), terms / samples, space)
@@ -338,8 +338,8 @@ def empirical_fisher(
         wrt: which leaves to differentiate: a pattern of places (``"last.*"``, ``"*bias"``), or a tuple of patterns.
 
     Returns:
-        A function of all samples' arguments that returns the operator, which is positive semidefinite. The losses of the
-        samples are its ``values``, of shape ``[N]``.
+        A function of all samples' arguments that returns the operator, which is positive semidefinite. The losses
+        of the samples are its ``values``, of shape ``[N]``.
 
     Raises:
         OptionError: ``reduction`` has no documented value.

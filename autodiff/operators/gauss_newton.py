@@ -139,7 +139,8 @@ def gauss_newton(
 ) -> Maker[GaussNewtonOperator]:
     r"""Gauss-Newton matrix of a loss of a model: the Hessian without the second derivatives of the model.
 
-    .. math:: A = J^\top \, \nabla^2 \ell(f)\, J, \qquad f = \operatorname{model}(\theta, x), \quad J = \partial f / \partial \theta
+    .. math:: A = J^\top \, \nabla^2 \ell(f)\, J, \qquad f = \operatorname{model}(\theta, x), \quad
+        J = \partial f / \partial \theta
 
     The model runs once; a product is a pushforward, a product with the loss's Hessian in the output, and a pullback.
 

@@ -16,9 +16,10 @@ from autodiff.core import trees
 from autodiff.core.chunks import Sizes
 from autodiff.core.seeds import generic_vector
 from autodiff.core.transpose import LinearityCheck, transposed
+from autodiff.operators.elementary import Elementary
 from autodiff.operators.lazy import lazy
 from autodiff.operators.linear_map import tree_class
-from autodiff.operators.operator import Elementary, Identity, Operator
+from autodiff.operators.operator import Identity, Operator
 from autodiff.operators.space import Leaves, Space
 
 if TYPE_CHECKING:

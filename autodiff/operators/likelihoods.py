@@ -34,7 +34,10 @@ def _classes(ignored: int, output: Tensor, target: Tensor, generator: torch.Gene
     probabilities = _class_rows(output)
     rows = probabilities.reshape(-1, probabilities.shape[-1])
     drawn: Tensor = torch.multinomial(rows, 1, generator=generator).reshape(probabilities.shape[:-1])
-    return drawn if target.is_floating_point() else drawn.where(target != ignored, ignored)
+    if target.is_floating_point():
+        return drawn
+    kept: Tensor = drawn.where(target != ignored, ignored)
+    return kept
 
 
 def _counted_rows(ignored: int, output: Tensor, target: Tensor) -> int | Tensor:
@@ -46,7 +49,7 @@ def _counted_rows(ignored: int, output: Tensor, target: Tensor) -> int | Tensor:
 def _gaussian(output: Tensor, _: Any, generator: torch.Generator | None) -> Tensor:
     """Targets of a squared error without the factor 1/2: Gaussian, of variance 1/2."""
     noise = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
-    return output + noise * 0.5**0.5
+    return output.add(noise, alpha=0.5**0.5)
 
 
 def _bits(output: Tensor, _: Any, generator: torch.Generator | None) -> Tensor:

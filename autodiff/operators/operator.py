@@ -5,8 +5,7 @@ Provides `Operator`, from which all operators are made, and the operators that a
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,9 +13,8 @@ from torch import Tensor
 
 from autodiff import checks
 from autodiff.core.call import matching, spread
-from autodiff.core.chunks import Sizes
 from autodiff.operators.lazy import lazy
-from autodiff.operators.linear_map import LinearMap, in_batches, tree_class
+from autodiff.operators.linear_map import LinearMap, tree_class
 from autodiff.operators.space import Leaves, Space
 
 
@@ -169,24 +167,6 @@ class Identity(Operator):
     def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
         del adjoint, count
         return vectors
-
-
-class Elementary(Operator):
-    """An operator that multiplies one vector at a time, and several of them in batches."""
-
-    @abstractmethod
-    def product(self, *, adjoint: bool) -> Callable[[Leaves], Leaves]:
-        """What multiplies one vector. All that the products have in common is done before this returns."""
-
-    def at_once(self) -> Sizes:
-        """How many vectors are multiplied in one batch."""
-        return Sizes(None)
-
-    def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
-        product = self.product(adjoint=adjoint)
-        if count is None:
-            return product(vectors)
-        return in_batches(product, self.codomain if adjoint else self.domain, vectors, count, self.at_once())
 
 
 class Wrapping(Operator):
