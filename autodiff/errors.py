@@ -202,7 +202,7 @@ class ForwardRuleError(AutodiffError, NotImplementedError, RuntimeError):
 
 
 class CaptureError(AutodiffError, RuntimeError):
-    """A checkpointed function captures a differentiated tensor in a way that cannot be followed.
+    """A checkpointed function, or the function of an operator, captures a differentiated tensor and hides it.
 
     >>> import torch, autodiff
     >>> def loss(w):

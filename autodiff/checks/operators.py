@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -10,10 +9,8 @@ from torch import Tensor
 
 from autodiff.errors import (
     ArgnumsError,
-    ConvergenceWarning,
-    DegeneracyError,
+    CaptureError,
     DtypeError,
-    LeafError,
     OptionError,
     OutputError,
     RuleError,
@@ -164,31 +161,9 @@ def losses_of_samples(name: str, losses: Any) -> None:
         )
 
 
-def is_operator(name: str, kind: type, value: object) -> None:
-    """An operator, and not a matrix or a function."""
-    if not isinstance(value, kind):
-        raise LeafError(
-            f"{name}: expected an operator of autodiff.operators as A, got {type(value).__name__}. Make one: "
-            f"operators.from_matrix(M) of a matrix, operators.from_matvec(f, domain) of a function that multiplies."
-        )
-
-
-def raise_not_hermitian(name: str, operator: str) -> NoReturn:
-    raise RuleError(
-        f"{name}: expected an operator that equals its conjugate transpose, but <v, A u> is not <A v, u> for two vectors, "
-        f"where A is {operator}. Take svds(A), or eigsh of (A + A.H) / 2; check=False leaves the comparison out."
-    )
-
-
-def warn_not_converged(name: str, what: str, after: str, way_out: str) -> None:
-    """A warning with figures."""
-    message = f"{name}: expected convergence, but {what} not converged after {after}. {way_out}"
-    warnings.warn(message, ConvergenceWarning, stacklevel=4)
-
-
-def raise_degenerate(name: str, gap: float) -> NoReturn:
-    raise DegeneracyError(
-        f"{name}: expected a simple eigenvalue, since an eigenvector or a second derivative is differentiated, but two "
-        f"differ by {gap:.2g} alone, and their eigenvectors are no function of the operator. Differentiate what all of "
-        f"them have in common, such as the sum of their eigenvalues."
-    )
+def raise_captured_inside(name: str, cause: BaseException | None = None) -> NoReturn:
+    raise CaptureError(
+        f"{name}: a function captures a tensor that is differentiated, and hands it to a transform of its own, where "
+        f"it cannot be replaced. Expected an argument: pass the tensor to the function, or detach it where no "
+        f"derivative in it is needed."
+    ) from cause

@@ -27,32 +27,6 @@ def positive_int(name: str, option: str, value: object, meaning: str) -> None:
     raise OptionError(f"{name}: {option} is a positive int, got {value!r}. {meaning}")
 
 
-def eigenvalue_count(name: str, k: int, size: int) -> None:
-    if k > size:
-        raise OptionError(
-            f"{name}: k={k} eigenvalues are asked for, where the Hessian has {size}: one for each number of the "
-            f"differentiated leaves. Pass a smaller k, or differentiate more leaves by argnums or wrt."
-        )
-
-
-def pair_count(name: str, k: int, shape: tuple[int, int], what: str) -> None:
-    if k > min(shape):
-        raise OptionError(
-            f"{name}: k={k} {what} are asked for, where an operator of shape {list(shape)} has {min(shape)}. Pass a smaller k."
-        )
-
-
-def iteration_options(name: str, *, tol: object, **counts: object) -> None:
-    """A tolerance, and numbers of vectors and steps; None stands for a default."""
-    if tol is not None and not (isinstance(tol, int | float) and not isinstance(tol, bool) and tol >= 0):
-        raise OptionError(
-            f"{name}: expected tol to be None or a number that is at least 0, got {tol!r}. tol=0 iterates to rounding errors."
-        )
-    for option, count in counts.items():
-        if count is not None:
-            positive_int(name, option, count, "None takes the default.")
-
-
 def randomness(name: str, value: str) -> None:
     choice(name, "randomness", value, ("error", "different", "same"), opening="Only allowed values")
 
@@ -96,15 +70,6 @@ def untraced_call(name: str) -> None:
             f"{name}: torch.compile traces the call. Expected a call outside of what is compiled: it measures memory, "
             f"which no tracer can. Compile with fullgraph=False, which runs it uncompiled, or compile vmap of the "
             f"function, and call that in chunks of one size."
-        )
-
-
-def untraced_iteration(name: str) -> None:
-    if compiling():
-        stop_tracing(
-            f"{name}: torch.compile traces the call. Expected a call outside of what is compiled: how long it iterates "
-            f"depends on numbers, which no tracer knows. Compile with fullgraph=False, which runs it uncompiled, or compile "
-            f"the function that the operator is made of."
         )
 
 

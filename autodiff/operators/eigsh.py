@@ -176,7 +176,7 @@ class Problem:
     def check(self, *, symmetric: bool) -> None:
         """Raise where the operator or the numbers do not fit."""
         name, A = self.name, self.A
-        checks.is_operator(name, Operator, A)
+        checks.operator(name, "A", A, Operator)
         checks.untraced_iteration(name)
         checks.square_operator(name, A.name, A.domain, A.codomain)
         checks.positive_int(name, "k", self.k, "Ask for at least one eigenvalue.")

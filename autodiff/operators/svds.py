@@ -101,7 +101,7 @@ def svds(
         DegeneracyError: the derivative of a singular vector whose singular value is repeated, when it is computed.
     """
     name = "operators.svds"
-    checks.is_operator(name, Operator, A)
+    checks.operator(name, "A", A, Operator)
     checks.untraced_iteration(name)
     checks.positive_int(name, "k", k, "Ask for at least one singular value.")
     checks.pair_count(name, k, A.shape, "singular values")
