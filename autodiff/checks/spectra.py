@@ -80,9 +80,9 @@ def warn_not_converged(name: str, what: str, after: str, way_out: str) -> None:
     warnings.warn(message, ConvergenceWarning, stacklevel=4)
 
 
-def raise_degenerate(name: str, gap: float) -> NoReturn:
+def raise_degenerate(name: str, came: str) -> NoReturn:
     raise DegeneracyError(
-        f"{name}: expected simple eigenvalues, since their vectors or second derivatives are differentiated, but two "
-        f"differ by no more than {gap:.2g} of the largest, and have no vectors of their own. Differentiate what depends "
-        f"on all of them alike, such as their sum."
+        f"{name}: expected simple eigenvalues, since their vectors or second derivatives are differentiated, but {came}. "
+        f"A vector of a repeated eigenvalue is no function of the operator. Differentiate what depends on all of the "
+        f"vectors alike, such as the sum of the eigenvalues."
     )

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from autodiff import checks
 from autodiff._torch import compiling, fully_unwrapped
+from autodiff.core.progress import Progress
 from autodiff.core.rules import is_tracked
-from autodiff.operators.eigenpairs import with_derivatives
+from autodiff.operators.eigenpairs import Eigenpairs
 from autodiff.operators.lanczos import (
     Dimensions,
     Ritz,
@@ -144,7 +145,7 @@ def eigsh(
     Appl. 22 (2000).
     """
     name = "operators.eigsh"
-    problem = Problem(name, A, k, which)
+    problem = Problem(name, A, k, which, progress=progress)
     problem.check(symmetric=check)
     checks.iteration_options(name, tol=tol, maxiter=maxiter, ncv=ncv, block=block)
     if problem.worth_forming(problem.dimensions(ncv, block)):
@@ -155,7 +156,10 @@ def eigsh(
         limit = problem.until(tol, maxiter)
         ritz = problem.solved(start, dimensions, limit)
         problem.warn(ritz, limit)
-        values, vectors = problem.differentiated(ritz)
+        values, vectors = ritz.values, ritz.vectors
+        if problem.tracked:
+            pairs = Eigenpairs(name, A, values, vectors)
+            values, vectors = pairs.values, pairs.vectors
     if not residuals:
         return values.to(problem.real_dtype), vectors.to(A.dtype)
     norms = (problem.multiply(vectors) - vectors * values).norm(dim=0)
@@ -172,12 +176,15 @@ class Problem:
     which: Which
     # Whether the operator is differentiated, once this is known.
     tracked: bool | None = None
+    progress: bool = False
 
     def check(self, *, symmetric: bool) -> None:
         """Raise where the operator or the numbers do not fit."""
         name, A = self.name, self.A
         checks.operator(name, "A", A, Operator)
         checks.untraced_iteration(name)
+        if self.progress:
+            Progress.check(name)
         checks.square_operator(name, A.name, A.domain, A.codomain)
         checks.positive_int(name, "k", self.k, "Ask for at least one eigenvalue.")
         checks.choice(name, "which", self.which, ("LA", "SA", "LM", "BE"))
@@ -266,16 +273,16 @@ class Problem:
                     self.tracked = compiling() or is_tracked(product)
             return product.detach()
 
-        with torch.no_grad():
-            ritz = lanczos(multiply, start, self.k, self.which, dimensions, until)
-            values, vectors = self.picked_pairs(ritz.values, ritz.vectors)
-            return ritz._replace(values=values, vectors=vectors)
+        with torch.no_grad(), Progress(self.name, None, 0, unit="product", shown=self.progress) as bar:
 
-    def differentiated(self, ritz: Ritz) -> tuple[Tensor, Tensor]:
-        """The eigenpairs as they depend on the operator."""
-        if not self.tracked:
-            return ritz.values, ritz.vectors
-        return with_derivatives(self.name, self.A, ritz.values, ritz.vectors)
+            def report(residuals: Tensor) -> None:
+                bar.advance(1, f"residual {float(fully_unwrapped(residuals).max()):.1e}")
+
+            found = lanczos(
+                multiply, start, self.k, self.which, dimensions, until, report if self.progress else None
+            )
+            values, vectors = self.picked_pairs(found.values, found.vectors)
+            return found._replace(values=values, vectors=vectors)
 
     def warn(self, ritz: Ritz, until: Until) -> None:
         """Say so where the eigenpairs have not converged."""

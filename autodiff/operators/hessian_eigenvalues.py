@@ -11,6 +11,7 @@ from autodiff import checks
 from autodiff._torch import compiling
 from autodiff.core.call import wraps
 from autodiff.operators.derivatives import HessianOperator, Options
+from autodiff.operators.eigenpairs import Eigenpairs
 from autodiff.operators.eigsh import Problem
 from autodiff.operators.lanczos import Dimensions, Until
 from autodiff.types import P
@@ -111,5 +112,5 @@ def _outermost(problem: Problem, width: int, steps: int) -> Tensor:
     # Nothing depends on numbers where the call is traced. Elsewhere the iterations end when nothing but rounding is left.
     until = Until(steps, None if compiling() else 0.0, problem.until(None, None).floor)
     ritz = problem.solved(problem.start(width), dimensions, until)
-    values, _ = problem.differentiated(ritz)
+    values = Eigenpairs(problem.name, A, ritz.values, ritz.vectors).values if problem.tracked else ritz.values
     return values.to(A.dtype)

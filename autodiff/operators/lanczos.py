@@ -57,7 +57,7 @@ def lanczos(
     which: Which,
     dimensions: Dimensions,
     until: Until,
-    report: Callable[[int, Tensor], None] | None = None,
+    report: Callable[[Tensor], None] | None = None,
 ) -> Ritz:
     """``k`` eigenpairs, the outermost first.
 
@@ -83,7 +83,7 @@ def lanczos(
             theta, residuals = values.gather(0, wanted), norms(W, _columns(S[-width:], wanted))
             converged = _converged(values, theta, residuals, until)
             if report is not None:
-                report(products, residuals)
+                report(residuals)
             if is_last or (until.tol is not None and bool(fully_unwrapped(converged).all())):
                 return Ritz(theta, V @ _columns(S, wanted), residuals, converged, products)
             if full:

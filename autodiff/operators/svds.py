@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autodiff import checks
-from autodiff.operators.eigenpairs import with_derivatives
+from autodiff.operators.eigenpairs import Eigenpairs
 from autodiff.operators.eigsh import Problem
 from autodiff.operators.lazy import lazy
 from autodiff.operators.linear_map import tree_class
@@ -142,9 +142,9 @@ def _with_derivatives(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A triple (u, s, v) is the eigenpair s, (u, v) of the operator with A and its adjoint off the diagonal."""
     root = 2**0.5
-    values, vectors = with_derivatives(name, Augmented(A), S, torch.cat([U, V]) / root)
-    left, right = (root * vectors).split([U.shape[0], V.shape[0]])
-    return left, values, right
+    pairs = Eigenpairs(name, Augmented(A), S, torch.cat([U, V]) / root)
+    left, right = (root * pairs.vectors).split([U.shape[0], V.shape[0]])
+    return left, pairs.values, right
 
 
 @tree_class("operand")
