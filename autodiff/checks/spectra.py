@@ -1,34 +1,15 @@
-"""Checks of what computes eigenvalues and singular values, and what it raises. Imports `_torch`, `errors` and `options`."""
+"""Checks of what computes eigenvalues and singular values, and what it raises. Imports `errors` and `options`."""
 
 from __future__ import annotations
 
 import warnings
 from typing import TYPE_CHECKING, NoReturn
 
-from autodiff._torch import compiling, stop_tracing
 from autodiff.checks.options import positive_int
-from autodiff.errors import ConvergenceWarning, DegeneracyError, LeafError, OptionError, RuleError
+from autodiff.errors import ConvergenceWarning, DegeneracyError, OptionError, SolverError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-
-def operator(name: str, argument: str, value: object, kind: type) -> None:
-    """An operator, and not a matrix or a function."""
-    if not isinstance(value, kind):
-        raise LeafError(
-            f"{name}: expected {argument} to be an operator, got {type(value).__name__}. Make one: "
-            f"operators.from_matrix(M) of a matrix, operators.from_matvec(f, like) of a function that multiplies."
-        )
-
-
-def untraced_iteration(name: str) -> None:
-    if compiling():
-        stop_tracing(
-            f"{name}: torch.compile traces the call. Expected a call outside of what is compiled: how many steps are "
-            f"taken depends on the numbers, which no tracer can follow. Compile with fullgraph=False, which runs it "
-            f"uncompiled."
-        )
 
 
 def eigenvalue_count(name: str, k: int, size: int) -> None:
@@ -61,14 +42,15 @@ def iteration_options(name: str, *, tol: object, **counts: object) -> None:
 
 
 def raise_not_hermitian(name: str, operator: str) -> NoReturn:
-    raise RuleError(
-        f"{name}: expected an operator that equals its conjugate transpose, but <v, A u> is not <A v, u> for two vectors "
-        f"and {operator}. Take operators.svds(A), or eigsh of (A + A.H) / 2; check=False leaves the comparison out."
+    raise SolverError(
+        f"{name}: expected an operator that equals its conjugate transpose, but <v, A u> is not <A v, u> for two "
+        f"vectors and {operator}. Take operators.svds(A), or eigsh of (A + A.H) / 2; check=False leaves the comparison "
+        f"out."
     )
 
 
 def raise_products_not_finite(name: str, operator: str) -> NoReturn:
-    raise RuleError(
+    raise SolverError(
         f"{name}: expected finite products, but {operator} times a vector holds NaN or infinities. Look at A @ v for a "
         f"vector v, and at what the operator was made at."
     )
@@ -82,7 +64,7 @@ def warn_not_converged(name: str, what: str, after: str, way_out: str) -> None:
 
 def raise_degenerate(name: str, came: str) -> NoReturn:
     raise DegeneracyError(
-        f"{name}: expected simple eigenvalues, since their vectors or second derivatives are differentiated, but {came}. "
-        f"A vector of a repeated eigenvalue is no function of the operator. Differentiate what depends on all of the "
-        f"vectors alike, such as the sum of the eigenvalues."
+        f"{name}: expected simple eigenvalues, since their vectors or second derivatives are differentiated, but "
+        f"{came}. A vector of a repeated eigenvalue is not a function of the operator. Differentiate what depends on "
+        f"all of the vectors alike, such as the sum of the eigenvalues."
     )

@@ -26,6 +26,15 @@ from autodiff.operators.given import identity_like as identity_like
 from autodiff.operators.given import from_matrix as from_matrix
 from autodiff.operators.given import from_matvec as from_matvec
 
-# What is done with them.
+# Linear equations.
+from autodiff.operators.solve import solve as solve
+from autodiff.operators.solve import SolveInfo as SolveInfo
+
+# Preconditioners.
+from autodiff.operators.preconditioners import jacobi as jacobi
+from autodiff.operators.preconditioners import block_jacobi as block_jacobi
+from autodiff.operators.preconditioners import nystrom as nystrom
+
+# Eigenvalues and singular values.
 from autodiff.operators.eigsh import eigsh as eigsh
 from autodiff.operators.svds import svds as svds

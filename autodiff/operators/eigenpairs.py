@@ -21,6 +21,7 @@ from autodiff.operators.lazy import lazy
 from autodiff.operators.linear_map import tree_class
 from autodiff.operators.minres import minres
 from autodiff.operators.operator import Adjoint, Operator
+from autodiff.operators.refinement import Tolerance, solve_in_rounds
 from autodiff.operators.space import Leaves, Space
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ _APART = 100
 # A derivative is solved for until its residual is so many rounding errors of the right-hand side, or for so many steps.
 _EXACT = 100
 _STEPS = 10_000
-# With a residual of such a part of the right-hand side there is no solution, and with so many times as much as was asked
-# for it is not one to rely on.
+# With a residual of such a part of the right-hand side there is no solution, and with so many times as much as was
+# asked for it is not one to rely on.
 _SINGULAR = 0.1
 _INEXACT = 100
 
@@ -59,12 +60,13 @@ class Eigenpairs:
         """The eigenvalues. Where the call is traced they have first derivatives alone."""
         if compiling():
             product = self._operator.matmat(self._vectors).to(self._vectors.dtype)
-            quotients = torch.linalg.vecdot(self._vectors, product, dim=0).real
+            quotients: Tensor = torch.linalg.vecdot(self._vectors, product, dim=0).real
             return self._values + (quotients - quotients.detach())
         shown, tensors, tracked = [], [], set()
         if self._found is not None:
             shown, tensors, tracked = self._found.shown, self._found.tensors, self._found.tracked
         rules = _EigenvalueRules(self._equation, self._solver, tensors, tracked)
+        tied: Tensor
         (tied,) = attach(rules, [self._values], [*self._equation.tensors, *shown, self._b, self._x])
         return tied
 
@@ -74,7 +76,8 @@ class Eigenpairs:
         tied = attached(self._equation, self._x, self._b, self._found, self._solver)
         vectors, _ = _split(tied, self._vectors.shape)
         # The length of v is one, whatever c^H v = 1 leaves it.
-        return vectors / torch.linalg.vector_norm(vectors, dim=0)
+        unit: Tensor = vectors / torch.linalg.vector_norm(vectors, dim=0)
+        return unit
 
 
 def _joined(vectors: Tensor, values: Tensor) -> Tensor:
@@ -125,9 +128,7 @@ class Bordered(Operator):
     @lazy
     def domain(self) -> Space:
         n, k = self.eigenvectors.shape
-        model = torch.zeros(
-            (n + 1) * k, dtype=self.eigenvectors.dtype, device=self.eigenvectors.device
-        )
+        model = torch.zeros((n + 1) * k, dtype=self.eigenvectors.dtype, device=self.eigenvectors.device)
         return Space.of(model)
 
     @property
@@ -155,43 +156,54 @@ class _EigenvalueRules(ImplicitRules):
     """The rules of the eigenvalues alone, whose first derivatives take no solution: v^H dA v."""
 
     def _at(self, saved: Sequence[Tensor]) -> tuple[Tensor, Operator]:
-        return ImplicitRules(self.equation, self.solver, self.captured, self.tracked)._at(saved)  # noqa: SLF001
+        rules = ImplicitRules(self.equation, self.solver, self.captured, self.tracked)
+        return rules._at(saved)  # noqa: SLF001  the eigenvectors have rules of their own
 
-    def solve(self, A: Operator, right: Tensor, x: Tensor, *, adjoint: bool) -> Tensor:
-        bordered = A.operand if isinstance(A, Adjoint) else A
-        assert isinstance(bordered, Bordered)
+    def solve(self, A: Operator, right: Tensor) -> Tensor:
+        bordered, is_adjoint = _bordered(A)
         V = bordered.eigenvectors
         squares = torch.linalg.vecdot(V, V, dim=0)
-        if adjoint:
+        if is_adjoint:
             # right: [k], the cotangents of the eigenvalues -> [(n + 1) k]
             return _joined(-V * (right / squares), torch.zeros_like(squares))
         image, _ = _split(right, V.shape)
-        return (-torch.linalg.vecdot(V, image, dim=0) / squares).real
+        moved: Tensor = (-torch.linalg.vecdot(V, image, dim=0) / squares).real
+        return moved
+
+
+def _bordered(A: Operator) -> tuple[Bordered, bool]:
+    """The operator of which this is it or its adjoint, and whether it is the adjoint."""
+    is_adjoint = isinstance(A, Adjoint)
+    bordered = A.operand if isinstance(A, Adjoint) else A
+    assert isinstance(bordered, Bordered)
+    return bordered, is_adjoint
 
 
 @dataclass(frozen=True)
 class Deflated:
     """The solver of equations with `Bordered` operators at eigenpairs of A.
 
-    With f split into its parts along the known eigenvectors and the rest, on which A - l is not singular, the former are
-    divided by differences of eigenvalues, and MINRES solves for the latter.
+    The parts of f along the known eigenvectors are divided by differences of eigenvalues. On what is orthogonal to
+    these A - l is not singular, and MINRES solves for the rest.
     """
 
     name: str
 
     def __call__(self, A: Operator, b: Tensor) -> Tensor:
-        adjoint = isinstance(A, Adjoint)
-        bordered = A.operand if isinstance(A, Adjoint) else A
-        assert isinstance(bordered, Bordered)
+        bordered, is_adjoint = _bordered(A)
         V, values = bordered.eigenvectors, bordered.eigenvalues.real
         F, g = _split(b, V.shape)
-        sign = -1 if adjoint else 1
+        sign = -1 if is_adjoint else 1
         # components: [k, k], of each right-hand side along each eigenvector
         components = V.mH @ F
         own = components.diagonal()
         rest = F - V @ components
         rest = rest - V @ (V.mH @ rest)
-        Y = sign * V * g + V @ self._divided(components, values) + self._outside(bordered.operand, V, values, rest)
+        Y = (
+            sign * V * g
+            + V @ self._divided(components, values)
+            + self._outside(bordered.operand, V, values, rest)
+        )
         return _joined(Y, -sign * own)
 
     def _divided(self, components: Tensor, values: Tensor) -> Tensor:
@@ -213,25 +225,27 @@ class Deflated:
             image = A.matmat(columns).to(V.dtype) - columns * values
             return (image - V @ (V.mH @ image)).mT
 
-        def unused(rows: Tensor) -> Tensor:
-            return rows
-
-        right = rest.mT
-        lengths = torch.linalg.vector_norm(right, dim=-1)
         with Progress(self.name, None, 0, unit="product", shown=False) as progress:
             steps = Steps(self.name, "minres", _STEPS, progress)
-            targets = _EXACT * torch.finfo(A.dtype).eps * lengths
-            Z = minres(System(multiply, unused, None, 0), right, targets, steps)
-        left = torch.linalg.vector_norm(right - multiply(Z), dim=-1)
-        if bool(fully_unwrapped(left > _SINGULAR * lengths).any()):
-            checks.raise_degenerate(self.name, "A - lambda is singular where it should not be")
-        if bool(fully_unwrapped(left > _INEXACT * targets).any()):
-            largest = float(fully_unwrapped(left / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).max())
+            tolerance = Tolerance(_EXACT * torch.finfo(A.dtype).eps, 0.0)
+            system = System(multiply, multiply, None, 1)
+            found = solve_in_rounds(minres, system, rest.mT, None, tolerance, steps, 0.5)
+        residual = float(fully_unwrapped(found.residuals).max())
+        # Where the equation is nearly singular, its solution is as much larger as the eigenvalues are closer.
+        nearest = _APART * torch.finfo(A.dtype).eps * values.abs().amax()
+        lengths = torch.linalg.vector_norm(rest, dim=0)
+        singular = torch.linalg.vector_norm(found.solution, dim=-1) * nearest > lengths
+        if residual > _SINGULAR or bool(fully_unwrapped(singular).any()):
+            checks.raise_degenerate(
+                self.name, "an eigenvalue that was not asked for is the same to rounding errors"
+            )
+        if residual > _INEXACT * tolerance.relative:
             checks.warn_not_converged(
                 self.name,
                 "a derivative has",
-                f"{steps.taken} products: the residual of its equation is {largest:.2g}",
+                f"{steps.taken} products: the residual of its equation is {residual:.2g} of the right-hand side",
                 "Its eigenvalues may lie close to others: pass a larger k, so that these are found as well.",
             )
+        Z = found.solution
         Z = Z.mT
         return Z - V @ (V.mH @ Z)

@@ -109,7 +109,7 @@ def _outermost(problem: Problem, width: int, steps: int) -> Tensor:
     if A.domain.size <= _WORTH_FORMING * dimensions.basis:
         values = torch.linalg.eigvalsh(A.to_matrix().to(problem.dtype))
         return problem.picked(values).to(A.dtype)
-    # Nothing depends on numbers where the call is traced. Elsewhere the iterations end when nothing but rounding is left.
+    # Elsewhere than in a trace the iterations end when nothing but rounding is left.
     until = Until(steps, None if compiling() else 0.0, problem.until(None, None).floor)
     ritz = problem.solved(problem.start(width), dimensions, until)
     values = Eigenpairs(problem.name, A, ritz.values, ritz.vectors).values if problem.tracked else ritz.values

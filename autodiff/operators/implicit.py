@@ -165,7 +165,7 @@ class ImplicitRules(Rules):
         *tensors, _, _ = saved
         with self._with_captured(tensors):
             x, A = self._at(saved)
-            b_bar = self.solve(A.H, cotangent, x, adjoint=True)
+            b_bar = self.solve(A.H, cotangent)
         picked = [*wanted[: len(tensors)], False]
         if not any(map(_is_picked, (*tensors, x), picked)):
             return [*[None] * len(tensors), b_bar, None]
@@ -185,11 +185,10 @@ class ImplicitRules(Rules):
                     right = -moved if right is None else right - moved
             if right is None:
                 return [None]
-            return [self.solve(A, right, x, adjoint=False)]
+            return [self.solve(A, right)]
 
-    def solve(self, A: Operator, right: Tensor, x: Tensor, *, adjoint: bool) -> Tensor:
-        """A^{-1} b for F's derivative A at x, or its conjugate transpose; what the output takes of x is in its space."""
-        del x, adjoint
+    def solve(self, A: Operator, right: Tensor) -> Tensor:
+        """The solution for F's derivative A, or for its adjoint."""
         return solved(A, right, self.solver, name=self.equation.name)
 
     def _at(self, saved: Sequence[Tensor]) -> tuple[Tensor, Operator]:

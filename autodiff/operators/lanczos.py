@@ -103,7 +103,8 @@ def _converged(values: Tensor, theta: Tensor, residuals: Tensor, until: Until) -
 def norms(matrix: Tensor, combinations: Tensor) -> Tensor:
     """The norms of combinations of columns, whose squares need not be numbers that the dtype has."""
     scale = matrix.abs().amax().clamp_min(torch.finfo(matrix.dtype).tiny)
-    return torch.linalg.vector_norm((matrix / scale) @ combinations, dim=0) * scale
+    lengths: Tensor = torch.linalg.vector_norm((matrix / scale) @ combinations, dim=0)
+    return lengths * scale
 
 
 def _bordered(matrix: Tensor, columns: Tensor) -> Tensor:

@@ -60,17 +60,17 @@ def svds(
 ) -> Any:
     r"""The ``k`` largest singular values of an operator and their singular vectors.
 
-    .. math:: A v_i = \sigma_i u_i, \qquad A^{\mathsf H} u_i = \sigma_i v_i, \qquad \sigma_1 \ge \sigma_2 \ge \cdots \ge 0
+    .. math:: A v_i = \sigma_i u_i, \qquad A^{\mathsf H} u_i = \sigma_i v_i, \qquad \sigma_1 \ge \sigma_2 \ge \cdots
 
-    The vectors on the side with fewer numbers are eigenvectors of :math:`A^{\mathsf H} A` or :math:`A A^{\mathsf H}`, as
-    :func:`eigsh` finds them, and the others come from the singular values of A on their span. So what is below
-    :math:`\sqrt\varepsilon\, \sigma_1` is not resolved.
+    The vectors on the side with fewer numbers are eigenvectors of :math:`A^{\mathsf H} A` or
+    :math:`A A^{\mathsf H}`, as :func:`eigsh` finds them, and the others come from the singular values of A on their
+    span. So what is below :math:`\sqrt\varepsilon\, \sigma_1` is not resolved.
 
     >>> import torch
     >>> from autodiff import operators
     >>> A = operators.jacobian(lambda x: torch.cat([3 * x[:2], x[2:].sum()[None]]))(torch.zeros(6))
     >>> U, S, Vh = operators.svds(A, 3)
-    >>> S
+    >>> S.round(decimals=5)
     tensor([3., 3., 2.])
     >>> U.shape, Vh.shape
     (torch.Size([3, 3]), torch.Size([3, 6]))
@@ -91,12 +91,13 @@ def svds(
         generator: draws the vectors to start from.
 
     Returns:
-        ``(U, S, Vh)`` or ``(U, S, Vh, residuals)``: ``[m, k]``, real numbers ``[k]`` in descending order, ``[k, n]``, and
-        numbers ``[k]``, as torch.linalg.svd gives them.
+        ``(U, S, Vh)`` or ``(U, S, Vh, residuals)``: ``[m, k]``, real numbers ``[k]`` in descending order, ``[k, n]``,
+        and numbers ``[k]``, as torch.linalg.svd gives them.
 
     Raises:
         OptionError: ``k`` is not an int from 1 to the smaller of m and n, or another number not positive.
         ShapeError: ``v0`` is not of its space.
+        SolverError: products are not finite.
         ConvergenceWarning: the residuals are larger than they should be after ``maxiter`` products.
         DegeneracyError: the derivative of a singular vector whose singular value is repeated, when it is computed.
     """
