@@ -235,6 +235,16 @@ class RuleError(AutodiffError, RuntimeError, TypeError):
     """
 
 
+class DefiniteError(AutodiffError, RuntimeError, ValueError):
+    """An operator is not positive definite where it has to be.
+
+    >>> import torch, autodiff
+    >>> autodiff.operators.logdet(autodiff.operators.diagonal(torch.tensor([1.0, -2.0])))
+    Traceback (most recent call last):
+    autodiff.errors.DefiniteError: operators.logdet: expected a symmetric positive definite operator, ...
+    """
+
+
 class CloneError(AutodiffError, RuntimeError):
     """A module has an attribute that leads back to it and cannot be cloned, or it calls a layer that was not cloned.
 
@@ -360,6 +370,17 @@ class BudgetWarning(UserWarning):
     """
 
 
+class DataError(AutodiffError, ValueError, RuntimeError):
+    """A data set that is gone through for every product of an operator is not the same each time.
+
+    >>> import torch, autodiff
+    >>> batches = (torch.ones(2) for _ in range(3))
+    >>> autodiff.operators.hessian(torch.sum).over(batches)
+    Traceback (most recent call last):
+    autodiff.errors.DataError: operators.over(sum): expected batches that can be gone through for every product, ...
+    """
+
+
 class ResumeError(AutodiffError, RuntimeError, ValueError):
     """A file holds the results of another run, or is not one of ``per_sample``'s.
 
@@ -379,6 +400,17 @@ class SolverError(AutodiffError, RuntimeError, ArithmeticError):
     >>> autodiff.operators.solve(A, torch.ones(2), "cg")
     Traceback (most recent call last):
     autodiff.errors.SolverError: operators.solve: expected a positive definite operator for method='cg', ...
+    """
+
+
+class SingularError(SolverError):
+    """A matrix has no inverse, such as the Jacobian of an equation whose solution is differentiated.
+
+    >>> import torch, autodiff
+    >>> fit = autodiff.operators.minimum(lambda x, a: (x.sum() - a) ** 2)(lambda start, a: start + a / 2)
+    >>> autodiff.grad(lambda a: fit(torch.zeros(2), a).sum())(torch.ones(()))
+    Traceback (most recent call last):
+    autodiff.errors.SingularError: operators.minimum: ...
     """
 
 

@@ -4,6 +4,37 @@ The first parameter of each is the public name that the user called. A message h
 path, what was expected, what came, and the way out. Phrases by which programs know torch.func's errors are kept.
 """
 
+from autodiff.checks.data_sets import data_set as data_set
+from autodiff.checks.data_sets import differentiated_outside_of_batches as differentiated_outside_of_batches
+from autodiff.checks.data_sets import raise_no_batches as raise_no_batches
+from autodiff.checks.data_sets import raise_not_additive as raise_not_additive
+from autodiff.checks.data_sets import raise_other_batch as raise_other_batch
+from autodiff.checks.data_sets import raise_varying as raise_varying
+from autodiff.checks.data_sets import raise_writes as raise_writes
+from autodiff.checks.data_sets import reduction as reduction
+from autodiff.checks.data_sets import same_length as same_length
+from autodiff.checks.data_sets import samples_of_batch as samples_of_batch
+from autodiff.checks.data_sets import tensors_to_cut as tensors_to_cut
+from autodiff.checks.data_sets import untraced_data as untraced_data
+from autodiff.checks.data_sets import unwritten_arguments as unwritten_arguments
+from autodiff.checks.estimators import enough_samples as enough_samples
+from autodiff.checks.estimators import one_kind_of_number as one_kind_of_number
+from autodiff.checks.estimators import raise_coarse_grid as raise_coarse_grid
+from autodiff.checks.estimators import raise_fixed_distribution as raise_fixed_distribution
+from autodiff.checks.estimators import raise_grid as raise_grid
+from autodiff.checks.estimators import raise_needs_symmetric as raise_needs_symmetric
+from autodiff.checks.estimators import raise_not_positive_definite as raise_not_positive_definite
+from autodiff.checks.estimators import raise_options_of_operator as raise_options_of_operator
+from autodiff.checks.estimators import raise_undifferentiable as raise_undifferentiable
+from autodiff.checks.estimators import raise_width as raise_width
+from autodiff.checks.estimators import untraced_drawing as untraced_drawing
+from autodiff.checks.implicit import holds_at_answer as holds_at_answer
+from autodiff.checks.implicit import like_start as like_start
+from autodiff.checks.implicit import raise_captured_inside as raise_captured_inside
+from autodiff.checks.implicit import raise_singular as raise_singular
+from autodiff.checks.implicit import raise_solver_wrote as raise_solver_wrote
+from autodiff.checks.implicit import raise_unused_keyword as raise_unused_keyword
+from autodiff.checks.implicit import real_minimum as real_minimum
 from autodiff.checks.jacobians import jacobian_block as jacobian_block
 from autodiff.checks.jacobians import raise_jacobian_of_other_inputs as raise_jacobian_of_other_inputs
 from autodiff.checks.jacobians import shape as shape
@@ -14,7 +45,6 @@ from autodiff.checks.leaves import real_tensors as real_tensors
 from autodiff.checks.operators import block_patterns as block_patterns
 from autodiff.checks.operators import losses_of_samples as losses_of_samples
 from autodiff.checks.operators import model_and_target as model_and_target
-from autodiff.checks.operators import raise_captured_inside as raise_captured_inside
 from autodiff.checks.operators import raise_complex_factor as raise_complex_factor
 from autodiff.checks.operators import raise_not_adjoint as raise_not_adjoint
 from autodiff.checks.operators import raise_not_convex as raise_not_convex

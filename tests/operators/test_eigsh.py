@@ -594,9 +594,9 @@ def test_repeated_eigenvalues() -> None:
 @each_which
 def test_per_sample(which: Any) -> None:
     matrices = torch.stack([matrix_of(t * T) for t in range(3)])
-    found, vectors = ad.vmap(lambda M: operators.eigsh(operators.from_matrix(M), 3, which, check=False))(
-        matrices
-    )
+    found, vectors = ad.vmap(
+        lambda matrix: operators.eigsh(operators.from_matrix(matrix), 3, which, check=False)
+    )(matrices)
     for matrix, values, own in zip(matrices, found, vectors, strict=True):
         assert_pairs(matrix, values, own, first(torch.linalg.eigvalsh(matrix), 3, which), 1e-12)
 

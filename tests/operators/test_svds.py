@@ -159,5 +159,5 @@ def test_vectors_of_repeated_values_have_no_derivative() -> None:
 
 def test_per_sample() -> None:
     matrices = torch.stack([START, START + B])
-    S = ad.vmap(lambda M: operators.svds(operators.from_matrix(M), 3)[1])(matrices)
+    S = ad.vmap(lambda matrix: operators.svds(operators.from_matrix(matrix), 3)[1])(matrices)
     torch.testing.assert_close(S, torch.linalg.svdvals(matrices)[:, :3])
