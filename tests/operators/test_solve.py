@@ -73,6 +73,30 @@ def test_trees_in_and_out(method: Any) -> None:
     assert_close(operators.solve(A, b, method, rtol=1e-12), expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_many_unknowns(method: Any, dtype: torch.dtype) -> None:
+    """Eigenvalues 2 to 4, or of both signs for MINRES, whose eigenvectors are all that one wave is multiplied by."""
+    n = 5000
+    values = 3 + torch.sin(torch.arange(n)) if method != "minres" else 3 * (-1) ** torch.arange(n)
+    phase = torch.exp(1j * torch.arange(n)) if dtype.is_complex else torch.ones(n)
+    phase, values = phase.to(dtype), values.to(dtype)
+
+    def matvec(v: Tensor) -> Tensor:  # D* R' diag(values) R D, with a rotation R of neighbours
+        turned = phase * v
+        turned = values * (0.6 * turned + 0.8 * turned.roll(n // 2) * SIGNS)
+        return phase.conj() * (0.6 * turned + 0.8 * (turned * SIGNS).roll(-(n // 2)))
+
+    A = operators.from_matvec(matvec, torch.zeros(n, dtype=dtype), symmetric=method != "gmres")
+    x = torch.randn(n, 3, dtype=dtype)
+    B = torch.stack([matvec(column) for column in x.unbind(1)], 1)
+    found = operators.solve(A, B, method, rtol=1e-5, check=False)
+    assert_close(found, x, rtol=1e-3, atol=1e-3)
+
+
+SIGNS = torch.tensor([1.0, -1.0]).repeat_interleave(2500)
+
+
 def test_method_is_chosen_by_what_is_known_of_the_operator() -> None:
     M = matrix("cg", 7)
     taken = {
