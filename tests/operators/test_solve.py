@@ -492,3 +492,25 @@ def test_history_is_that_of_the_residuals(method: Any) -> None:
     with pytest.warns(ConvergenceWarning):
         x = operators.solve(A, b, method, maxiter=8)
     assert_close(info.history[8], (b - M @ x).norm() / b.norm(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("method", ["cg", "minres", "gmres"])
+def test_newton_step_is_differentiated_twice(method: Any) -> None:
+    """Through the Hessian of a model in its parameters, against a dense Hessian."""
+    params, data = params_and_data()
+    flat = torch.cat([params["w"].reshape(-1), params["b"]])
+    as_tree = lambda v: {"w": v[:6].reshape(3, 2), "b": v[6:]}
+    right = torch.randn(8, dtype=torch.float64)
+
+    def found(v: Tensor) -> Tensor:
+        A = operators.hessian(loss)(as_tree(v), data) + 60.0
+        return operators.solve(A, as_tree(right), method, rtol=1e-13)["w"].pow(3).sum()
+
+    def exact(v: Tensor) -> Tensor:
+        H = torch.func.hessian(lambda v: loss(as_tree(v), data))(v)
+        return torch.linalg.solve(H + 60 * torch.eye(8, dtype=torch.float64), right)[:6].pow(3).sum()
+
+    assert_close(ad.grad(found)(flat), torch.func.grad(exact)(flat), rtol=1e-8, atol=1e-14)
+    expected = torch.func.hessian(exact)(flat)
+    assert_close(ad.hessian(found)(flat), expected, rtol=1e-6, atol=1e-14)
+    assert_close(ad.jacfwd(ad.grad(found))(flat), expected, rtol=1e-6, atol=1e-14)
