@@ -27,6 +27,7 @@ from autodiff.checks.estimators import raise_not_positive_definite as raise_not_
 from autodiff.checks.estimators import raise_options_of_operator as raise_options_of_operator
 from autodiff.checks.estimators import raise_undifferentiable as raise_undifferentiable
 from autodiff.checks.estimators import raise_width as raise_width
+from autodiff.checks.estimators import some_number as some_number
 from autodiff.checks.estimators import untraced_drawing as untraced_drawing
 from autodiff.checks.implicit import holds_at_answer as holds_at_answer
 from autodiff.checks.implicit import like_start as like_start

@@ -94,7 +94,8 @@ def trace(
             normal; or ``"sphere"``, a vector of norm :math:`\sqrt n`. None is ``"rademacher"``, and ``"sphere"`` for
             ``"xtrace"``, which takes no other.
         generator: where random numbers come from; None is torch's global generator of A's device. The same state gives
-            the same estimate. Inside ``vmap`` all samples of the batch share the probes.
+            the same estimate. Inside ``vmap`` all samples of the batch share the probes. A function in ``checkpoint``
+            runs twice, and would draw others from a generator of outside: make one inside it.
 
     Returns:
         ``(estimate, standard_error)``: tensors of shape ``()``. The estimate is unbiased, in A's dtype. The standard

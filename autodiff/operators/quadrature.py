@@ -63,6 +63,7 @@ def gauss_rules(
     They have fewer steps where the space has no more dimensions.
     """
     checks.square_operator(name, A.name, A.domain, A.codomain)
+    checks.some_number(name, A.name, A.domain)
     if check and not A.symmetric:
         _check_symmetric(name, A)
     steps = min(steps, A.domain.size)
