@@ -7,6 +7,7 @@ path, what was expected, what came, and the way out. Phrases by which programs k
 from autodiff.checks.data_sets import data_set as data_set
 from autodiff.checks.data_sets import differentiated_outside_of_batches as differentiated_outside_of_batches
 from autodiff.checks.data_sets import raise_no_batches as raise_no_batches
+from autodiff.checks.data_sets import raise_not_a_mean as raise_not_a_mean
 from autodiff.checks.data_sets import raise_not_additive as raise_not_additive
 from autodiff.checks.data_sets import raise_other_batch as raise_other_batch
 from autodiff.checks.data_sets import raise_varying as raise_varying
@@ -47,6 +48,7 @@ from autodiff.checks.operators import block_patterns as block_patterns
 from autodiff.checks.operators import losses_of_samples as losses_of_samples
 from autodiff.checks.operators import model_and_target as model_and_target
 from autodiff.checks.operators import raise_complex_factor as raise_complex_factor
+from autodiff.checks.operators import raise_not_a_matrix as raise_not_a_matrix
 from autodiff.checks.operators import raise_not_adjoint as raise_not_adjoint
 from autodiff.checks.operators import raise_not_convex as raise_not_convex
 from autodiff.checks.operators import raise_not_linear as raise_not_linear
@@ -55,13 +57,13 @@ from autodiff.checks.operators import raise_not_positive as raise_not_positive
 from autodiff.checks.operators import raise_not_symmetric as raise_not_symmetric
 from autodiff.checks.operators import raise_samples_missing as raise_samples_missing
 from autodiff.checks.operators import raise_unknown_likelihood as raise_unknown_likelihood
+from autodiff.checks.operators import real_or_complex as real_or_complex
 from autodiff.checks.operators import same_space as same_space
 from autodiff.checks.operators import shown_function as shown_function
 from autodiff.checks.operators import square_operator as square_operator
 from autodiff.checks.options import argnums as argnums
 from autodiff.checks.options import choice as choice
 from autodiff.checks.options import chunk_size as chunk_size
-from autodiff.checks.options import eigenvalue_count as eigenvalue_count
 from autodiff.checks.options import positive_int as positive_int
 from autodiff.checks.options import raise_argnum_out_of_range as raise_argnum_out_of_range
 from autodiff.checks.options import raise_repeated_argnums as raise_repeated_argnums
@@ -92,6 +94,13 @@ from autodiff.checks.solvers import solver_dtypes as solver_dtypes
 from autodiff.checks.solvers import square_system as square_system
 from autodiff.checks.solvers import tolerance as tolerance
 from autodiff.checks.solvers import untraced_iteration as untraced_iteration
+from autodiff.checks.spectra import eigenvalue_count as eigenvalue_count
+from autodiff.checks.spectra import iteration_options as iteration_options
+from autodiff.checks.spectra import pair_count as pair_count
+from autodiff.checks.spectra import raise_degenerate as raise_degenerate
+from autodiff.checks.spectra import raise_not_hermitian as raise_not_hermitian
+from autodiff.checks.spectra import raise_products_not_finite as raise_products_not_finite
+from autodiff.checks.spectra import warn_not_converged as warn_not_converged
 from autodiff.checks.vectors import flat_vectors as flat_vectors
 from autodiff.checks.vectors import matching_leaf as matching_leaf
 from autodiff.checks.vectors import matching_structure as matching_structure
