@@ -8,7 +8,7 @@ from torch import Tensor
 
 from autodiff._torch import compiling, stop_tracing
 from autodiff.core import trees
-from autodiff.errors import DtypeError, OptionError, RuleError, ShapeError, SolverError
+from autodiff.errors import OptionError, RuleError, ShapeError, SolverError
 
 
 def enough_samples(name: str, method: str, samples: int, fewest: int) -> None:
@@ -25,18 +25,6 @@ def untraced_drawing(name: str) -> None:
             f"{name}: torch.compile traces the call. Expected a call outside of what is compiled: it draws random "
             f"vectors outside of all transforms, and its iterations end by numbers, which no tracer follows. Compile "
             f"with fullgraph=False, which runs it uncompiled, or compile the function that the operator is made of."
-        )
-
-
-def one_kind_of_number(name: str, operator_name: str, space: Any) -> None:
-    """The leaves of a space are all real or all complex."""
-    kinds = [spec.dtype.is_complex for spec in space.leaves]
-    if any(kinds) and not all(kinds):
-        i = kinds.index(not kinds[0])
-        raise DtypeError(
-            f"{name}: expected the domain of {operator_name} to be real or complex in all leaves, got "
-            f"{space.leaves[0].dtype} at {space.paths[0]} and {space.leaves[i].dtype} at {space.paths[i]}. "
-            f"Take blocks of it, as in A[{space.paths[0]!r}, {space.paths[0]!r}]."
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import autodiff as ad
 from autodiff import operators
-from autodiff.errors import DtypeError, LeafError, OptionError, ShapeError, SolverError
+from autodiff.errors import LeafError, OptionError, ShapeError, SolverError
 from autodiff.operators import probes as probes_file
 
 if TYPE_CHECKING:
@@ -590,14 +590,6 @@ def test_estimates_have_the_dtype_of_the_operator(dtype: torch.dtype) -> None:
     assert operators.logdet(A, samples=30, generator=generator(0)).estimate.item() == pytest.approx(
         torch.logdet(M.double()).item(), abs=0.5
     )
-
-
-def test_a_domain_of_two_kinds_of_number_is_refused() -> None:
-    D = operators.diagonal({"a": torch.ones(2), "b": torch.ones(1, dtype=torch.complex64)})
-    with pytest.raises(
-        DtypeError, match=r"operators\.trace: .*float32 at a and torch\.complex64 at b.*A\['a', 'a'\]"
-    ):
-        operators.trace(D)
 
 
 @pytest.mark.parametrize(
