@@ -62,6 +62,7 @@ def gauss_rules(
     They have fewer steps where the space has no more dimensions.
     """
     checks.square_operator(name, A.name, A.domain, A.codomain)
+    checks.some_number(name, A.name, A.domain)
     if check and not A.symmetric and not acts_symmetric(A):
         checks.raise_needs_symmetric(name, A.name)
     steps = min(steps, A.domain.size)
