@@ -20,7 +20,7 @@ from autodiff.operators.iteration import Steps, System
 from autodiff.operators.lazy import lazy
 from autodiff.operators.linear_map import tree_class
 from autodiff.operators.minres import minres
-from autodiff.operators.operator import Adjoint, Operator
+from autodiff.operators.operator import Adjoint, Operator, Wrapping
 from autodiff.operators.refinement import Tolerance, solve_in_rounds
 from autodiff.operators.space import Leaves, Space
 
@@ -59,8 +59,8 @@ class Eigenpairs:
     def values(self) -> Tensor:
         """The eigenvalues. Where the call is traced they have first derivatives alone."""
         if compiling():
-            V = self._vectors
-            quotients: Tensor = torch.linalg.vecdot(V, self._operator.matmat(V).to(V.dtype), dim=0).real
+            A, V = self._operator, self._vectors
+            quotients: Tensor = torch.linalg.vecdot(V, A.matmat(V).to(V.dtype), dim=0).real
             return self._values + (quotients - quotients.detach())
         shown, tensors, tracked = [], [], set()
         if self._found is not None:
@@ -111,7 +111,7 @@ class EigenEquation(LinearEquation):
 
 @tree_class("operand", "normals", "eigenvectors", "eigenvalues")
 @dataclass(eq=False, repr=False)
-class Bordered(Operator):
+class Bordered(Wrapping):
     """(y, m) -> ((A - l) y - m v, c^H y) for each of k eigenpairs (v, l): how the equation depends on them."""
 
     operand: Operator
@@ -121,9 +121,7 @@ class Bordered(Operator):
 
     name = "A - lambda, bordered by its eigenvectors"
 
-    @property
-    def parts(self) -> Sequence[Operator]:
-        return (self.operand,)
+    symmetric = positive = False
 
     @lazy
     def domain(self) -> Space:
