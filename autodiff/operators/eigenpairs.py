@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
 # Eigenvalues that differ by less than so many rounding errors of the largest count as one that is repeated.
 _APART = 100
-# A derivative is solved for until its residual is so many rounding errors of the right-hand side, or for so many steps.
+# A derivative is solved for until its residual is so many rounding errors of the right-hand side, or for so many steps:
+# at most so many for each unknown.
 _EXACT = 100
 _STEPS = 10_000
+_STEPS_PER_UNKNOWN = 4
 # With a residual of such a part of the right-hand side there is no solution, and with so many times as much as was
 # asked for it is not one to rely on.
 _SINGULAR = 0.1
@@ -224,7 +226,8 @@ class Deflated:
             return (image - V @ (V.mH @ image)).mT
 
         with Progress(self.name, None, 0, unit="product", shown=False) as progress:
-            steps = Steps(self.name, "minres", _STEPS, progress)
+            limit = min(_STEPS, _STEPS_PER_UNKNOWN * len(V))
+            steps = Steps(self.name, "minres", limit, progress)
             tolerance = Tolerance(_EXACT * torch.finfo(A.dtype).eps, 0.0)
             system = System(multiply, multiply, None, 1)
             found = solve_in_rounds(minres, system, rest.mT, None, tolerance, steps, 0.5)
