@@ -61,8 +61,9 @@ class Eigenpairs:
     def values(self) -> Tensor:
         """The eigenvalues. Where the call is traced they have first derivatives alone."""
         if compiling():
-            A, V = self._operator, self._vectors
-            quotients: Tensor = torch.linalg.vecdot(V, A.matmat(V).to(V.dtype), dim=0).real
+            V = self._vectors
+            AV = self._operator.matmat(V).to(V.dtype)
+            quotients: Tensor = torch.linalg.vecdot(V, AV, dim=0).real
             return self._values + (quotients - quotients.detach())
         shown, tensors, tracked = [], [], set()
         if self._found is not None:
