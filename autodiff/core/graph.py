@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from contextlib import ExitStack
+import threading
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
@@ -14,9 +15,11 @@ from autodiff import _torch
 from autodiff.core import hooks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from autodiff.core.hooks import NodePullback, PullPolicy
+
+Entry = TypeVar("Entry")
 
 
 def walk(outputs: Iterable[Any], inputs: Iterable[Any] = ()) -> tuple[list[Any], set[Any]]:
@@ -53,10 +56,32 @@ def policies_of(nodes: Iterable[Any]) -> dict[PullPolicy, set[str]]:
 
 def backward_with(replaced: Iterable[tuple[Any, NodePullback]], *arguments: Any) -> list[Tensor | None]:
     """The engine, which gets what some nodes give from other functions."""
-    with ExitStack() as hooked:
-        for node, pullback in replaced:
-            hooked.callback(node.register_hook(partial(_replacing, node, pullback)).remove)
+    with hooked((node, partial(_replacing, node, pullback)) for node, pullback in replaced):
         return _torch.backward(*arguments)
+
+
+class _Thread(threading.local):
+    """How many hooks of this package's own the thread has registered."""
+
+    own_hooks = 0
+
+
+_thread = _Thread()
+
+
+def hooks_of_others() -> int:
+    """Grows where a hook is registered that is not this package's own."""
+    return _torch.HookHandle.next_id - _thread.own_hooks
+
+
+@contextmanager
+def hooked(pairs: Iterable[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    """With hooks on nodes, each of which is called with what the node gives, and with what it was given."""
+    with ExitStack() as stack:
+        for node, hook in pairs:
+            stack.callback(node.register_hook(hook).remove)
+            _thread.own_hooks += 1
+        yield
 
 
 def _replacing(
@@ -69,13 +94,13 @@ def _replacing(
     return tuple(None if was is None else one for was, one in zip(own, pulled, strict=True))
 
 
-def replaced_pullbacks(nodes: Iterable[Any]) -> list[tuple[Any, NodePullback]]:
-    """The nodes that are pulled back otherwise where the pull makes a graph, and how."""
+def registered(registry: dict[str, Entry], nodes: Iterable[Any]) -> list[tuple[Any, Entry]]:
+    """The nodes whose names are in the registry, and what is there."""
     # First a look at the types: every pull that makes a graph asks.
-    if hooks.node_pullbacks.keys().isdisjoint([cls.__name__ for cls in set(map(type, nodes))]):
+    if registry.keys().isdisjoint([cls.__name__ for cls in set(map(type, nodes))]):
         return []
-    pairs = [(node, hooks.node_pullbacks.get(type(node).__name__)) for node in nodes]
-    return [(node, pullback) for node, pullback in pairs if pullback is not None]
+    pairs = [(node, registry.get(type(node).__name__)) for node in nodes]
+    return [(node, entry) for node, entry in pairs if entry is not None]
 
 
 @functools.lru_cache(4096)  # the names of torch's operations and of the user's Functions

@@ -52,6 +52,14 @@ pull_policies: dict[PullPolicy, dict[str, str]] = {
 NodePullback: TypeAlias = Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None] | None]
 node_pullbacks: dict[str, NodePullback] = {}
 
+# How the pullback of a node of this name is transposed where all that it has saved is constant: from the node that
+# torch made of the pullback to the constants that the transpose needs and the transpose itself, or to None where that
+# of torch is to be used. The transpose gets the constants, and a vector or None for each of the node's inputs; it
+# gives one for each of the node's outputs.
+Transpose: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor | None]]
+NodeTranspose: TypeAlias = Callable[[Any], tuple[Sequence[Tensor], Transpose] | None]
+node_transposes: dict[str, NodeTranspose] = {}
+
 # Operations whose pullback carries tangents only where it makes a graph: if there are any, every pull in forward mode
 # makes one.
 needs_graph_in_forward_mode: dict[str, None] = {}

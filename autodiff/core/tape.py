@@ -22,7 +22,7 @@ from autodiff.core.rules import Rules, attach
 from autodiff.errors import BatchedPullError, MissingRuleError
 
 if TYPE_CHECKING:
-    from autodiff.core.hooks import NodePullback, PullPolicy
+    from autodiff.core.hooks import NodePullback, NodeTranspose, PullPolicy
 
 # From the inputs, and what to do with every other tensor among the arguments, to the outputs and the leaves of aux.
 FlatFunction: TypeAlias = Callable[[Sequence[Tensor], Lift | None], tuple[list[Any], list[Any]]]
@@ -126,8 +126,12 @@ class Tape(ABC):
     def _replaced_pullbacks(self) -> list[tuple[Any, NodePullback]]:
         """The nodes that a fix pulls back otherwise where the pull makes a graph."""
         if self._replaced is None:
-            self._replaced = graph.replaced_pullbacks(self._known_nodes())
+            self._replaced = graph.registered(hooks.node_pullbacks, self._known_nodes())
         return self._replaced
+
+    def transposable(self) -> list[tuple[Any, NodeTranspose]]:
+        """The nodes whose pullbacks a fix transposes, where what they have saved is constant."""
+        return graph.registered(hooks.node_transposes, self._known_nodes())
 
     def _known_nodes(self) -> set[Any]:
         if self._nodes is None:
@@ -168,9 +172,9 @@ class Tape(ABC):
         return aux
 
     def _run_inside(self, func: FlatFunction, lift: Lift, differentiate: TapeFunction | None) -> list[Any]:
-        hook_count = _torch.HookHandle.next_id
+        hook_count = graph.hooks_of_others()
         self.graph_outputs, aux = func(self.inputs, lift)
-        self.has_hooks = _torch.HookHandle.next_id != hook_count
+        self.has_hooks = graph.hooks_of_others() != hook_count
         if differentiate is not None:
             self.outputs, self.aux = self.graph_outputs, aux
             self.graph_outputs, aux = differentiate(self)

@@ -5,6 +5,7 @@ Works on flat lists of tensors. Never sees a tree.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,16 +13,18 @@ import torch
 from torch import Tensor
 
 from autodiff import _torch, checks
-from autodiff.core import graph, randomness
+from autodiff.core import graph, hooks, randomness
 from autodiff.core.call import spread
 from autodiff.core.reverse import record
-from autodiff.core.rules import user_code
+from autodiff.core.rules import Rules, attach, user_code
 from autodiff.core.seeds import generic_vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
     from typing import NoReturn, TypeAlias
 
+    from autodiff.core.hooks import NodeTranspose, Transpose
     from autodiff.core.tape import Tape
 
     Vectors: TypeAlias = Sequence[Tensor | None]
@@ -50,10 +53,55 @@ def transpose(
         point = [generic_vector(output) for output in tape.outputs]
         names = sorted({_torch.user_function(node).__name__ for node in users})
         check = LinearityCheck(partial(checks.raise_nonlinear_backward, names), unless_shown=True)
-        return transposed(pull, point, check, internal_leaves=tape.inputs, at_level=tape.at_level)
+        with _by_formulas(tape):
+            return transposed(pull, point, check, internal_leaves=tape.inputs, at_level=tape.at_level)
     at = torch.ones_like if traced else torch.zeros_like
     point = [at(output) for output in tape.outputs]
-    return transposed(pull, point, internal_leaves=tape.inputs, at_level=tape.at_level)
+    with nullcontext() if traced else _by_formulas(tape):
+        return transposed(pull, point, internal_leaves=tape.inputs, at_level=tape.at_level)
+
+
+def _by_formulas(tape: Tape) -> AbstractContextManager[None]:
+    """While a pullback is recorded: some nodes of its graph become formulas, where what these need is constant.
+
+    So it is on an eager tape that is not tracked from outside. What hooks do to saved tensors is left to them.
+    """
+    eager = _torch.is_eager() and not tape.at_level and not _torch.saved_tensor_hooks_active()
+    if not eager or not hooks.node_transposes or tape.is_tracked() or not (pairs := tape.transposable()):
+        return nullcontext()
+    return graph.hooked((node, partial(_replaced_graph, formula)) for node, formula in pairs)
+
+
+def _replaced_graph(
+    formula: NodeTranspose, given: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...] | None:
+    """What a node gives, as a linear function of its cotangents whose transpose is a formula."""
+    made_by = {one.grad_fn for one in given if one is not None}
+    needed = formula(made_by.pop()) if len(made_by) == 1 else None
+    if needed is None or any(one is None or not one.requires_grad for one in cotangents):
+        return None
+    constants, transpose = needed
+    where = [i for i, one in enumerate(given) if one is not None]
+    rules = _Transposed(transpose, where, len(given), len(cotangents))
+    return tuple(attach(rules, given, [*cotangents, *(one.detach() for one in constants)]))  # type: ignore[list-item]
+
+
+class _Transposed(Rules):
+    """The pullback of a node, given by its transpose."""
+
+    def __init__(self, transpose: Transpose, where: Sequence[int], inputs: int, outputs: int) -> None:
+        self._transpose, self._where, self._inputs, self._outputs = transpose, where, inputs, outputs
+
+    def pull(
+        self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        del wanted
+        constants = saved[self._outputs :]
+        pulled = self._transpose(constants, spread(cotangents, self._where, self._inputs))
+        return [*pulled, *(None for _ in constants)]
+
+    def push(self, *_: Any) -> NoReturn:
+        raise AssertionError("recorded outside of forward mode, where a pull takes tangents on their own")
 
 
 class LinearityCheck(NamedTuple):

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autodiff import _torch
 from autodiff.core import hooks
-from autodiff.torch_fixes import control_flow, formulas, node_pullbacks, recurrent
+from autodiff.torch_fixes import control_flow, formulas, node_pullbacks, node_transposes, recurrent
 from autodiff.torch_fixes.attention import plain_attention
 from autodiff.torch_fixes.by_pullback import by_pullback
 from autodiff.torch_fixes.fix import Fix
@@ -185,6 +185,23 @@ FIXES = (
         (
             (hooks.node_pullbacks, {"LogcumsumexpBackward0": node_pullbacks.of_logcumsumexp}),
             forward_overrides(by_pullback, Tensor.logcumsumexp, torch.logcumsumexp),
+        ),
+    ),
+    Fix(
+        "wasteful_transposes",
+        "convolutions, layer_norm, batch_norm, instance_norm",
+        "the pullback of the pullback computes gradients in input and weight, though nothing needs them",
+        "a formula in the pushforward of a recorded function, where what the function was evaluated at is not tracked",
+        ("linearize_computes_nothing_else",),
+        (
+            (
+                hooks.node_transposes,
+                {
+                    "ConvolutionBackward0": node_transposes.of_convolution,
+                    "NativeLayerNormBackward0": node_transposes.of_layer_norm,
+                    "NativeBatchNormBackward0": node_transposes.of_batch_norm,
+                },
+            ),
         ),
     ),
     Fix(

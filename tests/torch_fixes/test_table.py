@@ -83,7 +83,8 @@ from autodiff.core import hooks, forward, linearization, products  # noqa
 import sys
 registries = [hooks.forward_overrides, hooks.forward_overrides_by_type, hooks.missing_forward_rule,
               hooks.differ_by_mode, hooks.dispatch_overrides, hooks.batch_overrides, hooks.higher_order,
-              hooks.control_flow, hooks.traced_formulas, hooks.node_pullbacks, *hooks.pull_policies.values()]
+              hooks.control_flow, hooks.traced_formulas, hooks.node_pullbacks, hooks.node_transposes,
+              *hooks.pull_policies.values()]
 print(sum(map(len, registries)), any(name.startswith("autodiff.torch_fixes") for name in sys.modules))
 """
     package = Path(hooks.__file__).parents[1]

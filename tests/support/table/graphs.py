@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from autodiff._torch import DispatchMode
 from autodiff.core.memory import Meter
 from conftest import state_of_torch
 from scenarios import assert_close, difference
@@ -296,3 +298,46 @@ def measured_zeros(library: Any) -> None:
     fourth = 8 * y * (1 - y**2) * (2 - 3 * y**2)
     hessian = library.jacrev(product, chunk_size="auto")(x)
     torch.testing.assert_close(hessian, torch.diag(fourth), rtol=1e-4, atol=1e-4)
+
+
+def normed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return nn.functional.layer_norm(x, (3,), weight, bias)
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return nn.functional.conv1d(x.view(1, 1, 3), weight.view(1, 1, 3), bias[:1], padding=1)
+
+
+class Operations(DispatchMode):
+    """How often each runs, beneath autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@GRAPHS.row(
+    "a pushforward of `linearize` through convolutions and norms",
+    torch="no needless gradients",
+    fails=None,
+    ours="no needless gradients",
+    over={
+        "convolution": (convolved, ("convolution",), 3),
+        "layer_norm": (normed, ("mul", "sum", "mean"), 12),
+        "batch_norm": (
+            lambda x, *affine: nn.functional.batch_norm(x.outer(x), None, None, *affine, training=True),
+            ("mul", "sum", "mean"),
+            12,
+        ),
+    },
+)
+def linearize_computes_nothing_else(library: Any, case: tuple[Any, tuple[str, ...], int]) -> None:
+    func, counted, most = case
+    _, pushforward = library.linearize(func, X, W, T)
+    with Operations() as operations:
+        pushforward(W, T, X)
+    assert sum(operations.counts[name] for name in counted) <= most
