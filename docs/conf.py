@@ -75,6 +75,7 @@ TUTORIALS = [
     "heat_equation.py",
     "meta_learning.py",
     "influence.py",
+    "laplace.py",
     "lyapunov_exponents.py",
     "checkpointing.py",
 ]

@@ -131,7 +131,7 @@ class LinearMap(ABC):
 
     def __repr__(self) -> str:
         known = "positive semidefinite" if self.positive else "symmetric" if self.symmetric else ""
-        cost = f"{self.cost:.3g} gradients a product" if self.cost else ""
+        cost = f"{self.cost:.3g} gradient{'s' * (self.cost != 1)} a product" if self.cost else ""
         facts = (f"{list(self.shape)}", f"{self.dtype}", f"{self.device}", known, cost)
         return f"<{self.name}: {', '.join(fact for fact in facts if fact)}>"
 
