@@ -217,7 +217,7 @@ for name, color in COLORS.items():
     _, error, (confidence, correct) = results[name]
     label = f"{name}: off by {error:.3f}"
     panel.plot(confidence, correct, "o-", color=color, markersize=5, label=label)
-panel.set(xlim=(0.33, 1.02), ylim=(0.33, 1.02), aspect="equal")
+panel.set(xlim=(0.3, 1.02), ylim=(0.3, 1.02), aspect="equal")
 panel.set_xlabel("confidence of the prediction")
 panel.set_ylabel("true probability of the guessed class")
 panel.set_title("Calibration on 4,000 new points", fontsize=11)
