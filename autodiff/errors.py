@@ -202,7 +202,7 @@ class ForwardRuleError(AutodiffError, NotImplementedError, RuntimeError):
 
 
 class CaptureError(AutodiffError, RuntimeError):
-    """A checkpointed function captures a differentiated tensor in a way that cannot be followed.
+    """A checkpointed function, or the function of an operator, captures a differentiated tensor and hides it.
 
     >>> import torch, autodiff
     >>> def loss(w):
@@ -356,4 +356,28 @@ class ResumeError(AutodiffError, RuntimeError, ValueError):
     ...     autodiff.per_sample(torch.sin)(torch.ones(2), out=file.name)
     Traceback (most recent call last):
     autodiff.errors.ResumeError: per_sample: ... exists, but has no journal of per_sample beside it. ...
+    """
+
+
+class SolverError(AutodiffError, RuntimeError, ArithmeticError):
+    """A solver cannot go on: the operator is not what its method needs, or its numbers are not finite.
+
+    >>> import torch, autodiff
+    >>> A = autodiff.operators.from_matrix(torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
+    >>> autodiff.operators.solve(A, torch.ones(2), "cg")
+    Traceback (most recent call last):
+    autodiff.errors.SolverError: operators.solve: expected a positive definite operator for method='cg', ...
+    """
+
+
+class ConvergenceWarning(UserWarning):
+    """An iteration ended before its result was as exact as was asked for.
+
+    >>> import torch, autodiff, warnings
+    >>> A = autodiff.operators.diagonal(torch.tensor([1.0, 2.0, 3.0]))
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     x = autodiff.operators.solve(A, torch.ones(3), "cg", maxiter=1)
+    >>> caught[0].message
+    ConvergenceWarning('operators.solve: cg has not converged after 1 of 1 steps: ...
     """

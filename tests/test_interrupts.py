@@ -15,10 +15,9 @@ from torch._functorch import pyfunctorch
 import autodiff as ad
 from autodiff import functional
 from autodiff._torch import forward_level, levels, modes, thread_state
-from autodiff.core import forward
+from autodiff.core import closures, forward
 from autodiff.functional import backward_only
 from autodiff.torch_fixes.attention import plain_attention
-from autodiff.transforms import checkpoint
 from conftest import CLEAN, state_of_torch
 from every_transform import T, W, X, cubic, hessian
 from interrupted_calls import calls, state
@@ -58,7 +57,7 @@ CONTEXTS: dict[str, tuple[type, Any]] = {
         lambda x: ad.jvp(lambda y: nn.functional.multi_margin_loss(y[None], torch.tensor([0])), (x,), (T,)),
     ),
     "captured tensors": (
-        checkpoint._CapturedTensors,
+        closures.CapturedTensors,
         lambda x: torch.func.vmap(torch.func.grad(ad.checkpoint(cubic)))(x[None]),
     ),
 }

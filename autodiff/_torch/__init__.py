@@ -24,6 +24,7 @@ from autodiff._torch.autograd import torch_registry as torch_registry
 from autodiff._torch.autograd import user_function as user_function
 from autodiff._torch.autograd import version as version
 from autodiff._torch.autograd import versions as versions
+from autodiff._torch.compiled import tells_order_of_matmul as tells_order_of_matmul
 from autodiff._torch.compiled import uncompiled as uncompiled
 from autodiff._torch.forward_level import ForwardModeIgnored as ForwardModeIgnored
 from autodiff._torch.forward_level import eager_forward_level as eager_forward_level

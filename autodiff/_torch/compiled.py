@@ -5,9 +5,12 @@ Provides `uncompiled`: inside it they run as they are written, in this thread al
 
 from __future__ import annotations
 
+import operator
 import sys
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
 
 from autodiff._torch.thread_state import thread
 
@@ -15,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 R = TypeVar("R")
-_TRACER, _modules = "torch._dynamo.eval_frame", sys.modules
+_TRACER, _OPERANDS = "torch._dynamo.eval_frame", "torch._dynamo.variables.builtin"
+_modules = sys.modules
 
 
 def is_uncompiled() -> bool:
@@ -73,30 +77,53 @@ def _set_stance() -> None:
         tracer._stance = _StanceByThread(stance)
 
 
-class _TracerFinder:
-    """Finds the tracer as the other finders do, and sets its stance when it is imported, which takes a second.
+def _name_reflected_matmul() -> None:
+    """Without it the tracer gives ``A @ v``, where A only behaves like a tensor, to A as ``v @ A``."""
+    reflected = getattr(_modules[_OPERANDS], "BUILTIN_TO_TENSOR_RFN_MAP", None)
+    if reflected is not None:
+        reflected.setdefault(operator.matmul, Tensor.__rmatmul__)
+        _operand_orders.append("matmul")
 
-    The first call of torch.compile or torch.cond imports it, and may come inside a transform.
+
+# Which operations of a tensor-like operand the tracer gives with their operands in order.
+_operand_orders: list[str] = []
+
+
+def tells_order_of_matmul() -> bool:
+    """Whether the tracer distinguishes ``A @ v`` from ``v @ A`` where A only behaves like a tensor."""
+    return bool(_operand_orders)
+
+
+class _OnImport:
+    """Finds a module of the tracer's as the other finders do, and runs ``then`` when it is imported.
+
+    That takes a second. The first call of torch.compile or torch.cond imports it, and may come inside a transform.
     """
 
-    @classmethod
-    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != _TRACER:
+    def __init__(self, name: str, then: Callable[[], None]) -> None:
+        self._name, self._then = name, then
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self._name:
             return None
-        sys.meta_path.remove(cls)
+        sys.meta_path.remove(self)
         specs = (finder.find_spec(name, path, target) for finder in sys.meta_path)
         spec: Any = next((one for one in specs if one is not None), None)
         if spec is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_set(module: Any) -> None:
+            def execute_and_then(module: Any) -> None:
                 execute(module)
-                _set_stance()
+                self._then()
 
-            spec.loader.exec_module = execute_and_set
+            spec.loader.exec_module = execute_and_then
         return spec
 
 
 uncompiled = _Uncompiled()
 if _TRACER not in _modules:
-    sys.meta_path.insert(0, _TracerFinder)
+    sys.meta_path.insert(0, _OnImport(_TRACER, _set_stance))
+if _OPERANDS in _modules:
+    _name_reflected_matmul()
+else:
+    sys.meta_path.insert(0, _OnImport(_OPERANDS, _name_reflected_matmul))

@@ -25,3 +25,12 @@ from autodiff.operators.given import diagonal as diagonal
 from autodiff.operators.given import identity_like as identity_like
 from autodiff.operators.given import from_matrix as from_matrix
 from autodiff.operators.given import from_matvec as from_matvec
+
+# Linear equations.
+from autodiff.operators.solve import solve as solve
+from autodiff.operators.solve import SolveInfo as SolveInfo
+
+# Preconditioners.
+from autodiff.operators.preconditioners import jacobi as jacobi
+from autodiff.operators.preconditioners import block_jacobi as block_jacobi
+from autodiff.operators.preconditioners import nystrom as nystrom

@@ -5,25 +5,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from autodiff import checks
-from autodiff._torch import MESSAGES, compiling, functorch_active
+from autodiff._torch import MESSAGES, compiling
 from autodiff.core.call import Call
 from autodiff.core.chunks import Sizes
 from autodiff.core.linearization import Linearization, gradient, linearize, linearize_derivative
 from autodiff.core.reverse import conjugated
 from autodiff.operators.elementary import Elementary
-from autodiff.operators.lazy import lazy
+from autodiff.operators.lazy import keeping, kept_outside_transforms, lazy
 from autodiff.operators.linear_map import tree_class
-from autodiff.operators.operator import Operator
 from autodiff.operators.space import Leaves, Space
 from autodiff.types import Argnums, Wrt
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-T = TypeVar("T")
 
 # So many vectors go through a graph in one batch that its largest cotangent takes this many bytes: a heuristic. Then
 # what an operation costs in itself no longer counts, and a batch only costs the memory that it moves. 32 products with
@@ -47,24 +44,11 @@ class Options:
 
 
 class Evaluation(NamedTuple):
-    """A function, or its gradient, that was evaluated; and what pushes a vector forward, where that is not a pull."""
+    """A call of a function that was evaluated, or its gradient; and what pushes vectors, where no pull does."""
 
+    call: Call
     linearization: Linearization
     push: Callable[[Leaves], Leaves] | None = None
-
-
-def kept_outside_transforms(operator: Operator, name: str, compute: Callable[[], T]) -> T:
-    """What was computed for an operator once, or is computed now.
-
-    It is kept where no transform is active: what is recorded inside one must not outlive it, and the operator may come
-    from outside.
-    """
-    kept: T | None = operator.__dict__.get(name)
-    if kept is None:
-        kept = compute()
-        if compiling() or not functorch_active():
-            operator.__dict__[name] = kept
-    return kept
 
 
 class Derivative(Elementary):
@@ -80,8 +64,7 @@ class Derivative(Elementary):
     def name(self) -> str:
         return f"{self.kind} of {checks.shown_function(self.options.func)}"
 
-    @lazy
-    def _call(self) -> Call:
+    def _new_call(self) -> Call:
         one = self.options
         name = one.caller or f"operators.{self.kind}"
         call = Call(name, one.func, self.args, self.kwargs, one.argnums, one.has_aux, one.wrt)
@@ -90,16 +73,15 @@ class Derivative(Elementary):
 
     @lazy
     def domain(self) -> Space:
-        return Space.of_arguments(self._call)
+        return Space.of_arguments(self._new_call())
 
     @property
     def evaluated(self) -> Evaluation:
         """The function, or its gradient, evaluated once."""
-        return kept_outside_transforms(self, "_evaluation", lambda: self._evaluate(self._call))
+        return kept_outside_transforms(self, "_evaluation", lambda: self._evaluate(self._new_call()))
 
     def prepared(self) -> Self:
-        self.__dict__["_evaluation"] = self.evaluated
-        return self
+        return keeping(self, "_evaluation", self.evaluated)
 
     @property
     def linearized(self) -> Linearization:
@@ -113,7 +95,8 @@ class Derivative(Elementary):
     @property
     def aux(self) -> Any:
         """The auxiliary output of the function, with ``has_aux``."""
-        return self._call.aux(self.linearized.aux)
+        call, linearization, _ = self.evaluated
+        return call.aux(linearization.aux)
 
     def at_once(self) -> Sizes:
         if compiling():
@@ -155,25 +138,25 @@ class JacobianOperator(Derivative):
         linearized = linearize(call.evaluate, call.primals, higher_order=True, origin=call.func)
         checks.tensor_outputs(call.name, linearized.outputs, call.path_of_output)
         checks.holomorphic_dtypes(call.name, linearized.outputs, self.options.holomorphic, "outputs")
-        return Evaluation(linearized, linearized.jvp())
+        return Evaluation(call, linearized, linearized.jvp())
 
     @property
     def value(self) -> Any:
         """The output of the function."""
-        outputs = self.linearized.outputs
-        return self._call.like_output(outputs)
+        call, linearization, _ = self.evaluated
+        return call.like_output(linearization.outputs)
 
     @lazy
     def codomain(self) -> Space:
-        outputs = self.linearized.outputs
-        return Space.of_outputs(self._call, outputs)
+        call, linearization, _ = self.evaluated
+        return Space.of_outputs(call, linearization.outputs)
 
     @property
     def cost(self) -> float:
         return 1.0
 
     def product(self, *, adjoint: bool) -> Callable[[Leaves], Leaves]:
-        linearization, push = self.evaluated
+        _, linearization, push = self.evaluated
         assert push is not None
         return self.pulled_by(linearization) if adjoint else push
 
@@ -190,7 +173,9 @@ class HessianOperator(Derivative):
     kind = "hessian"
 
     def _evaluate(self, call: Call) -> Evaluation:
-        return Evaluation(linearize_derivative(call, gradient(call, holomorphic=self.options.holomorphic)))
+        return Evaluation(
+            call, linearize_derivative(call, gradient(call, holomorphic=self.options.holomorphic))
+        )
 
     @property
     def value(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -15,9 +15,10 @@ from autodiff.core import trees
 from autodiff.core.call import Call
 from autodiff.core.linearization import gradient
 from autodiff.core.reverse import record
-from autodiff.operators.derivatives import JacobianOperator, Options, kept_outside_transforms
+from autodiff.operators.derivatives import JacobianOperator, Options
 from autodiff.operators.gauss_newton import BetweenJacobians, ModelOptions
 from autodiff.operators.given import Matrix
+from autodiff.operators.lazy import keeping, kept_outside_transforms
 from autodiff.operators.likelihoods import likelihood_of
 from autodiff.operators.linear_map import tree_class
 from autodiff.operators.makers import Maker
@@ -72,18 +73,19 @@ class FisherOperator(BetweenJacobians):
         one, target = self.options, self.args[-1]
         space = Space.of(output, "operators.fisher", "output")
         generator = torch.Generator(space.device).manual_seed(one.seed)
-        slope = grad(one.loss)
         likelihood = likelihood_of(one.loss)
-        gradients = []
-        for _ in range(samples):
-            with torch.no_grad():
+        draws = []
+        with torch.no_grad():
+            for _ in range(samples):
                 if one.sample is not None:
                     drawn = one.sample(output, generator)
                 else:
                     assert likelihood is not None  # `fisher` has seen to that
                     drawn = likelihood.draw(output, target, generator)
-            gradients.append(trees.leaves(slope(output, drawn)))
-        leaves = [torch.stack([one[i] for one in gradients]) for i in space.positions]
+                draws.append(drawn)
+        gradients = vmap(grad(one.loss), (None, 0), fallback="loop")(output, _stacked(draws))
+        found = trees.leaves(gradients)
+        leaves = [found[i] for i in space.positions]
         if one.sample is not None or likelihood is None:
             terms: int | Tensor = _count_of_mean(one.loss, output, drawn)
         else:
@@ -114,6 +116,19 @@ def _count_of_mean(loss: Callable[[Any, Any], Tensor], output: Any, target: Any)
     if not is_sum and not is_mean:
         checks.raise_not_over_samples("operators.fisher", checks.shown_function(loss))
     return 1 if is_sum else count
+
+
+def _stacked(draws: Sequence[Any]) -> Any:
+    """Trees with the draws in front of each tensor."""
+    first, spec = trees.flatten(draws[0])
+    columns = zip(*map(trees.leaves, draws), strict=True)
+    return trees.unflatten(
+        spec,
+        [
+            torch.stack(column) if isinstance(one, Tensor) else one
+            for one, column in zip(first, columns, strict=True)
+        ],
+    )
 
 
 def _narrowed(tree: Any, part: slice) -> Any:
@@ -256,8 +271,7 @@ class EmpiricalFisherOperator(Wrapping):
         return kept_outside_transforms(self, "_evaluation", self._evaluate)
 
     def prepared(self) -> Self:
-        self.__dict__["_evaluation"] = self._evaluated
-        return self
+        return keeping(self, "_evaluation", self._evaluated)
 
     @property
     def values(self) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 from autodiff import checks
 from autodiff._torch import compiling, fully_unwrapped
 from autodiff.core.seeds import generic_vector
-from autodiff.operators.derivatives import HessianOperator, JacobianOperator, Options, kept_outside_transforms
+from autodiff.operators.derivatives import HessianOperator, JacobianOperator, Options
+from autodiff.operators.lazy import keeping, kept_outside_transforms
 from autodiff.operators.likelihoods import likelihood_of
 from autodiff.operators.linear_map import tree_class
 from autodiff.operators.makers import Maker
@@ -48,8 +49,7 @@ class BetweenJacobians(Wrapping):
         return kept_outside_transforms(self, "_operand", self._composed)
 
     def prepared(self) -> Self:
-        self.__dict__["_operand"] = self.operand
-        return self
+        return keeping(self, "_operand", self.operand)
 
     @property
     def cost(self) -> float:

@@ -23,9 +23,7 @@ class Maker(Generic[Made_co]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Made_co:
         """The operator at these arguments; the function runs now, and its graph lives as long as the operator."""
-        operator = self.kind(self.options, args, kwargs)  # type: ignore[call-arg]
-        operator.prepared()
-        return operator
+        return self.kind(self.options, args, kwargs).prepared()  # type: ignore[call-arg]
 
     def __repr__(self) -> str:
         return f"<{self.kind.__name__} of {checks.shown_function(self.options.func)}>"

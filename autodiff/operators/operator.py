@@ -6,15 +6,17 @@ Provides `Operator`, from which all operators are made, and the operators that a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from autodiff import checks
+from autodiff._torch import compiling
 from autodiff.core.call import matching, spread
 from autodiff.operators.lazy import lazy
 from autodiff.operators.linear_map import LinearMap, tree_class
+from autodiff.operators.operands import is_at_least_zero, is_complex, is_scalar, traced_method
 from autodiff.operators.space import Leaves, Space
 
 
@@ -58,14 +60,11 @@ class Operator(LinearMap):
             return (self.T @ other.mT).mT
         return self.T @ other
 
-    def prepared(self) -> Operator:
-        """This operator, with all that its products have in common done now, inside the transforms that are active.
+    def prepared(self) -> Self:
+        """This operator with all that its products have in common done now, inside the transforms that are active.
 
-        An operator that was put together from its leaves inside a transform evaluates its function for each product
-        until then.
+        An operator that was put together from its leaves inside a transform evaluates its function for each product.
         """
-        for part in self.parts:
-            part.prepared()
         return self
 
     @property
@@ -84,7 +83,7 @@ class Operator(LinearMap):
         return Conjugate(self.H) if self.dtype.is_complex else self.H
 
     def __add__(self, other: Any) -> Operator:
-        if _is_scalar(other):
+        if is_scalar(other):
             checks.square_operator("A + a number", self.name, self.domain, self.codomain)
             other = Identity(self.domain) * other
         if not isinstance(other, Operator):
@@ -96,9 +95,9 @@ class Operator(LinearMap):
     __radd__ = __add__
 
     def __mul__(self, other: Any) -> Operator:
-        if not _is_scalar(other):
+        if not is_scalar(other):
             return NotImplemented
-        if _is_complex(other) and not self.dtype.is_complex:
+        if is_complex(other) and not self.dtype.is_complex:
             checks.raise_complex_factor(self.name, self.dtype)
         return Scaled(other, self)
 
@@ -114,7 +113,16 @@ class Operator(LinearMap):
         return Scaled(-1, self).__add__(other)
 
     def __truediv__(self, other: Any) -> Operator:
-        return self * (1 / other) if _is_scalar(other) else NotImplemented
+        return self * (1 / other) if is_scalar(other) else NotImplemented
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What Python does with a tensor and an operator, for torch's tracer, which asks here instead."""
+        del types, kwargs
+        method = traced_method(func.__name__) if compiling() else None
+        if method is None or not (len(args) == 2 and isinstance(args[1], Operator)):
+            return NotImplemented
+        return getattr(args[1], method)(args[0])
 
     def __getitem__(self, patterns: Any) -> Operator:
         rows, columns = checks.block_patterns(self.name, patterns)
@@ -125,19 +133,8 @@ class Operator(LinearMap):
         )
 
 
-def _is_scalar(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return value.dim() == 0
-    return isinstance(value, int | float | complex) and not isinstance(value, bool)
-
-
-def _is_complex(value: Any) -> bool:
-    return value.is_complex() if isinstance(value, Tensor) else isinstance(value, complex)
-
-
-def _is_at_least_zero(value: Any) -> bool:
-    """Whether a factor is known to be: of a tensor it is not, since that may be on a device or inside a transform."""
-    return isinstance(value, int | float) and value >= 0
+def _prepared(operators: Sequence[Operator]) -> tuple[Operator, ...]:
+    return tuple(operator.prepared() for operator in operators)
 
 
 def _terms(operator: Operator) -> tuple[Operator, ...]:
@@ -177,6 +174,9 @@ class Wrapping(Operator):
     @property
     def parts(self) -> Sequence[Operator]:
         return (self.operand,)
+
+    def prepared(self) -> Self:
+        return replace(self, operand=self.operand.prepared())  # type: ignore[type-var]
 
     @property
     def domain(self) -> Space:
@@ -262,15 +262,15 @@ class Scaled(Wrapping):
 
     @property
     def symmetric(self) -> bool:
-        return self.operand.symmetric and not _is_complex(self.factor)
+        return self.operand.symmetric and not is_complex(self.factor)
 
     @property
     def positive(self) -> bool:
-        return self.operand.positive and _is_at_least_zero(self.factor)
+        return self.operand.positive and is_at_least_zero(self.factor)
 
     def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
         factor = self.factor
-        if adjoint and _is_complex(factor):
+        if adjoint and is_complex(factor):
             factor = factor.conj() if isinstance(factor, Tensor) else factor.conjugate()
         # A tensor of shape () that is of another kind of number would raise a leaf's dtype.
         return [
@@ -289,6 +289,9 @@ class Sum(Operator):
     @property
     def parts(self) -> Sequence[Operator]:
         return self.terms
+
+    def prepared(self) -> Sum:
+        return Sum(_prepared(self.terms))
 
     @property
     def name(self) -> str:
@@ -333,10 +336,20 @@ class Product(Operator):
     """A product of operators, the last of which is applied first."""
 
     factors: tuple[Operator, ...]
+    # Whether it is symmetric, and positive. That is seen by which factors are one object, and remembered.
+    known: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.known:
+            middle = _middle(self.factors)
+            self.known = (False, False) if middle is None else (middle.symmetric, middle.positive)
 
     @property
     def parts(self) -> Sequence[Operator]:
         return self.factors
+
+    def prepared(self) -> Product:
+        return Product(_prepared(self.factors), self.known)
 
     @property
     def name(self) -> str:
@@ -350,23 +363,13 @@ class Product(Operator):
     def codomain(self) -> Space:
         return self.factors[0].codomain
 
-    @lazy
-    def _middle(self) -> Operator | None:
-        """M of a product B.H @ M @ B, the identity where it is B.H @ B, None where it is neither."""
-        factors = self.factors
-        while len(factors) > 1 and _are_adjoint(factors[0], factors[-1]):
-            factors = factors[1:-1]
-        if not factors:
-            return Identity(self.domain)
-        return factors[0] if len(factors) == 1 else None
-
     @property
     def symmetric(self) -> bool:
-        return self._middle is not None and self._middle.symmetric
+        return self.known[0]
 
     @property
     def positive(self) -> bool:
-        return self._middle is not None and self._middle.positive
+        return self.known[1]
 
     @property
     def cost(self) -> float:
@@ -376,6 +379,16 @@ class Product(Operator):
         for factor in self.factors if adjoint else reversed(self.factors):
             vectors = factor.multiply(vectors, adjoint=adjoint, count=count)
         return vectors
+
+
+def _middle(factors: tuple[Operator, ...]) -> Operator | None:
+    """M of a product B.H @ M @ B, the identity where it is B.H @ B, None where it is neither."""
+    domain = factors[-1].domain
+    while len(factors) > 1 and _are_adjoint(factors[0], factors[-1]):
+        factors = factors[1:-1]
+    if not factors:
+        return Identity(domain)
+    return factors[0] if len(factors) == 1 else None
 
 
 def _are_adjoint(one: Operator, other: Operator) -> bool:

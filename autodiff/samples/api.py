@@ -8,8 +8,8 @@ from typing import Any
 from autodiff import checks
 from autodiff._torch import traced_inline_only
 from autodiff.core.memory import parse_bytes
+from autodiff.core.progress import Progress
 from autodiff.samples.evaluator import Evaluator, name_of
-from autodiff.samples.progress import Progress
 from autodiff.samples.report import Report
 from autodiff.samples.run import Chunk, Options, Run
 from autodiff.types import ChunkSize, OnError, Randomness
@@ -85,7 +85,7 @@ def per_sample(
     budget = None if memory is None else parse_bytes(name, memory)
     Evaluator(func, in_dims, randomness, as_matrix=as_matrix)  # whether the options fit the function
     if progress:
-        Progress.check()
+        Progress.check("per_sample")
     options = Options(chunk_size, row_chunk_size, budget, as_matrix, on_error, randomness, progress)
     return PerSample(func, in_dims, options)
 

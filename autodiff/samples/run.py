@@ -17,6 +17,7 @@ from torch import Tensor
 from autodiff import _torch
 from autodiff.checks.consistency import OutputConsistency
 from autodiff.core import memory, trees
+from autodiff.core.progress import Progress
 from autodiff.core.specs import TensorSpec
 from autodiff.errors import AutodiffError, BatchError, SampleError
 from autodiff.samples.engine import Engine, RowsPiece, SamplesPiece
@@ -25,7 +26,6 @@ from autodiff.samples.files import FileSink
 from autodiff.samples.fingerprint import fingerprint
 from autodiff.samples.given import GivenSink
 from autodiff.samples.plan import Plan
-from autodiff.samples.progress import Progress
 from autodiff.samples.report import Report
 from autodiff.samples.results import Leaf, Plain, Result, empty, nan, template_of, with_tensors
 from autodiff.samples.sinks import MemorySink
@@ -192,7 +192,7 @@ class Run:
         batch: Mapped | None = self._first
         expected = self._total if self._source.one else self._source.expected
         with Progress(
-            self.report.what, expected, engine.position[0], shown=self._options.progress
+            self.report.what, expected, engine.position[0], unit="sample", shown=self._options.progress
         ) as progress:
             while batch is not None:
                 if sink is not None:
@@ -205,13 +205,16 @@ class Run:
                 if done < first + batch.size:
                     for pieces in engine.chunks(batch, first):
                         self.report.advance(engine.position[0] - done)
-                        progress.advance(engine.position[0] - done, self.report)
+                        progress.advance(engine.position[0] - done, self._note())
                         done = engine.position[0]
                         yield pieces
                 first, index = first + batch.size, index + 1
                 batch = self._next_batch()
         if sink is not None:
             sink.end_batches(index)
+
+    def _note(self) -> str:
+        return f"chunk {self.report.largest}, peak {memory.format_bytes(self.report.peak)}"
 
     def _whole(self, pieces: Iterable[Piece]) -> Iterator[SamplesPiece]:
         """Pieces of whole samples: rows are put together."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from autodiff import _torch
 from autodiff.core import randomness, trees
 from autodiff.core.call import Lift, is_differentiable, refilled, spread, wraps
+from autodiff.core.closures import CapturedTensors, ReplacedTensors
 from autodiff.core.forward import push
 from autodiff.core.reverse import rerecord
 from autodiff.core.rules import Rules, attach, inplace_counts, is_tracked
@@ -87,7 +88,7 @@ def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     state = randomness.random_state()
     constants = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    found = _CapturedTensors([constant for constant in constants if isinstance(constant, Tensor)])
+    found = CapturedTensors([constant for constant in constants if isinstance(constant, Tensor)])
     versions = inplace_counts(constants)
     with found:
         inner_args, inner_kwargs = trees.unflatten(spec, constants)
@@ -102,7 +103,7 @@ def _on_level(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         for position, tensor in zip(where, tensors, strict=False):
             filled[position] = tensor
         again, again_kwargs = trees.unflatten(spec, filled)
-        replaced = _ReplacedTensors(found.tensors, tensors[len(where) :])
+        replaced = ReplacedTensors(found.tensors, tensors[len(where) :])
         try:
             with randomness.random_numbers_from(state), replaced:
                 result = trees.leaves(func(*again, **again_kwargs))
@@ -155,94 +156,3 @@ class _Rerun(Rules):
 
         vectors = [tangent for tangent in tangents if tangent is not None]
         return push(func, [saved[i] for i in where], vectors).tangents
-
-
-# Captured tensors: an operation that is handed one gets another in its place.
-
-
-# They compute nothing, are put to what is inside wrappers too, and have the same answer in both runs.
-_METADATA = frozenset({Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.grad_fn.__get__})  # type: ignore[attr-defined,union-attr]
-
-
-class _ReplacedTensors(_torch.FunctionMode):
-    """Operations see ``others`` in place of ``tensors``; ``unused`` are those that none has asked for."""
-
-    def __init__(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._others = {id(tensor): other for tensor, other in zip(tensors, others, strict=True)}
-        self.unused = set(self._others)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _METADATA:
-            return func(*args, **(kwargs or {}))
-        named = {key: self._replaced(value) for key, value in (kwargs or {}).items()}
-        return self._seen(func(*self._replaced(args), **named))
-
-    def _replaced(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._other(value)
-        if type(value) in (tuple, list):
-            return type(value)(map(self._replaced, value))
-        return value
-
-    def _other(self, tensor: Tensor) -> Tensor:
-        self.unused.discard(id(tensor))
-        return self._others.get(id(tensor), tensor)
-
-    def _seen(self, result: Any) -> Any:
-        return result
-
-
-class _CapturedTensors(_ReplacedTensors):
-    """Finds tensors that belong to a level or require grad and were not made here; hides their derivatives."""
-
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        super().__init__((), ())
-        # As the function has them, and as the checkpointed functions around show them to it.
-        self.tensors: list[Tensor] = []
-        self.shown: list[Tensor] = []
-        self.versions: list[int] = []
-        self.tracked: set[int] = set()
-        self._around = [mode for mode in _torch.function_modes() if isinstance(mode, _ReplacedTensors)]
-        self._levels = _torch.active_levels()
-        self._token = object()
-        for tensor in inputs:
-            self._seen(tensor)
-
-    def _other(self, tensor: Tensor) -> Tensor:
-        other = self._others.get(id(tensor))
-        if other is not None:
-            return other
-        if self._token in getattr(tensor, "autodiff_made_in", ()):
-            return tensor
-        shown = tensor
-        for mode in reversed(self._around):
-            shown = mode._other(shown)  # noqa: SLF001  its own kind
-        if not self._is_live(shown):
-            return tensor
-        # Kept, so that nothing else gets its id. What a transform inside gives has no mark, and may be among them.
-        self.tensors.append(tensor)
-        self.shown.append(shown)
-        self.versions += inplace_counts([shown])
-        if is_tracked(shown):
-            self.tracked.add(id(tensor))
-        with _torch.WithoutFunctionModes():  # else those around would take what they show for captured
-            constant = shown.detach()
-        self._others[id(tensor)] = constant
-        for mode in (self, *self._around):
-            mode._seen(constant)  # noqa: SLF001  its own kind
-        return constant
-
-    def _is_live(self, tensor: Tensor) -> bool:
-        if _torch.is_wrapper(tensor):
-            return _torch.level_of(tensor) in self._levels
-        return is_tracked(tensor)
-
-    def _seen(self, result: Any) -> Any:
-        for leaf in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(leaf, Tensor):
-                # In each of the checkpointed functions that are inside one another.
-                leaf.autodiff_made_in = (self._token, *getattr(leaf, "autodiff_made_in", ()))  # type: ignore[attr-defined]
-        return result

@@ -1,16 +1,12 @@
-"""A progress bar with samples per second and memory, by tqdm."""
+"""A progress bar, by tqdm, which never stops the work that it shows. Imports `errors` alone."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from autodiff.core import memory
 from autodiff.errors import OptionError
-
-if TYPE_CHECKING:
-    from autodiff.samples.report import Report
 
 # What tqdm raises where stderr is missing, closed or on a full disk: no bar is a reason to lose a run.
 _UNSEEN = (AttributeError, OSError, ValueError)
@@ -19,20 +15,20 @@ _UNSEEN = (AttributeError, OSError, ValueError)
 class Progress:
     """A bar while ``with`` lasts; ``shown=False`` makes none."""
 
-    def __init__(self, what: str, total: int | None, done: int, *, shown: bool) -> None:
+    def __init__(self, what: str, total: int | None, done: int, *, unit: str, shown: bool) -> None:
         self._bar: Any = None
         if shown:
             from tqdm.auto import tqdm  # noqa: PLC0415  an extra
 
             with contextlib.suppress(*_UNSEEN):
-                self._bar = tqdm(desc=what, total=total, initial=done, unit="sample")
+                self._bar = tqdm(desc=what, total=total, initial=done, unit=unit)
 
     @staticmethod
-    def check() -> None:
-        """An error if tqdm is missing."""
+    def check(name: str) -> None:
+        """An error if tqdm is missing; ``name`` is the public name that the user called."""
         if importlib.util.find_spec("tqdm") is None:
             raise OptionError(
-                "per_sample: progress=True needs tqdm, which is not installed. Install it: pip install "
+                f"{name}: progress=True needs tqdm, which is not installed. Install it: pip install "
                 "'autodiff[progress]', or leave progress out."
             )
 
@@ -44,11 +40,14 @@ class Progress:
             with contextlib.suppress(*_UNSEEN):
                 self._bar.close()
 
-    def advance(self, samples: int, report: Report) -> None:
-        """Count samples that are done."""
+    @property
+    def shown(self) -> bool:
+        """Whether there is a bar, for which a note is worth making."""
+        return self._bar is not None
+
+    def advance(self, count: int, note: str) -> None:
+        """Count so many more that are done, and show a note beside the bar."""
         if self._bar is not None:
             with contextlib.suppress(*_UNSEEN):
-                self._bar.set_postfix_str(
-                    f"chunk {report.largest}, peak {memory.format_bytes(report.peak)}", refresh=False
-                )
-                self._bar.update(samples)
+                self._bar.set_postfix_str(note, refresh=False)
+                self._bar.update(count)

@@ -1,0 +1,132 @@
+"""Iterations in rounds, each of which begins at the true residual: what is reported is what the solution has.
+
+The residual that an iteration updates drifts away from b - A x by rounding. So that is computed at the end of a round,
+by one product, and where it is too large another round solves for it. Imports `iteration` and `checks`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+import torch
+
+from autodiff import checks
+from autodiff.operators.iteration import Solver, Steps, System, any_of, inverse, norm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Reason: TypeAlias = Literal["converged", "maxiter", "stagnated"]
+
+# A round aims a little lower than it has to, so that rounding takes it over the target seldom.
+_AIM = 0.95
+# The last digits of a residual that does not become smaller any more.
+_SAME = 1e-3
+
+
+class Tolerance(NamedTuple):
+    """The residual's norm is at most ``relative`` times that of the right-hand side, or ``absolute``."""
+
+    relative: float
+    absolute: float
+
+
+class Outcome(NamedTuple):
+    """A solution, the residuals that it has, and why there is no better one.
+
+    # solution: [k, n], residuals (as parts of the right-hand sides' norms), converged: [k]
+    """
+
+    solution: Tensor
+    residuals: Tensor
+    converged: Tensor
+    reason: Reason
+
+
+def solve_in_rounds(
+    solver: Solver,
+    system: System,
+    B: Tensor,
+    start: Tensor | None,
+    tolerance: Tolerance,
+    steps: Steps,
+    least: float,
+) -> Outcome:
+    """The solution of A X = B from a start, or from zero.
+
+    A round that does not make one of the residuals smaller by the factor ``least`` is the last one. Where a round makes
+    a residual larger, its right-hand side keeps the solution from before.
+
+    # B: [k, m], start: [k, n] -> solution: [k, n]
+    """
+    R, X = (B, None) if start is None else (B - system.multiply(start), start)
+    (of_b, _), (norms, scale) = _norm_and_scale(B), _norm_and_scale(R)
+    if any_of(~(of_b.isfinite() & norms.isfinite())):
+        checks.raise_right_side_not_finite(steps.name)
+    # The solution is zero where b is.
+    norms = torch.where(of_b == 0, 0, norms)
+    if X is not None:
+        X = torch.where(of_b[:, None] == 0, 0, X)
+    targets = (tolerance.relative * of_b).clamp_min(tolerance.absolute)
+    measure, before = norms, torch.full_like(norms, torch.inf)
+    converged = norms <= targets
+    while True:
+        reason = _reason_to_stop(converged, measure, before, least, steps)
+        if reason is not None:
+            break
+        steps.scale = scale * inverse(of_b)
+        goals = torch.where(converged, torch.inf, _AIM * targets * inverse(scale))
+        step = solver(system, _scaled(R, inverse(scale)), goals, steps)
+        step = _scaled(step, torch.where(converged, 0, scale))
+        step = step if X is None else X + step
+        left = B - system.multiply(step)
+        came, scale_of_step = _norm_and_scale(left)
+        if any_of(~came.isfinite()):
+            checks.raise_not_finite(steps.name, steps.method, steps.taken)
+        better = came <= (1 + _SAME) * norms
+        zero = 0 if X is None else X
+        X = torch.where(better[:, None], step, zero)
+        R = torch.where(better[:, None], left, R)
+        norms, scale = torch.where(better, came, norms), torch.where(better, scale_of_step, scale)
+        before, (measure, converged) = measure, _judged(system, R, norms, scale, targets)
+    if X is None:
+        # A product of zeros has the width of the solution, and is batched where the operator is.
+        X = torch.zeros_like(system.multiply_adjoint(R)) if system.slope else torch.zeros_like(R)
+    return Outcome(X, norms * inverse(of_b), converged, reason)
+
+
+def _reason_to_stop(
+    converged: Tensor, measure: Tensor, before: Tensor, least: float, steps: Steps
+) -> Reason | None:
+    if not any_of(~converged):
+        return "converged"
+    if steps.taken >= steps.limit:
+        return "maxiter"
+    if not any_of(~converged & (measure <= least * before)):
+        return "stagnated"
+    return None
+
+
+def _judged(
+    system: System, R: Tensor, norms: Tensor, scale: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """By what a round is measured, and which right-hand sides are solved, exactly or by least squares."""
+    converged = norms <= targets
+    if system.size is None:
+        return norms, converged
+    unit = _scaled(R, inverse(scale))
+    slopes = norm(system.multiply_adjoint(unit))
+    return slopes * scale, converged | (slopes <= system.slope * system.size * norm(unit))
+
+
+def _norm_and_scale(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm of each row, and its largest number, without overflow or underflow.
+
+    # rows: [k, n] -> [k], [k]
+    """
+    scale = torch.linalg.vector_norm(rows, torch.inf, dim=-1)
+    return scale * norm(_scaled(rows, inverse(scale))), scale
+
+
+def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
+    return rows * factors[:, None].to(rows.dtype)
