@@ -348,6 +348,17 @@ class BudgetWarning(UserWarning):
     """
 
 
+class DataError(AutodiffError, ValueError, RuntimeError):
+    """A data set that is gone through for every product of an operator is not the same each time.
+
+    >>> import torch, autodiff
+    >>> batches = (torch.ones(2) for _ in range(3))
+    >>> autodiff.operators.hessian(torch.sum).over(batches)
+    Traceback (most recent call last):
+    autodiff.errors.DataError: operators.over(sum): expected batches that can be gone through for every product, ...
+    """
+
+
 class ResumeError(AutodiffError, RuntimeError, ValueError):
     """A file holds the results of another run, or is not one of ``per_sample``'s.
 

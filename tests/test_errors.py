@@ -26,6 +26,7 @@ TORCH_RAISES = {
     "OptionCombinationError": (ValueError, RuntimeError, NotImplementedError),
     "SampleError": (RuntimeError,),
     "BudgetError": (MemoryError,),
+    "DataError": (ValueError, RuntimeError),
     "ResumeError": (RuntimeError, ValueError),
     "RuleError": (RuntimeError, TypeError),
     "ForwardRuleError": (NotImplementedError, RuntimeError),

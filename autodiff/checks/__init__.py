@@ -4,6 +4,19 @@ The first parameter of each is the public name that the user called. A message h
 path, what was expected, what came, and the way out. Phrases by which programs know torch.func's errors are kept.
 """
 
+from autodiff.checks.data_sets import data_set as data_set
+from autodiff.checks.data_sets import differentiated_outside_of_batches as differentiated_outside_of_batches
+from autodiff.checks.data_sets import raise_no_batches as raise_no_batches
+from autodiff.checks.data_sets import raise_not_additive as raise_not_additive
+from autodiff.checks.data_sets import raise_other_batch as raise_other_batch
+from autodiff.checks.data_sets import raise_varying as raise_varying
+from autodiff.checks.data_sets import raise_writes as raise_writes
+from autodiff.checks.data_sets import reduction as reduction
+from autodiff.checks.data_sets import same_length as same_length
+from autodiff.checks.data_sets import samples_of_batch as samples_of_batch
+from autodiff.checks.data_sets import tensors_to_cut as tensors_to_cut
+from autodiff.checks.data_sets import untraced_data as untraced_data
+from autodiff.checks.data_sets import unwritten_arguments as unwritten_arguments
 from autodiff.checks.jacobians import jacobian_block as jacobian_block
 from autodiff.checks.jacobians import raise_jacobian_of_other_inputs as raise_jacobian_of_other_inputs
 from autodiff.checks.jacobians import shape as shape

@@ -105,7 +105,8 @@ class Meter:
 
     On CUDA the allocator tells (its own peak statistics start anew); elsewhere every operation's
     results are counted for as long as they live, whatever an operation needs in between left out. There
-    ``operations`` says how many there were, and ``produced`` how many bytes they made in all.
+    ``operations`` says how many there were, and ``produced`` how many bytes they made in all. ``remaining`` are the
+    bytes that still live at the end.
 
     >>> with Meter(torch.device("cpu")) as meter:
     ...     for _ in range(3):
@@ -117,7 +118,7 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._counter = None if device.type == "cuda" else _LiveBytes()
-        self.peak = self.produced = self.operations = 0
+        self.peak = self.produced = self.operations = self.remaining = 0
 
     def __enter__(self) -> Self:
         if self._counter is None:
@@ -132,10 +133,11 @@ class Meter:
         if self._counter is None:
             torch.cuda.synchronize(self._device)
             self.peak = torch.cuda.max_memory_allocated(self._device) - self._before
+            self.remaining = torch.cuda.memory_allocated(self._device) - self._before
         else:
             self._counter.__exit__(None, None, None)
             self.peak, self.produced = self._counter.peak, self._counter.produced
-            self.operations = self._counter.operations
+            self.operations, self.remaining = self._counter.operations, self._counter.total
 
 
 class _LiveBytes(DispatchMode):
@@ -143,7 +145,7 @@ class _LiveBytes(DispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self.produced = self.operations = self._total = 0
+        self.peak = self.produced = self.operations = self.total = 0
         # By storage: its size, 0 for one from before, and what tells of its end.
         self._alive: dict[int, tuple[int, Any]] = {}
 
@@ -165,13 +167,13 @@ class _LiveBytes(DispatchMode):
             if key not in self._alive:
                 size = storage.nbytes() if new else 0
                 self._alive[key] = size, weakref.ref(storage, partial(self._forget, key))
-                self._total += size
+                self.total += size
                 self.produced += size
-        self.peak = max(self.peak, self._total)
+        self.peak = max(self.peak, self.total)
 
     def _forget(self, key: int, _: object) -> None:
         size, _ = self._alive.pop(key)
-        self._total -= size
+        self.total -= size
 
 
 def _storages(tree: Any) -> Iterable[Any]:

@@ -13,15 +13,17 @@ _UNSEEN = (AttributeError, OSError, ValueError)
 
 
 class Progress:
-    """A bar while ``with`` lasts; ``shown=False`` makes none."""
+    """A bar while ``with`` lasts, and after it with ``stay``; ``shown=False`` makes none."""
 
-    def __init__(self, what: str, total: int | None, done: int, *, unit: str, shown: bool) -> None:
+    def __init__(
+        self, what: str, total: int | None, done: int, *, unit: str, shown: bool, stay: bool = True
+    ) -> None:
         self._bar: Any = None
         if shown:
             from tqdm.auto import tqdm  # noqa: PLC0415  an extra
 
             with contextlib.suppress(*_UNSEEN):
-                self._bar = tqdm(desc=what, total=total, initial=done, unit=unit)
+                self._bar = tqdm(desc=what, total=total, initial=done, unit=unit, leave=stay)
 
     @staticmethod
     def check(name: str) -> None:

@@ -42,6 +42,11 @@ class Options:
     wrt: Wrt = None
     caller: str = ""
 
+    def for_batch(self, number: int) -> Options:
+        """The options for one batch of a data set."""
+        del number
+        return self
+
 
 class Evaluation(NamedTuple):
     """A call of a function that was evaluated, or its gradient; and what pushes vectors, where no pull does."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
 
 from autodiff import checks
+from autodiff.core.memory import parse_bytes
+from autodiff.core.progress import Progress
+from autodiff.operators.data import Over
 from autodiff.operators.derivatives import HessianOperator, JacobianOperator, Options
 from autodiff.operators.operator import Operator
 from autodiff.types import Argnums, Wrt
@@ -23,7 +26,88 @@ class Maker(Generic[Made_co]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Made_co:
         """The operator at these arguments; the function runs now, and its graph lives as long as the operator."""
-        return self.kind(self.options, args, kwargs).prepared()  # type: ignore[call-arg]
+        return self.unprepared(*args, **kwargs).prepared()
+
+    def unprepared(self, *args: Any, **kwargs: Any) -> Made_co:
+        """The same; the function runs when it is first needed."""
+        return self.kind(self.options, args, kwargs)  # type: ignore[call-arg]
+
+    def for_batch(self, number: int) -> Maker[Made_co]:
+        """What makes the operator of one batch of a data set."""
+        return replace(self, options=self.options.for_batch(number))
+
+    @property
+    def name_over(self) -> str:
+        """The name of `over` in messages."""
+        return f"operators.over({checks.shown_function(self.options.func)})"
+
+    def over(
+        self,
+        batches: Any,
+        *,
+        reduction: Literal["mean", "sum"] = "mean",
+        batch_size: int | Literal["auto"] | None = None,
+        progress: bool = False,
+        memory: int | str | None = None,
+        check: bool = True,
+    ) -> Over:
+        r"""The operator over a data set: each product goes through its batches, and holds the graph of one at a time.
+
+        .. math:: A v = \sum_b \frac{n_b}{N} A_b\, v, \qquad \text{with reduction="sum": } A v = \sum_b A_b\, v
+
+        A batch holds the function's last arguments, as in ``loss(params, *batch)``. Under transforms, and where what
+        it was made at requires grad, a product is differentiable to every order; derivatives go through the data set
+        again, so that they too hold the graph of one batch.
+
+        >>> import torch
+        >>> from autodiff import operators
+        >>> loss = lambda w, x, y: ((w * x - y) ** 2).mean()
+        >>> x, y = torch.arange(5.0), torch.ones(5)
+        >>> A = operators.hessian(loss).over((x, y), batch_size=2)(torch.tensor([1.0]))
+        >>> A @ torch.tensor([1.0])  # 2 (0 + 1 + 4 + 9 + 16) / 5
+        tensor([12.])
+        >>> A.value, A.gradient
+        (tensor(3.), tensor([8.]))
+
+        Args:
+            batches: a DataLoader, or any other iterable that starts anew each time; or, with ``batch_size``, tensors,
+                a tree of which each leaf has its samples in the first dimension. A tuple or list is the arguments of
+                a batch, anything else is one argument.
+            reduction: ``"mean"`` where the function is a mean over a batch's samples: a batch of :math:`n_b` samples of
+                all N counts :math:`n_b / N`. ``"sum"`` where it is a sum.
+            batch_size: how many samples of given tensors make a batch, or ``"auto"``: as many as fit into ``memory``,
+                or into half of what is free; on a CPU as many as take 64 MiB, at most.
+            progress: show a bar for each product.
+            memory: the bytes that recorded batches may take, or a text such as ``"512MiB"``. As many batches as fit are
+                recorded once and kept, the first ones first. None keeps no batch, unless there is only one: then the
+                memory is that of one batch. Over kept batches a Hessian's product takes about half as long.
+            check: refuse a data set or a function that would make products differ: one product is computed twice when
+                the operator is made, and compared.
+
+        Returns:
+            A function of the arguments that the batches do not hold, which returns the operator. Its ``value`` and
+            ``gradient`` are over the data set, if one batch has them; the first of them goes through it once. Its
+            products draw random numbers, such as the order of a DataLoader that shuffles, from the same state each
+            time, and leave the generators of torch as they were.
+
+        Raises:
+            DataError: the data set is an iterator, exhausted, empty, or of another length than before; a batch holds
+                tensors of different numbers of samples; or one product is not the same when it is repeated, through
+                dropout, shuffling, or BatchNorm in training mode.
+            InPlaceError: in a product, if an argument was written in place since the operator was made.
+            OptionError: an option has another value, ``batches`` is neither tensors nor an iterable of batches, or this
+                makes Jacobians, which are not added.
+            ArgnumsError: when the operator is made, if the batches hold what is differentiated.
+        """
+        name = self.name_over
+        if issubclass(self.kind, JacobianOperator):
+            checks.raise_not_additive(name)
+        checks.reduction(name, reduction)
+        checks.data_set(name, batches, batch_size, check=check)
+        if progress:
+            Progress.check(name)
+        limit = None if memory is None else parse_bytes(name, memory)
+        return Over(self, batches, reduction, progress, limit, check, batch_size)
 
     def __repr__(self) -> str:
         return f"<{self.kind.__name__} of {checks.shown_function(self.options.func)}>"
