@@ -381,6 +381,17 @@ class SolverError(AutodiffError, RuntimeError, ArithmeticError):
     """
 
 
+class SingularError(SolverError):
+    """A matrix has no inverse, such as the Jacobian of an equation whose solution is differentiated.
+
+    >>> import torch, autodiff
+    >>> fit = autodiff.operators.minimum(lambda x, a: (x.sum() - a) ** 2)(lambda start, a: start + a / 2)
+    >>> autodiff.grad(lambda a: fit(torch.zeros(2), a).sum())(torch.ones(()))
+    Traceback (most recent call last):
+    autodiff.errors.SingularError: operators.minimum: ...
+    """
+
+
 class ConvergenceWarning(UserWarning):
     """An iteration ended before its result was as exact as was asked for.
 

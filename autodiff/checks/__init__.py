@@ -4,6 +4,13 @@ The first parameter of each is the public name that the user called. A message h
 path, what was expected, what came, and the way out. Phrases by which programs know torch.func's errors are kept.
 """
 
+from autodiff.checks.implicit import holds_at_answer as holds_at_answer
+from autodiff.checks.implicit import like_start as like_start
+from autodiff.checks.implicit import raise_captured_inside as raise_captured_inside
+from autodiff.checks.implicit import raise_singular as raise_singular
+from autodiff.checks.implicit import raise_solver_wrote as raise_solver_wrote
+from autodiff.checks.implicit import raise_unused_keyword as raise_unused_keyword
+from autodiff.checks.implicit import real_minimum as real_minimum
 from autodiff.checks.data_sets import data_set as data_set
 from autodiff.checks.data_sets import differentiated_outside_of_batches as differentiated_outside_of_batches
 from autodiff.checks.data_sets import raise_no_batches as raise_no_batches
@@ -27,7 +34,6 @@ from autodiff.checks.leaves import real_tensors as real_tensors
 from autodiff.checks.operators import block_patterns as block_patterns
 from autodiff.checks.operators import losses_of_samples as losses_of_samples
 from autodiff.checks.operators import model_and_target as model_and_target
-from autodiff.checks.operators import raise_captured_inside as raise_captured_inside
 from autodiff.checks.operators import raise_complex_factor as raise_complex_factor
 from autodiff.checks.operators import raise_not_adjoint as raise_not_adjoint
 from autodiff.checks.operators import raise_not_convex as raise_not_convex

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from autodiff.errors import (
     ArgnumsError,
-    CaptureError,
     DtypeError,
     OptionError,
     OutputError,
@@ -159,11 +158,3 @@ def losses_of_samples(name: str, losses: Any) -> None:
             f"{name}: expected a function that returns one real tensor of shape () for a sample, so [N] for all, got "
             f"{came}. Write the loss of one sample."
         )
-
-
-def raise_captured_inside(name: str, cause: BaseException | None = None) -> NoReturn:
-    raise CaptureError(
-        f"{name}: a function captures a tensor that is differentiated, and hands it to a transform of its own, where "
-        f"it cannot be replaced. Expected an argument: pass the tensor to the function, or detach it where no "
-        f"derivative in it is needed."
-    ) from cause

@@ -29,6 +29,11 @@ def reaches_tracked_tensor(node: Any) -> bool:
     return any(map(_torch.requires_grad_at_any_depth, _tensors(user_code(node))))
 
 
+def reaches_wrapper(function: Any) -> bool:
+    """Whether a function reaches a transform's wrapper around a tensor, likewise."""
+    return any(map(_torch.is_wrapper, _tensors([function])))
+
+
 def _tensors(found: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors in these objects, and in what they hold."""
     seen: set[int] = set()

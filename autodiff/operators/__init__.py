@@ -34,3 +34,8 @@ from autodiff.operators.solve import SolveInfo as SolveInfo
 from autodiff.operators.preconditioners import jacobi as jacobi
 from autodiff.operators.preconditioners import block_jacobi as block_jacobi
 from autodiff.operators.preconditioners import nystrom as nystrom
+
+# Solutions that are differentiated by what holds for them.
+from autodiff.operators.root import root as root
+from autodiff.operators.root import fixed_point as fixed_point
+from autodiff.operators.root import minimum as minimum
