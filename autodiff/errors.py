@@ -259,6 +259,18 @@ class BufferWarning(UserWarning):
     """
 
 
+class DegeneracyError(AutodiffError, RuntimeError):
+    """The derivative of an eigenvector does not exist, since its eigenvalue is repeated.
+
+    >>> import torch, autodiff
+    >>> def last(d):
+    ...     return autodiff.operators.eigsh(autodiff.operators.diagonal(d), 1)[1].sum()
+    >>> autodiff.grad(last)(torch.ones(200))
+    Traceback (most recent call last):
+    autodiff.errors.DegeneracyError: operators.eigsh: ...
+    """
+
+
 class OptionError(AutodiffError, ValueError, RuntimeError):
     """An option has a value that is not allowed, such as ``chunk_size=0``.
 

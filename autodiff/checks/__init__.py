@@ -49,7 +49,6 @@ from autodiff.checks.operators import square_operator as square_operator
 from autodiff.checks.options import argnums as argnums
 from autodiff.checks.options import choice as choice
 from autodiff.checks.options import chunk_size as chunk_size
-from autodiff.checks.options import eigenvalue_count as eigenvalue_count
 from autodiff.checks.options import positive_int as positive_int
 from autodiff.checks.options import raise_argnum_out_of_range as raise_argnum_out_of_range
 from autodiff.checks.options import raise_repeated_argnums as raise_repeated_argnums
@@ -80,6 +79,13 @@ from autodiff.checks.solvers import solver_dtypes as solver_dtypes
 from autodiff.checks.solvers import square_system as square_system
 from autodiff.checks.solvers import tolerance as tolerance
 from autodiff.checks.solvers import untraced_iteration as untraced_iteration
+from autodiff.checks.spectra import eigenvalue_count as eigenvalue_count
+from autodiff.checks.spectra import iteration_options as iteration_options
+from autodiff.checks.spectra import pair_count as pair_count
+from autodiff.checks.spectra import raise_degenerate as raise_degenerate
+from autodiff.checks.spectra import raise_not_hermitian as raise_not_hermitian
+from autodiff.checks.spectra import raise_products_not_finite as raise_products_not_finite
+from autodiff.checks.spectra import warn_not_converged as warn_not_converged
 from autodiff.checks.vectors import flat_vectors as flat_vectors
 from autodiff.checks.vectors import matching_leaf as matching_leaf
 from autodiff.checks.vectors import matching_structure as matching_structure
