@@ -21,7 +21,6 @@ from autodiff.operators.fisher import fisher as fisher
 from autodiff.operators.fisher import empirical_fisher as empirical_fisher
 
 # Operators that are given.
-from autodiff.operators.given import diagonal as diagonal
 from autodiff.operators.given import identity_like as identity_like
 from autodiff.operators.given import from_matrix as from_matrix
 from autodiff.operators.given import from_matvec as from_matvec
@@ -42,3 +41,11 @@ from autodiff.operators.root import minimum as minimum
 # Eigenvalues and singular values.
 from autodiff.operators.eigsh import eigsh as eigsh
 from autodiff.operators.svds import svds as svds
+# Numbers and functions of an operator, estimated by random vectors. Of a tree, diagonal makes the diagonal operator.
+from autodiff.operators.estimators import trace as trace
+from autodiff.operators.estimators import diagonal as diagonal
+from autodiff.operators.estimators import logdet as logdet
+from autodiff.operators.estimators import frobenius_norm as frobenius_norm
+from autodiff.operators.estimators import Estimate as Estimate
+from autodiff.operators.spectral_density import spectral_density as spectral_density
+from autodiff.operators.spectral_density import SpectralDensity as SpectralDensity
