@@ -4,13 +4,6 @@ The first parameter of each is the public name that the user called. A message h
 path, what was expected, what came, and the way out. Phrases by which programs know torch.func's errors are kept.
 """
 
-from autodiff.checks.implicit import holds_at_answer as holds_at_answer
-from autodiff.checks.implicit import like_start as like_start
-from autodiff.checks.implicit import raise_captured_inside as raise_captured_inside
-from autodiff.checks.implicit import raise_singular as raise_singular
-from autodiff.checks.implicit import raise_solver_wrote as raise_solver_wrote
-from autodiff.checks.implicit import raise_unused_keyword as raise_unused_keyword
-from autodiff.checks.implicit import real_minimum as real_minimum
 from autodiff.checks.data_sets import data_set as data_set
 from autodiff.checks.data_sets import differentiated_outside_of_batches as differentiated_outside_of_batches
 from autodiff.checks.data_sets import raise_no_batches as raise_no_batches
@@ -26,7 +19,6 @@ from autodiff.checks.data_sets import untraced_data as untraced_data
 from autodiff.checks.data_sets import unwritten_arguments as unwritten_arguments
 from autodiff.checks.estimators import enough_samples as enough_samples
 from autodiff.checks.estimators import one_kind_of_number as one_kind_of_number
-from autodiff.checks.estimators import operator as operator
 from autodiff.checks.estimators import raise_coarse_grid as raise_coarse_grid
 from autodiff.checks.estimators import raise_fixed_distribution as raise_fixed_distribution
 from autodiff.checks.estimators import raise_grid as raise_grid
@@ -36,6 +28,13 @@ from autodiff.checks.estimators import raise_options_of_operator as raise_option
 from autodiff.checks.estimators import raise_undifferentiable as raise_undifferentiable
 from autodiff.checks.estimators import raise_width as raise_width
 from autodiff.checks.estimators import untraced_drawing as untraced_drawing
+from autodiff.checks.implicit import holds_at_answer as holds_at_answer
+from autodiff.checks.implicit import like_start as like_start
+from autodiff.checks.implicit import raise_captured_inside as raise_captured_inside
+from autodiff.checks.implicit import raise_singular as raise_singular
+from autodiff.checks.implicit import raise_solver_wrote as raise_solver_wrote
+from autodiff.checks.implicit import raise_unused_keyword as raise_unused_keyword
+from autodiff.checks.implicit import real_minimum as real_minimum
 from autodiff.checks.jacobians import jacobian_block as jacobian_block
 from autodiff.checks.jacobians import raise_jacobian_of_other_inputs as raise_jacobian_of_other_inputs
 from autodiff.checks.jacobians import shape as shape

@@ -8,15 +8,7 @@ from torch import Tensor
 
 from autodiff._torch import compiling, stop_tracing
 from autodiff.core import trees
-from autodiff.errors import DefiniteError, DtypeError, LeafError, OptionError, RuleError
-
-
-def operator(name: str, value: object) -> None:
-    if not hasattr(value, "matmat"):
-        raise LeafError(
-            f"{name}: expected an operator, got {type(value).__name__}. Make one by operators.hessian(loss)(params), "
-            f"or of a matrix by operators.from_matrix(M)."
-        )
+from autodiff.errors import DefiniteError, DtypeError, OptionError, RuleError
 
 
 def enough_samples(name: str, method: str, samples: int, fewest: int) -> None:

@@ -143,7 +143,7 @@ def _check_options(
     samples: int,
     distribution: str | None = None,
 ) -> None:
-    checks.operator(name, A)
+    checks.operator(name, "A", A, Operator)
     checks.choice(name, "method", method, methods)
     checks.choice(name, "distribution", distribution, (None, "rademacher", "gaussian", "sphere"))
     checks.positive_int(name, "samples", samples, "It is how many products are computed.")

@@ -10,13 +10,13 @@ from torch import Tensor
 from autodiff import checks
 from autodiff._torch import fully_unwrapped
 from autodiff.core.rules import attach, is_tracked
+from autodiff.operators.operator import Operator
 from autodiff.operators.probes import drawing, standard_error
 from autodiff.operators.quadrature import Undifferentiable, gauss_rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from autodiff.operators.operator import Operator
     from autodiff.operators.quadrature import GaussRules
 
 # The grid reaches so many widths beyond the spectrum: what lies outside is less than 1e-6 of the density.
@@ -151,7 +151,7 @@ def spectral_density(
     density", ICML (2019).
     """
     name = "operators.spectral_density"
-    checks.operator(name, A)
+    checks.operator(name, "A", A, Operator)
     checks.positive_int(name, "probes", probes, "It is how many random vectors there are.")
     checks.positive_int(name, "steps", steps, "It is how many products are computed with each probe.")
     if width is not None and not width > 0:
