@@ -116,7 +116,7 @@ class LinearMap(ABC):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(m, n)``: the sizes of codomain and domain."""
+        """The sizes of codomain and domain, ``(m, n)``."""
         return self.codomain.size, self.domain.size
 
     @property
