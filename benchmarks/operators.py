@@ -5,6 +5,7 @@ Beside torch.func by hand and, where it is installed, curvlinops; with solvers a
 
 from __future__ import annotations
 
+import time
 import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -260,10 +261,78 @@ def solver() -> Iterator[Promise]:
     yield Promise("50 steps of CG over 50 products, MLP", times["solve"] / times["products"], 1.1)
 
 
+SAMPLES, LARGEST = 10_000, 20
+
+
+class _Spectrum(NamedTuple):
+    """The loss of a network of about 200,000 parameters over a data set in batches."""
+
+    module: nn.Module
+    params: dict[str, Tensor]
+    batches: list[tuple[Tensor, Tensor]]
+
+    def loss(self, params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(autodiff.functional_call(self.module, params, (inputs,)), targets)
+
+
+def _spectrum() -> _Spectrum:
+    """A network after some steps of gradient descent, on samples from one Gaussian for each class."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 10))
+    targets = torch.randint(10, (SAMPLES,))
+    inputs = torch.randn(10, 64)[targets] + torch.randn(SAMPLES, 64)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for start in range(0, SAMPLES, 500):
+        part = slice(start, start + 500)
+        optimizer.zero_grad()
+        cross_entropy(module(inputs[part]), targets[part]).backward()
+        optimizer.step()
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    return _Spectrum(module, params, list(zip(inputs.split(1000), targets.split(1000), strict=True)))
+
+
+def eigenvalues() -> Iterator[Promise]:
+    """The largest eigenvalues over a data set, beside ARPACK on products by jvp(grad)."""
+    from scipy.sparse.linalg import LinearOperator, eigsh  # noqa: PLC0415  in this measurement alone
+
+    one = _spectrum()
+    shapes = [p.shape for p in one.params.values()]
+    size = sum(p.numel() for p in one.params.values())
+    products = 0
+
+    def by_jvp_of_grad(vector: Any) -> Any:
+        nonlocal products
+        products += 1
+        parts = torch.as_tensor(vector, dtype=torch.float32).reshape(-1).split([s.numel() for s in shapes])
+        v = {name: part.view(s) for name, part, s in zip(one.params, parts, shapes, strict=True)}
+        total = torch.zeros(size)
+        for inputs, targets in one.batches:
+            slope = torch.func.grad(lambda p, x=inputs, t=targets: one.loss(p, x, t))
+            product = torch.func.jvp(slope, (one.params,), (v,))[1]
+            total += torch.cat([part.reshape(-1) for part in product.values()]) * (len(targets) / SAMPLES)
+        return total.numpy()
+
+    start = time.perf_counter()
+    of_arpack = eigsh(
+        LinearOperator((size, size), by_jvp_of_grad, dtype="float32"), LARGEST, which="LA", tol=1e-4
+    )[0]
+    theirs = time.perf_counter() - start
+    start = time.perf_counter()
+    A = operators.hessian(one.loss).over(one.batches)(one.params)
+    values, _ = operators.eigsh(A, LARGEST, which="LA", tol=1e-4)
+    ours = time.perf_counter() - start
+    error = (values.sort().values - torch.as_tensor(of_arpack).sort().values).abs().max() / values.max()
+    print(f"ARPACK: {products} products in {theirs:.1f} s; eigsh: {ours:.1f} s")
+    yield Promise(
+        f"{LARGEST} largest eigenvalues, {size} parameters: error over ARPACK's", float(error), 1e-4
+    )
+    yield Promise(f"{LARGEST} largest eigenvalues, {size} parameters: time over ARPACK's", ours / theirs, 0.5)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for measure in (products, many_vectors, kept_memory, solver):
+    for measure in (products, many_vectors, kept_memory, solver, eigenvalues):
         for name, value, bound in measure():
             print(
                 f"{name:60} {value:6.2f}  bar {bound:.2f}{'' if value <= bound else '  MISSED'}", flush=True

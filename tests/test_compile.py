@@ -289,6 +289,165 @@ def test_other_batch_sizes_recompile_at_most_once(dynamic: bool | None) -> None:
             )
 
 
+# Operators, made inside of what is compiled and outside of it.
+
+
+def wave(params: dict[str, Any]) -> Tensor:
+    return (params["w"].sin() * params["b"]).sum()
+
+
+def waves(params: dict[str, Any]) -> dict[str, Tensor]:
+    return {"y": params["w"] * params["b"], "z": params["w"][:2].sum()}
+
+
+WAVE = {"w": X.double(), "b": torch.tensor(0.5, dtype=torch.float64)}
+VECTOR = torch.tensor([1.0, -2.0, 0.25, 3.0], dtype=torch.float64)
+TREE = {"w": VECTOR[:3], "b": VECTOR[3]}
+FACTOR = torch.tensor(-0.5, dtype=torch.float64)
+
+
+def curvature_of_wave(w: Tensor, b: Tensor) -> Tensor:
+    """The Hessian of b sum sin w, in its four numbers."""
+    mixed = w.cos()
+    return torch.cat(
+        [torch.cat([-b * w.sin().diag(), mixed[:, None]], 1), torch.cat([mixed, b.new_zeros(1)])[None]]
+    )
+
+
+def slope_of_waves(w: Tensor, b: Tensor) -> Tensor:
+    """The Jacobian of (b w, w_0 + w_1), in its four numbers."""
+    last = w.new_tensor([[1.0, 1.0, 0.0, 0.0]])
+    return torch.cat([torch.cat([b * torch.eye(3, dtype=w.dtype), w[:, None]], 1), last])
+
+
+H, J = curvature_of_wave(**WAVE), slope_of_waves(**WAVE)
+MATRIX = torch.stack([VECTOR, VECTOR.sin()], 1)
+
+
+def like_wave(vector: Tensor) -> dict[str, Tensor]:
+    return {"w": vector[:3], "b": vector[3]}
+
+
+# From an operator and the arguments to a result, and its closed form; both are given A = H, and A = J, which is square
+# but not symmetric.
+PRODUCTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "vector": (lambda A, v, c: A @ v, lambda A, v, c: A @ v),
+    "vector on the left": (lambda A, v, c: v @ A, lambda A, v, c: v @ A),
+    "matrix": (lambda A, v, c: A @ torch.stack([v, v.sin()], 1), lambda A, v, c: A @ MATRIX),
+    "matrix on the left": (lambda A, v, c: torch.stack([v, v.sin()]) @ A, lambda A, v, c: MATRIX.T @ A),
+    "transpose": (lambda A, v, c: A.T @ v, lambda A, v, c: A.T @ v),
+    "algebra": (
+        lambda A, v, c: (c * A - A / 4 + A * c) @ v,
+        lambda A, v, c: (c * A - A / 4 + A * c) @ v,
+    ),
+    "divided by a tensor": (lambda A, v, c: (A / c) @ v, lambda A, v, c: A / c @ v),
+    "normal equations": (
+        lambda A, v, c: (A.H @ A + 0.5) @ v,
+        lambda A, v, c: A.T @ A @ v + 0.5 * v,
+    ),
+    "to_matrix": (lambda A, v, c: A.to_matrix(), lambda A, v, c: A),
+    "matvec": (lambda A, v, c: A.H.matvec(v), lambda A, v, c: A.T @ v),
+}
+SQUARE_PRODUCTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "tree": (lambda A, v, c: A @ like_wave(v), lambda A, v, c: like_wave(A @ v)),
+    "tree on the left": (lambda A, v, c: like_wave(v) @ A, lambda A, v, c: like_wave(A @ v)),
+    "damping by a tensor": (lambda A, v, c: (c + A - 2 * c) @ v, lambda A, v, c: A @ v - c * v),
+    "subtracted from a tensor": (lambda A, v, c: (c - A) @ v, lambda A, v, c: c * v - A @ v),
+    "block": (lambda A, v, c: A["w", "b"] @ v[3:], lambda A, v, c: A[:3, 3:] @ v[3:]),
+    "diagonal": (lambda A, v, c: A.diagonal(), lambda A, v, c: like_wave(A.diagonal())),
+}
+OPERATORS: dict[str, tuple[Callable[..., Any], Tensor, dict[str, Any]]] = {
+    "hessian": (lambda p: ad.operators.hessian(wave)(p), H, PRODUCTS | SQUARE_PRODUCTS),
+    "jacobian": (lambda p: ad.operators.jacobian(waves)(p), J, PRODUCTS),
+    "from_matrix": (
+        lambda p: ad.operators.from_matrix(torch.cat([p["w"], p["b"][None]]).outer(VECTOR)),
+        torch.cat([WAVE["w"], WAVE["b"][None]]).outer(VECTOR),
+        PRODUCTS,
+    ),
+    "from_matvec": (
+        lambda p: ad.operators.from_matvec(lambda v: v.flip(0) * p["b"], VECTOR),
+        0.5 * torch.eye(4, dtype=torch.float64).flip(0),
+        PRODUCTS,
+    ),
+}
+
+
+def over_products(*cases: str) -> Any:
+    """Each case is an operator and what is done with it; all by aot_eager, the marked ones by inductor as well."""
+    parameters = []
+    for case in cases:
+        name, product = case.removesuffix(", inductor").split(": ")
+        parameters.append(pytest.param(name, product, "aot_eager", id=f"{name}: {product}"))
+        if case.endswith(", inductor"):
+            parameters.append(
+                pytest.param(
+                    name, product, *inductor.values, marks=inductor.marks, id=f"{name}: {product}, inductor"
+                )
+            )
+    return pytest.mark.parametrize(("name", "product", "backend"), parameters)
+
+
+@over_products(
+    *(f"hessian: {product}" for product in ("matrix", "matvec", *SQUARE_PRODUCTS)),
+    *(
+        f"jacobian: {product}"
+        for product in ("vector, inductor", "vector on the left, inductor", "matrix on the left")
+    ),
+    *(
+        f"jacobian: {product}"
+        for product in ("transpose", "algebra", "divided by a tensor", "normal equations")
+    ),
+    "jacobian: to_matrix",
+    "from_matrix: vector on the left",
+    "from_matvec: vector on the left",
+)
+def test_product_with_operator_made_inside_compiles(name: str, product: str, backend: str) -> None:
+    make, dense, table = OPERATORS[name]
+    apply, expected = table[product]
+    assert_compiles_once(
+        lambda p, v, c: apply(make(p), v, c), (WAVE, VECTOR, FACTOR), expected(dense, VECTOR, FACTOR), backend
+    )
+
+
+@over_products(
+    "hessian: tree",
+    "hessian: damping by a tensor",
+    "hessian: block",
+    "jacobian: vector, inductor",
+    "jacobian: vector on the left",
+    "jacobian: normal equations",
+    "from_matrix: matrix on the left",
+    "from_matvec: vector on the left",
+)
+def test_product_with_operator_made_outside_compiles(name: str, product: str, backend: str) -> None:
+    make, dense, table = OPERATORS[name]
+    apply, expected = table[product]
+    A = make(WAVE)
+    assert_compiles_once(
+        lambda v, c: apply(A, v, c), (VECTOR, FACTOR), expected(dense, VECTOR, FACTOR), backend
+    )
+    # What the tracer computed has not reached the operator.
+    assert_close(apply(A, VECTOR, FACTOR), expected(dense, VECTOR, FACTOR), loose=True)
+
+
+def test_operator_is_an_argument_of_what_is_compiled() -> None:
+    A = ad.operators.jacobian(waves)(WAVE)
+    compiled = torch.compile(lambda A, v: A @ v - v @ A, backend="aot_eager", fullgraph=True)
+    assert_close(
+        torch.cat([leaf.reshape(-1) for leaf in tree_leaves(compiled(A, VECTOR))]),
+        J @ VECTOR - VECTOR @ J,
+        loose=True,
+    )
+
+
+def test_derivative_of_a_product_with_an_operator_compiles() -> None:
+    def slope(p: dict[str, Tensor]) -> Tensor:
+        return (ad.operators.hessian(wave)(p) @ TREE)["b"]  # w . cos w, of which -w sin w is left
+
+    expected = {"w": -VECTOR[:3] * WAVE["w"].sin(), "b": torch.zeros((), dtype=torch.float64)}
+    assert_compiles_once(ad.grad(slope), (WAVE,), expected, "aot_eager")
+
+
 # What cannot be traced.
 
 

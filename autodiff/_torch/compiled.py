@@ -77,12 +77,30 @@ def _set_stance() -> None:
         tracer._stance = _StanceByThread(stance)
 
 
-def _name_reflected_matmul() -> None:
-    """Without it the tracer gives ``A @ v``, where A only behaves like a tensor, to A as ``v @ A``."""
-    reflected = getattr(_modules[_OPERANDS], "BUILTIN_TO_TENSOR_RFN_MAP", None)
+def _trace_matmul() -> None:
+    """Have the tracer know ``@`` of objects that are not tensors.
+
+    Where one operand is a tensor it calls a torch function of the other, but takes A @ v for v @ A. Where none is, it
+    knows all other operators, and not this one.
+    """
+    module = _modules[_OPERANDS]
+    reflected, builtins = (
+        getattr(module, name, None) for name in ("BUILTIN_TO_TENSOR_RFN_MAP", "BuiltinVariable")
+    )
     if reflected is not None:
         reflected.setdefault(operator.matmul, Tensor.__rmatmul__)
         _operand_orders.append("matmul")
+    if builtins is not None and not hasattr(builtins, "call_matmul"):
+        builtins.call_matmul = _call_matmul
+
+
+def _call_matmul(_: Any, tracer: Any, one: Any, other: Any) -> Any:
+    for left, name, right in ((one, "__matmul__", other), (other, "__rmatmul__", one)):
+        if hasattr(getattr(left, "value", None), name):
+            product = left.call_method(tracer, name, [right], {})
+            if not product.is_constant_match(NotImplemented):
+                return product
+    return None
 
 
 # Which operations of a tensor-like operand the tracer gives with their operands in order.
@@ -124,6 +142,6 @@ uncompiled = _Uncompiled()
 if _TRACER not in _modules:
     sys.meta_path.insert(0, _OnImport(_TRACER, _set_stance))
 if _OPERANDS in _modules:
-    _name_reflected_matmul()
+    _trace_matmul()
 else:
-    sys.meta_path.insert(0, _OnImport(_OPERANDS, _name_reflected_matmul))
+    sys.meta_path.insert(0, _OnImport(_OPERANDS, _trace_matmul))

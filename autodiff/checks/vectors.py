@@ -76,8 +76,8 @@ def _flattened(name: str, what: str) -> str:
 
 def flat_vectors(name: str, path: str, value: Tensor, size: int, dtype: torch.dtype, spec: Spec) -> None:
     """One vector ``[size]``, or the columns of a matrix ``[size, k]``, in the dtype of an operator's space."""
-    trees_too = "" if spec.is_leaf() else f", or a tree like the operator's domain, {spec}"
     if value.dim() not in (1, 2) or value.shape[0] != size:
+        trees_too = "" if spec.is_leaf() else f", or a tree like the operator's domain, {spec}"
         raise ShapeError(
             f"{name}: expected a vector of shape [{size}] or a matrix of shape [{size}, k]{trees_too}, got {path} of "
             f"shape {tuple(value.shape)}. Give one number for each number of the domain."

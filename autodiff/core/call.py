@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Lift: TypeAlias = Callable[[Tensor], Tensor]
 
-
+_WILDCARDS = frozenset("*?[")
 _CLONE = "the function writes in place to an argument that is differentiated. Write to a clone, as in x = x.clone()."
 
 
@@ -307,9 +307,14 @@ def matching(name: str, wrt: Wrt, places: Sequence[str]) -> list[int]:
     checks.wrt(name, wrt)
     patterns = wrt if isinstance(wrt, tuple) else (str(wrt),)
     for pattern in patterns:
-        if not any(fnmatchcase(place, pattern) for place in places):
+        if not any(_matches(place, pattern) for place in places):
             checks.raise_unmatched_wrt(name, pattern, places)
-    return [i for i, place in enumerate(places) if any(fnmatchcase(place, pattern) for pattern in patterns)]
+    return [i for i, place in enumerate(places) if any(_matches(place, pattern) for pattern in patterns)]
+
+
+def _matches(place: str, pattern: str) -> bool:
+    # torch.compile can trace an equality, and no pattern.
+    return place == pattern if _WILDCARDS.isdisjoint(pattern) else fnmatchcase(place, pattern)
 
 
 def refilled(

@@ -93,7 +93,13 @@ class CapturedTensors(ReplacedTensors):
     def _is_live(self, tensor: Tensor) -> bool:
         if _torch.is_wrapper(tensor):
             return _torch.level_of(tensor) in self._levels
-        return is_tracked(tensor)
+        try:
+            return is_tracked(tensor)
+        except RuntimeError as error:
+            # Torch's own decompositions are seen as well: below autograd, where no tensor can be asked for a tangent.
+            if not _torch.says(error, "a level that is gone"):
+                raise
+            return False
 
     def _seen(self, result: Any) -> Any:
         for leaf in result if isinstance(result, tuple | list) else (result,):

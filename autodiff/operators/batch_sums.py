@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from autodiff._torch import functorch_active
+from autodiff._torch import forward_level_active, functorch_active
 from autodiff.core.call import Lift, refilled, spread
+from autodiff.core.closures import CapturedTensors, ReplacedTensors
 from autodiff.core.forward import push
 from autodiff.core.reverse import rerecord
 from autodiff.core.rules import Rules, attach, is_tracked
@@ -46,39 +47,59 @@ class BatchSum(Rules):
         through: Callable[[], Generator[Batch]] | None = None,
     ) -> list[Tensor | None]:
         """The sum. ``constant`` computes a term at constants, where that is cheaper; ``through`` gives the batches."""
-        tracked = any(map(is_tracked, tensors))
-        constants = [tensor.detach() for tensor in tensors] if tracked else tensors
         total = None
-        if not self.data.captures:
-            total = self._total(constant or self.term, constants, through or self._through)
-        if total is None:
-            # Captured tensors are differentiated as well. The batches then live as long as the result does.
-            self.data.captures = True
-            total = _Total(mean=self.data.mean)
-            with closing(self._through()) as batches:
-                for batch in batches:
-                    with self.data.naming(batch.number):
-                        total.add(batch, checkpoint(self.term)(batch, tensors))
-            return total.reduced()
-        return attach(self, total.reduced(), tensors) if tracked else total.reduced()
+        if not (self.data.captures and _anything_is_tracked()):
+            total = self._at_constants(tensors, constant or self.term, through or self._through)
+        return self._with_captured(tensors) if total is None else total
 
-    def _through(self) -> Generator[Batch]:
-        return self.data.through(self._what)
-
-    def _total(
-        self, term: Term, tensors: Sequence[Tensor], through: Callable[[], Generator[Batch]]
-    ) -> _Total | None:
-        """The sum at constants, None where it depends on captured tensors that are differentiated."""
+    def _at_constants(
+        self, tensors: Sequence[Tensor], term: Term, through: Callable[[], Generator[Batch]]
+    ) -> list[Tensor | None] | None:
+        """The sum, computed at constants and tied to the tensors; None where other tensors are differentiated too."""
+        tracked = any(map(is_tracked, tensors))
         total = _Total(mean=self.data.mean)
+        constants = [tensor.detach() for tensor in tensors] if tracked else tensors
         with closing(through()) as batches:
             for batch in batches:
                 with self.data.naming(batch.number):
-                    values = term(batch, tensors)
+                    values = term(batch, constants)
                 if any(is_tracked(value) for value in values if value is not None):
                     return None
                 total.add(batch, values)
                 del batch, values
-        return total
+        return attach(self, total.reduced(), tensors) if tracked else total.reduced()
+
+    def _with_captured(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """The sum where the function captures tensors that are differentiated: they are found, and count as given."""
+        self.data.captures = True
+        if forward_level_active() and not functorch_active():
+            return self._checkpointed(tensors)  # which keeps nothing there
+        count, found = len(tensors), CapturedTensors(constants := [tensor.detach() for tensor in tensors])
+        with closing(self._through()) as batches:
+            batch = next(batches)
+            with self.data.naming(batch.number), found:
+                self.term(batch, constants)
+
+        def replaced(batch: Batch, given: Sequence[Tensor]) -> Sequence[Tensor | None]:
+            with ReplacedTensors(found.tensors, given[count:]):
+                return self.term(batch, given[:count])
+
+        explicit = BatchSum(self.data, replaced, self._what)
+        total = explicit._at_constants([*tensors, *found.shown], replaced, self._through)
+        # Not all of them may be found, as those that an autograd Function captures; or each batch has its own.
+        return self._checkpointed(tensors) if total is None else total
+
+    def _checkpointed(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """The sum of checkpointed terms, whose batches live as long as it does."""
+        total = _Total(mean=self.data.mean)
+        with closing(self._through()) as batches:
+            for batch in batches:
+                with self.data.naming(batch.number):
+                    total.add(batch, checkpoint(self.term)(batch, tensors))
+        return total.reduced()
+
+    def _through(self) -> Generator[Batch]:
+        return self.data.through(self._what)
 
     def pull(
         self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
@@ -106,6 +127,11 @@ class BatchSum(Rules):
             return [torch.zeros_like(like) if one is None else one for one, like in pairs]
 
         return BatchSum(self.data, pushed, self._what).at([*saved, *_present(tangents)])
+
+
+def _anything_is_tracked() -> bool:
+    """Whether anything may be tracked here."""
+    return torch.is_grad_enabled() or functorch_active() or forward_level_active()
 
 
 def _given(vectors: Sequence[Tensor | None]) -> list[int]:

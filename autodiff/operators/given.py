@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from autodiff import checks
-from autodiff._torch import fully_unwrapped, functorch_active
+from autodiff._torch import compiling, fully_unwrapped
 from autodiff.core import trees
 from autodiff.core.chunks import Sizes
 from autodiff.core.seeds import generic_vector
 from autodiff.core.transpose import LinearityCheck, transposed
 from autodiff.operators.elementary import Elementary
-from autodiff.operators.lazy import lazy
+from autodiff.operators.lazy import keeping, kept_outside_transforms, lazy
 from autodiff.operators.linear_map import tree_class
 from autodiff.operators.operator import Identity, Operator
 from autodiff.operators.space import Leaves, Space
@@ -204,7 +204,7 @@ def from_matvec(
     start = Space.of(domain, "operators.from_matvec", "domain")
     end = start if codomain is None else Space.of(codomain, "operators.from_matvec", "codomain")
     operator = Function(matvec, rmatvec, start, end, symmetric or positive, positive, batched)
-    if check:
+    if check and not compiling():
         _check_promises(operator)
     return operator
 
@@ -250,18 +250,22 @@ class Function(Elementary):
             return partial(_called, self.function, self.space, self.image, "matvec(v)")
         if self.adjoint_function is not None:
             return partial(_called, self.adjoint_function, self.image, self.space, "rmatvec(v)")
-        return self._transpose() if functorch_active() else self._kept_transpose
+        return kept_outside_transforms(self, "_transpose", self._transposed)
 
-    @lazy
-    def _kept_transpose(self) -> Callable[[Leaves], Leaves]:
-        return self._transpose()
+    def prepared(self) -> Self:
+        if self.is_symmetric or self.adjoint_function is not None:
+            return self
+        return keeping(self, "_transpose", self.product(adjoint=True))
 
-    def _transpose(self) -> Callable[[Leaves], Leaves]:
-        point = [generic_vector(spec) for spec in self.space.leaves]
-        check = LinearityCheck(
-            lambda: checks.raise_not_linear("operators.from_matvec", self.name), unless_shown=True
+    def _transposed(self) -> Callable[[Leaves], Leaves]:
+        product, leaves = self.product(adjoint=False), self.space.leaves
+        if compiling():
+            return transposed(product, [spec.full(1.0) for spec in leaves])
+        # Not the operator, which keeps this.
+        refuse = partial(checks.raise_not_linear, "operators.from_matvec", self.name)
+        return transposed(
+            product, [generic_vector(one) for one in leaves], LinearityCheck(refuse, unless_shown=True)
         )
-        return transposed(self.product(adjoint=False), point, check)
 
 
 def _called(

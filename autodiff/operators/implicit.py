@@ -6,8 +6,8 @@ Provides `solved`, for linear equations, and `solution`, for any: what finds a s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -202,10 +202,9 @@ class ImplicitRules(Rules):
 
     def _image(self, tensors_and_x: Sequence[Tensor]) -> list[Any]:
         *tensors, x = tensors_and_x
-        replaced = self._with_captured(tensors)
-        with replaced:
+        with self._with_captured(tensors) as unused:
             image = self.equation.image(self._own(tensors), x)
-        if isinstance(replaced, ReplacedTensors) and not replaced.unused.isdisjoint(self.tracked):
+        if not unused.isdisjoint(self.tracked):
             # A transform inside was handed the captured tensor itself.
             checks.raise_captured_inside(self.equation.name)
         return [image]
@@ -218,11 +217,21 @@ class ImplicitRules(Rules):
 
         return push(func, [tensors[i] for i in where], vectors).tangents[0]
 
-    def _with_captured(self, tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
-        """Where F finds the tensors that are saved in place of those that it captured."""
+    @contextmanager
+    def _with_captured(self, tensors: Sequence[Tensor]) -> Iterator[set[int]]:
+        """Where F finds the tensors that are saved in place of those that it captured; which it has not used."""
         if not self.captured:
-            return nullcontext()
-        return ReplacedTensors(self.captured, tensors[len(tensors) - len(self.captured) :])
+            yield set()
+            return
+        replaced = ReplacedTensors(self.captured, tensors[len(tensors) - len(self.captured) :])
+        try:
+            with replaced:
+                yield replaced.unused
+        except RuntimeError as error:
+            # A transform inside was handed the captured tensor itself, whose level is gone.
+            if _torch.says(error, "a level that is gone"):
+                checks.raise_captured_inside(self.equation.name, error)
+            raise
 
 
 def _is_picked(tensor: Tensor, wanted: bool) -> bool:

@@ -71,7 +71,7 @@ def lsmr(system: System, R: Tensor, targets: Tensor, steps: Steps) -> Tensor:
         tau_d = (zeta - theta_tilde * tau_tilde) * inverse(rho_d)
         norms = torch.where(moving, torch.hypot(beta_d - tau_d, beta_dd), norms)
         square = square + alpha**2
-        done = (norms <= targets) | (zeta_bar.abs() <= system.slope * size * norms)
+        done = (norms <= targets) | (zeta_bar.abs() <= max(system.slope, 10 * eps) * size * norms)
         state = torch.where(moving & ~done, ACTIVE, DONE)
         norms = torch.where(size.isfinite(), norms, torch.nan)
     system.size = size

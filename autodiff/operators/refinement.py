@@ -70,12 +70,14 @@ def solve_in_rounds(
     targets = (tolerance.relative * of_b).clamp_min(tolerance.absolute)
     measure, before = norms, torch.full_like(norms, torch.inf)
     converged = norms <= targets
+    lowest = 10 * torch.finfo(B.dtype).eps  # below that, a recurrence has rounding alone
     while True:
         reason = _reason_to_stop(converged, measure, before, least, steps)
         if reason is not None:
             break
         steps.scale = scale * inverse(of_b)
-        goals = torch.where(converged, torch.inf, _AIM * targets * inverse(scale))
+        goals = (_AIM * targets * inverse(scale)).clamp_min(lowest)
+        goals = torch.where(converged, torch.inf, goals)
         step = solver(system, _scaled(R, inverse(scale)), goals, steps)
         step = _scaled(step, torch.where(converged, 0, scale))
         step = step if X is None else X + step

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autodiff import checks
-from autodiff._torch import functorch_active
+from autodiff._torch import functorch_active, traced_inline_only
 from autodiff.core import trees
 from autodiff.core.progress import Progress
 from autodiff.operators.linear_solver import ITERATIONS, Found, LinearSolver, Method
@@ -78,6 +78,7 @@ def solve(
     progress: bool = False,
     check: bool = True,
 ) -> Any: ...
+@traced_inline_only
 def solve(
     A: Operator,
     b: Any,

@@ -6,7 +6,7 @@ Provides `Space`, which reads vectors in each of their forms and writes them aga
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -54,6 +54,11 @@ class Space:
     spec: trees.Spec
     positions: tuple[int, ...]
     leaves: tuple[TensorSpec, ...]
+    is_leaf: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Whether a tree is one tensor: torch.compile cannot ask a structure from outside.
+        self.__dict__["is_leaf"] = self.spec.is_leaf()
 
     @staticmethod
     def of(tree: Any, name: str = "operators", root: str = "tree") -> Space:
@@ -106,6 +111,8 @@ class Space:
 
     def tree(self, leaves: Sequence[Any]) -> Any:
         """A tree with one value for each leaf of the space, None elsewhere."""
+        if self.is_leaf:
+            return leaves[0]
         return trees.unflatten(self.spec, spread(leaves, self.positions, self.spec.num_leaves))
 
     def dense(self, leaves: Leaves, count: int | None = None) -> list[Tensor]:
@@ -161,8 +168,8 @@ class Space:
         # leaf: [k, *shape] -> [size, k]
         """
         flat = [
-            leaf.reshape((count, -1 if leaf.numel() else 0)).to(self.dtype)
-            for leaf in self.dense(rows, count)
+            leaf.reshape((count, size)).to(self.dtype)
+            for leaf, size in zip(self.dense(rows, count), self.sizes, strict=True)
         ]
         return (flat[0] if len(flat) == 1 else torch.cat(flat, 1)).mT
 
@@ -188,7 +195,10 @@ class Space:
             if vectors.dim() == 1:
                 return Vectors("vector", self.split(vectors), 1)
             return Vectors("matrix", self.split_columns(vectors), vectors.shape[1])
-        found = checks.matching_structure(name, root, self.spec, vectors, "the operator's space")
+        if self.is_leaf and isinstance(vectors, Tensor):
+            found = [vectors]
+        else:
+            found = checks.matching_structure(name, root, self.spec, vectors, "the operator's space")
         leaves = [found[i] for i in self.positions]
         for leaf, spec, position in zip(leaves, self.leaves, self.positions, strict=True):
             if type(leaf) is not Tensor or leaf.shape != spec.shape or leaf.dtype != spec.dtype:
@@ -208,7 +218,7 @@ class Space:
 
     def is_only_leaf(self, vector: Tensor) -> bool:
         """Whether a tensor is a whole tree of the space."""
-        return self.spec.is_leaf() and vector.shape == self.leaves[0].shape
+        return self.is_leaf and vector.shape == self.leaves[0].shape
 
     def __repr__(self) -> str:
         shapes = [f"{list(leaf.shape)}" for leaf in self.leaves]

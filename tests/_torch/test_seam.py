@@ -106,6 +106,7 @@ CONTRACTS = {
     "torch._dynamo": "test_graph_can_be_broken_with_words",
     "operator._dispatch_cache": "test_kernels_of_higher_order_operators_are_in_tables",
     "torch._C._len_torch_dispatch_stack": "test_stack_of_dispatch_modes_has_a_length",
+    "Tensor.__rmatmul__": "test_tracer_tells_the_order_of_the_operands_of_matmul",
     "tracer._stance": "test_stance_is_asked_at_every_call_of_a_compiled_function",
     "eval_frame._FrameAction": "test_code_can_be_kept_from_being_compiled_alone",
     "eval_frame._FrameExecStrategy": "test_code_can_be_kept_from_being_compiled_alone",
@@ -643,6 +644,37 @@ def test_graph_can_be_broken_with_words() -> None:
     assert torch.equal(broken(X), X.sin())
     with pytest.raises(torch._dynamo.exc.Unsupported, match="our words"):
         torch.compile(broken, backend="eager", fullgraph=True)(X)
+    torch.compiler.reset()
+
+
+class NamesWhatIsAsked:
+    """What behaves like a tensor, and says by numbers what the tracer asks of it."""
+
+    NAMES = ("__rmatmul__", "matmul", "__rsub__", "sub")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        (tensor,) = (arg for arg in args if isinstance(arg, Tensor))
+        return tensor * 0 + cls.NAMES.index(func.__name__)
+
+    def __matmul__(self, other: Any) -> Any:
+        return other["x"] + 10 if isinstance(other, dict) else NotImplemented
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return other["x"] + 20 if isinstance(other, dict) else NotImplemented
+
+
+@pytest.mark.skipif(_torch.version < TorchVersion("2.13"), reason="older tracers are not supported")
+def test_tracer_tells_the_order_of_the_operands_of_matmul() -> None:
+    """The seam names Tensor.__rmatmul__ in the tracer's table, and gives it ``@`` for what is not a tensor."""
+    one = NamesWhatIsAsked()
+
+    def asked(x: Tensor) -> Any:
+        return one @ x, x @ one, one - x, x - one, one @ {"x": x}, {"x": x} @ one
+
+    zero = torch.zeros(())
+    assert torch.compile(asked, backend="eager", fullgraph=True)(zero) == (0, 1, 2, 3, 10, 20)
+    assert _torch.tells_order_of_matmul()
     torch.compiler.reset()
 
 

@@ -400,6 +400,86 @@ def test_captured_tensors_are_differentiated(where: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
+class Cubed(torch.autograd.Function):
+    """A function that torch's modes do not see into."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        del output
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+
+@pytest.mark.parametrize("what", ["tensors of each batch", "inside a Function"])
+def test_captured_tensors_that_cannot_be_replaced_are_differentiated(what: str) -> None:
+    scales = torch.linspace(0.5, 1.5, 11, dtype=D).requires_grad_()
+    power = torch.tensor(1.5, dtype=D, requires_grad=True)
+
+    def loss(params: Any, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        weight = Cubed.apply(power) if what == "inside a Function" else 1.0
+        return ((model(params, x) - y) ** 4 * scale[:, None] * weight).mean()
+
+    A = operators.hessian(loss).over((X, Y, scales), batch_size=4)(tree(THETA))
+    (A @ V).square().sum().backward()
+
+    def dense(scales: Tensor, weight: Tensor) -> Tensor:
+        whole = lambda t: ((model(tree(t), X) - Y) ** 4 * scales[:, None] * weight).mean()
+        return (torch.func.hessian(whole)(THETA) @ V).square().sum()
+
+    weight = torch.tensor(1.5**3 if what == "inside a Function" else 1.0, dtype=D)
+    slope, by_weight = torch.func.grad(dense, (0, 1))(scales.detach(), weight)
+    torch.testing.assert_close(scales.grad, slope)
+    if what == "inside a Function":
+        torch.testing.assert_close(power.grad, by_weight * 3 * 1.5**2)
+
+
+def test_captured_tensors_cost_one_batch_more_and_only_where_they_are_differentiated() -> None:
+    power = torch.tensor(1.5, dtype=D, requires_grad=True)
+    counted = Counted(lambda params, x, y: loss(params, x, y) * power)
+    A = operators.hessian(counted).over((X, Y), batch_size=4)(tree(THETA))
+    A @ V
+    counted.runs = 0
+    A @ V
+    assert counted.runs == 4
+    with torch.no_grad():
+        A @ V
+    assert counted.runs == 7
+
+
+def test_solutions_over_data_are_differentiated_twice() -> None:
+    def solved(theta: Tensor) -> Tensor:
+        A = operators.gauss_newton(model, mse_loss).over((X, Y), batch_size=4)(tree(theta))
+        return operators.solve(A + 0.1, V, rtol=1e-13).square().sum()  # type: ignore[no-any-return]
+
+    def dense(theta: Tensor) -> Tensor:
+        jacobian = torch.func.jacrev(lambda t: model(tree(t), X))(theta).reshape(22, 8)
+        matrix = jacobian.mT @ jacobian / 11 + 0.1 * torch.eye(8, dtype=D)
+        return torch.linalg.solve(matrix, V).square().sum()
+
+    close = {"rtol": 1e-8, "atol": 1e-8}
+    torch.testing.assert_close(solved(THETA), dense(THETA), **close)
+    torch.testing.assert_close(ad.grad(solved)(THETA), torch.func.grad(dense)(THETA), **close)
+    torch.testing.assert_close(ad.hessian(solved)(THETA), torch.func.hessian(dense)(THETA), **close)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_compiled_code_goes_through_the_data_uncompiled() -> None:
+    A = operators.hessian(loss).over(PIECES)(tree(THETA))
+    torch.testing.assert_close(
+        torch.compile(lambda v: 2 * (A @ v), backend="eager")(V), 2 * hessian_at(THETA) @ V
+    )
+    make = torch.compile(lambda t: operators.hessian(loss).over(PIECES)(tree(t)) @ V, backend="eager")
+    torch.testing.assert_close(make(THETA), hessian_at(THETA) @ V)
+
+
 def test_value_and_gradient_are_differentiated() -> None:
     def value(theta: Tensor) -> Tensor:
         return operators.hessian(loss).over((X, Y), batch_size=4)(tree(theta)).value  # type: ignore[no-any-return]

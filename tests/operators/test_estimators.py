@@ -569,7 +569,7 @@ def test_a_domain_of_two_kinds_of_number_is_refused() -> None:
             OptionError,
             "distribution='sphere'",
         ),
-        (lambda A: operators.trace(torch.eye(2)), LeafError, "expected an operator, got Tensor"),
+        (lambda A: operators.trace(torch.eye(2)), LeafError, "expected A to be an operator, got Tensor"),
         (lambda A: operators.trace(operators.from_matrix(torch.ones(2, 3))), ShapeError, "space to itself"),
         (
             lambda A: operators.diagonal(operators.from_matrix(torch.ones(2, 3))),

@@ -255,7 +255,7 @@ def test_a_derivative_is_an_error(transform: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda A: operators.spectral_density(torch.eye(3)), LeafError, "expected an operator"),
+        (lambda A: operators.spectral_density(torch.eye(3)), LeafError, "expected A to be an operator"),
         (
             lambda A: operators.spectral_density(operators.from_matrix(torch.ones(2, 3))),
             ShapeError,
