@@ -235,16 +235,6 @@ class RuleError(AutodiffError, RuntimeError, TypeError):
     """
 
 
-class DefiniteError(AutodiffError, RuntimeError, ValueError):
-    """An operator is not positive definite where it has to be.
-
-    >>> import torch, autodiff
-    >>> autodiff.operators.logdet(autodiff.operators.diagonal(torch.tensor([1.0, -2.0])))
-    Traceback (most recent call last):
-    autodiff.errors.DefiniteError: operators.logdet: expected a symmetric positive definite operator, ...
-    """
-
-
 class CloneError(AutodiffError, RuntimeError):
     """A module has an attribute that leads back to it and cannot be cloned, or it calls a layer that was not cloned.
 

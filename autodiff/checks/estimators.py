@@ -9,6 +9,7 @@ from torch import Tensor
 from autodiff._torch import compiling, stop_tracing
 from autodiff.core import trees
 from autodiff.errors import DefiniteError, DtypeError, OptionError, RuleError
+from autodiff.errors import DtypeError, OptionError, RuleError, SolverError
 
 
 def enough_samples(name: str, method: str, samples: int, fewest: int) -> None:
@@ -56,7 +57,7 @@ def raise_options_of_operator(name: str, tree: object) -> NoReturn:
 
 
 def raise_needs_symmetric(name: str, operator_name: str) -> NoReturn:
-    raise RuleError(
+    raise SolverError(
         f"{name}: expected a symmetric operator (Hermitian where it is complex), but for {operator_name} <v, A u> is "
         f"not <A v, u> for two vectors. Take A.H @ A, or (A + A.H) / 2; check=False leaves the comparison out."
     )
@@ -68,7 +69,7 @@ def raise_not_positive_definite(name: str, operator_name: str, eigenvalue: float
         if eigenvalue is None
         else f"it has an eigenvalue of at most {eigenvalue:.3g}"
     )
-    raise DefiniteError(
+    raise SolverError(
         f"{name}: expected a symmetric positive definite operator, got {operator_name}: {found}. Add a multiple of the "
         f"identity, as in A + 0.1, or take another function of its spectrum, from operators.spectral_density."
     )

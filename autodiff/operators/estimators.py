@@ -266,8 +266,8 @@ def logdet(
     tridiagonal matrix gives a Gauss quadrature rule; ``"exact"`` forms the matrix, and factorises it.
 
     The derivative of the quadrature is that of the trace, :math:`\mathbb{E}\, (A^{-1} z)^{\mathsf H}\, dA\, z`, for the
-    same probes, with :math:`A^{-1} z` from the same iterations. It has no second derivative, which is an error;
-    ``"exact"`` has all of them.
+    same probes. It takes :math:`A^{-1} z` from the same iterations; derivatives of higher order solve with A, by
+    conjugate gradients.
 
     >>> import torch
     >>> from autodiff import operators
@@ -291,8 +291,7 @@ def logdet(
 
     Raises:
         ShapeError: the operator does not map a space to itself.
-        RuleError: it is not symmetric.
-        DefiniteError: it is not positive definite: an eigenvalue that the iterations found is zero or negative.
+        SolverError: it is not symmetric, or not positive definite: an eigenvalue that was found is zero or negative.
         OptionError: ``method`` is unknown, or ``samples`` or ``steps`` is not positive.
         DtypeError: some leaves of the domain are real and others complex.
 

@@ -16,7 +16,10 @@ from autodiff._torch import fully_unwrapped
 from autodiff.core.rules import Rules, attach, is_tracked
 from autodiff.core.seeds import generic_vector
 from autodiff.core.specs import TensorSpec
+from autodiff.operators.implicit import solved
+from autodiff.operators.linear_solver import LinearSolver
 from autodiff.operators.probes import computed_in, constant_product
+from autodiff.operators.refinement import Tolerance
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,9 +58,11 @@ class GaussRules(NamedTuple):
 def gauss_rules(
     name: str, A: Operator, probes: Drawing, count: int, steps: int, check: bool
 ) -> Iterator[GaussRules]:
-    """The rules of ``count`` probes, as many at a time as fit; fewer steps where the space has no more dimensions."""
+    """The rules of so many probes, as many of them at a time as fit; the operator is prepared.
+
+    They have fewer steps where the space has no more dimensions.
+    """
     checks.square_operator(name, A.name, A.domain, A.codomain)
-    A = A.prepared()
     if check and not A.symmetric:
         _check_symmetric(name, A)
     steps = min(steps, A.domain.size)
@@ -126,7 +131,7 @@ def _lanczos(A: Operator, Z: Tensor, steps: int) -> GaussRules:
 
 def log_samples(name: str, A: Operator, probes: Drawing, count: int, steps: int, check: bool) -> Tensor:
     """z^H log(A) z for so many probes of norm sqrt(n), with the derivative of the logarithm's trace."""
-    samples = []
+    samples, A = [], A.prepared()
     for rules in gauss_rules(name, A, probes, count, steps, check):
         smallest = fully_unwrapped(rules.nodes)
         if bool((smallest <= 0).any()):
@@ -134,10 +139,26 @@ def log_samples(name: str, A: Operator, probes: Drawing, count: int, steps: int,
         size = A.domain.size
         values = size * (rules.weights * rules.nodes.log()).sum(1)
         if is_tracked(rules.first):
-            solutions = size * rules.applied(1 / rules.nodes)
-            (values,) = attach(_LogDerivative(name), [values], [rules.first, solutions])
+            solutions = size * _solutions(name, A, rules)
+            (values,) = attach(_LogDerivative(), [values], [rules.first, solutions])
         samples.append(values)
     return torch.cat(samples)
+
+
+def _solutions(name: str, A: Operator, rules: GaussRules) -> Tensor:
+    """A^-1 z / |z| of each probe by the same iterations, which are those of conjugate gradients; differentiated.
+
+    # [n, probes]
+    """
+    starts = rules.basis[:, 0].mT
+    first = [rules.applied(1 / rules.nodes).to(A.dtype)]
+    tolerance = Tolerance(torch.finfo(A.dtype).eps ** (2 / 3), 0.0)
+    solver = LinearSolver(name, "cg", tolerance, None, None, 1, progress=False, check=False)
+
+    def solution(at: Operator, right: Tensor) -> Tensor:
+        return first.pop() if first else solver.find(at, right)
+
+    return solved(A, starts.to(A.dtype), solution, name=name).to(starts.dtype)
 
 
 class Undifferentiable(Rules):
@@ -158,23 +179,18 @@ class Undifferentiable(Rules):
 
 
 class _LogDerivative(Rules):
-    """The derivative of samples in the products A z: <A^-1 z, dA z>. ``saved`` are the products, and A^-1 z."""
+    """The derivative of samples in the products A z: <A^-1 z, dA z>. ``saved`` are the products, and A^-1 z.
 
-    def __init__(self, name: str) -> None:
-        way_out = "Take method='exact', or differentiate once."
-        self._once = Undifferentiable(name, "the first derivative of an estimate", way_out)
-
-    def _solutions(self, saved: Sequence[Tensor]) -> Tensor:
-        solutions: Tensor = attach(self._once, [saved[1]], [saved[0]])[0]
-        return solutions
+    The values do not depend on the latter; their derivatives do.
+    """
 
     def pull(
         self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         del wanted
         (cotangent,) = cotangents
-        return [None if cotangent is None else cotangent * self._solutions(saved), None]
+        return [None if cotangent is None else cotangent * saved[1], None]
 
     def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         tangent = tangents[0]
-        return [None if tangent is None else (self._solutions(saved).conj() * tangent).sum(0).real]
+        return [None if tangent is None else (saved[1].conj() * tangent).sum(0).real]
