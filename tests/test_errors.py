@@ -41,8 +41,9 @@ TORCH_RAISES = {
     "OutDimError": (ValueError, IndexError),
     "ForwardLevelError": (RuntimeError,),
     "CloneError": (RuntimeError,),
+    "SolverError": (RuntimeError, ArithmeticError),
 }
-WARNINGS = {"BufferWarning", "BudgetWarning"}
+WARNINGS = {"BufferWarning", "BudgetWarning", "ConvergenceWarning"}
 
 
 def builtins_of(cls: type) -> set[type]:

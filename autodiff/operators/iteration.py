@@ -123,8 +123,20 @@ def inner(one: Tensor, other: Tensor) -> Tensor:
 
     # [k, n], [k, n] -> [k]
     """
-    product: Tensor = torch.linalg.vecdot(one, other)
+    product = inner_products(one, other)
     return product.real if product.is_complex() else product
+
+
+def inner_products(one: Tensor, other: Tensor) -> Tensor:
+    """The inner product of each row with the other's.
+
+    # [k, n], [k, n] -> [k]
+    """
+    if one.is_cpu and not functorch_active():
+        # BLAS, row by row: torch multiplies into a tensor as large as the rows, and sums that in 2 to 4 x the time.
+        return torch.stack([torch.vdot(u, v) for u, v in zip(one, other, strict=True)])
+    products: Tensor = torch.linalg.vecdot(one, other)
+    return products
 
 
 def norm(rows: Tensor) -> Tensor:
