@@ -8,7 +8,6 @@ from torch import Tensor
 
 from autodiff._torch import compiling, stop_tracing
 from autodiff.core import trees
-from autodiff.errors import DefiniteError, DtypeError, OptionError, RuleError
 from autodiff.errors import DtypeError, OptionError, RuleError, SolverError
 
 
