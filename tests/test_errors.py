@@ -29,6 +29,7 @@ TORCH_RAISES = {
     "DataError": (ValueError, RuntimeError),
     "ResumeError": (RuntimeError, ValueError),
     "RuleError": (RuntimeError, TypeError),
+    "DegeneracyError": (RuntimeError,),
     "ForwardRuleError": (NotImplementedError, RuntimeError),
     "MissingRuleError": (NotImplementedError,),
     "BatchedPullError": (RuntimeError,),

@@ -59,8 +59,8 @@ class Eigenpairs:
     def values(self) -> Tensor:
         """The eigenvalues. Where the call is traced they have first derivatives alone."""
         if compiling():
-            product = self._operator.matmat(self._vectors).to(self._vectors.dtype)
-            quotients: Tensor = torch.linalg.vecdot(self._vectors, product, dim=0).real
+            V = self._vectors
+            quotients: Tensor = torch.linalg.vecdot(V, self._operator.matmat(V).to(V.dtype), dim=0).real
             return self._values + (quotients - quotients.detach())
         shown, tensors, tracked = [], [], set()
         if self._found is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autodiff import checks
-from autodiff._torch import compiling, fully_unwrapped
+from autodiff._torch import compiling, fully_unwrapped, traced_inline_only
 from autodiff.core.progress import Progress
 from autodiff.core.rules import is_tracked
 from autodiff.operators.eigenpairs import Eigenpairs
@@ -74,6 +74,7 @@ def eigsh(
     check: bool = True,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+@traced_inline_only
 def eigsh(
     A: Operator,
     k: int = 6,
@@ -308,7 +309,7 @@ def _is_hermitian(A: Operator) -> bool:
         u, v = pseudorandom(A.shape[0], 2, 1, torch.zeros((), dtype=A.dtype, device=A.device)).unbind(1)
         Au, Av = A.matmat(torch.stack([u, v], 1)).detach().unbind(1)
         one, other = torch.vdot(v, Au), torch.vdot(Av, u)
-        # What sums of random signs differ by.
-        scale = Av.norm() * u.norm() + v.norm() * Au.norm()
+        # What sums of random signs differ by; the largest numbers, since squares may underflow.
+        scale = u.abs().amax() * (Au.abs().amax() + Av.abs().amax()) * A.shape[0] ** 0.5
         differ = (one - other).abs() > 4 * torch.finfo(A.dtype).eps ** (2 / 3) * scale
     return not bool(fully_unwrapped(differ).any())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from autodiff import checks
+from autodiff._torch import traced_inline_only
 from autodiff.operators.eigenpairs import Eigenpairs
 from autodiff.operators.eigsh import Problem
 from autodiff.operators.lazy import lazy
@@ -46,6 +47,7 @@ def svds(
     residuals: Literal[True],
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+@traced_inline_only
 def svds(
     A: Operator,
     k: int = 6,
