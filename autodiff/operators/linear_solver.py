@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autodiff import checks
 from autodiff._torch import fully_unwrapped, is_eager
+from autodiff.core import trees
 from autodiff.core.progress import Progress
 from autodiff.core.rules import is_tracked
 from autodiff.core.seeds import generic_vector
@@ -99,7 +100,7 @@ class LinearSolver:
         if start is not None:
             B = B - A.matmat(start)
         with torch.no_grad():
-            X = self.find(A, B.detach()).detach()
+            X = self.find(constant(A), B.detach()).detach()
         if not is_eager() or (torch.is_grad_enabled() and is_tracked(B + A.matmat(X))):
 
             def solver(at: Operator, right: Tensor) -> Tensor:
@@ -205,6 +206,16 @@ class Normal(Wrapping):
     def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
         del adjoint
         return self.operand.multiply(self.operand.multiply(vectors, count=count), adjoint=True, count=count)
+
+
+def constant(operator: Operator) -> Operator:
+    """The operator without what its tensors are differentiated by; itself where that is nothing."""
+    leaves, spec = trees.flatten(operator)
+    if not any(isinstance(leaf, Tensor) and is_tracked(leaf) for leaf in leaves):
+        return operator.prepared()
+    constants = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    same: Operator = trees.unflatten(spec, constants)
+    return same.prepared()
 
 
 def _is_adjoint(one: Operator, other: Operator) -> bool:

@@ -406,3 +406,41 @@ def test_newton_steps_of_many_points_at_once() -> None:
     many = ad.vmap(operators.from_matrix)(H)  # an operator whose leaf has one more dimension
     found = ad.vmap(lambda one, b: operators.solve(one, b, rtol=1e-12))(many, g)
     assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_captured_tensors_are_differentiated() -> None:
+    w, n = torch.tensor(2.0, dtype=torch.float64), 5
+    b = torch.arange(n, dtype=torch.float64)
+
+    def total(w: Tensor) -> Tensor:
+        A = operators.from_matvec(
+            lambda v: w * v + (v.roll(1) + v.roll(-1)) / 10, torch.zeros_like(b), symmetric=True, check=False
+        )
+        return operators.solve(A, b, rtol=1e-12).pow(2).sum()
+
+    def exact(w: Tensor) -> Tensor:
+        unit = torch.eye(n, dtype=torch.float64)
+        return torch.linalg.solve(w * unit + (unit.roll(1, 0) + unit.roll(-1, 0)) / 10, b).pow(2).sum()
+
+    assert_close(ad.grad(total)(w), torch.func.grad(exact)(w))
+    assert_close(ad.grad(ad.grad(total))(w), torch.func.grad(torch.func.grad(exact))(w))
+
+
+def test_info_of_each_sample() -> None:
+    M, B = second_differences(6), torch.randn(3, 6, dtype=torch.float64)
+    B[1] = torch.linalg.eigh(M).eigenvectors[:, 2]
+    X, info = ad.vmap(lambda b: operators.solve(operators.from_matrix(M), b, "cg", info=True))(B)
+    assert_close(X, torch.linalg.solve(M, B, left=False), rtol=1e-4, atol=1e-6)
+    assert info.iterations.tolist() == [6, 1, 6]
+    assert info.converged.all()
+    assert info.history.shape == (3, 6)
+
+
+def test_derivative_that_has_not_converged_is_a_warning() -> None:
+    """The solution itself is known from the start."""
+    M = second_differences(40)
+    b = torch.ones(40, dtype=torch.float64, requires_grad=True)
+    x0 = torch.linalg.solve(M, b.detach())
+    x = operators.solve(operators.from_matrix(M), b, "cg", x0=x0, maxiter=3)
+    with pytest.warns(ConvergenceWarning, match="in a derivative, cg has not converged after 3 of 3 steps"):
+        x.sum().backward()
