@@ -77,6 +77,7 @@ TUTORIALS = [
     "meta_learning.py",
     "influence.py",
     "laplace.py",
+    "hyperparameters.py",
     "lyapunov_exponents.py",
     "checkpointing.py",
 ]

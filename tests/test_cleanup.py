@@ -33,6 +33,8 @@ WRAPPERS: dict[str, Callable[[Scalar], Scalar]] = {
     "jacfwd": lambda f: lambda x: ad.jacfwd(f)(x).sum(),
     "hessian": lambda f: lambda x: ad.hessian(f)(x).sum(),
     "hvp": lambda f: lambda x: ad.hvp(f, (x,), (T,))[1].sum(),
+    "operators.jacobian": lambda f: lambda x: ad.operators.jacobian(f)(x) @ T,
+    "operators.hessian": lambda f: lambda x: (ad.operators.hessian(f)(x) @ T).sum(),
     "torch.func.grad": lambda f: lambda x: torch.func.grad(f)(x).sum(),
     "torch.func.jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (T,))[1],
 }
@@ -113,7 +115,9 @@ def test_error_of_a_check(names: tuple[str, ...]) -> None:
     assert state_of_torch() == CLEAN
 
 
-@pytest.mark.parametrize("name", ["grad", "vjp", "linearize", "jacrev", "hessian", "hvp", "vmap"])
+@pytest.mark.parametrize(
+    "name", ["grad", "vjp", "linearize", "jacrev", "hessian", "hvp", "operators.hessian", "vmap"]
+)
 def test_exception_in_the_backward_pass(name: str) -> None:
     func = WRAPPERS[name](lambda x: Interrupting.apply(x * x).sum())
     run = (ad.grad(func)) if name == "vmap" else func

@@ -357,8 +357,8 @@ SQUARE_PRODUCTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "diagonal": (lambda A, v, c: A.diagonal(), lambda A, v, c: like_wave(A.diagonal())),
 }
 OPERATORS: dict[str, tuple[Callable[..., Any], Tensor, dict[str, Any]]] = {
-    "hessian": (lambda p: ad.operators.hessian(wave)(p), H, PRODUCTS | SQUARE_PRODUCTS),
-    "jacobian": (lambda p: ad.operators.jacobian(waves)(p), J, PRODUCTS),
+    "hessian": (ad.operators.hessian(wave), H, PRODUCTS | SQUARE_PRODUCTS),
+    "jacobian": (ad.operators.jacobian(waves), J, PRODUCTS),
     "from_matrix": (
         lambda p: ad.operators.from_matrix(torch.cat([p["w"], p["b"][None]]).outer(VECTOR)),
         torch.cat([WAVE["w"], WAVE["b"][None]]).outer(VECTOR),

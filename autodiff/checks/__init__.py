@@ -47,6 +47,7 @@ from autodiff.checks.operators import block_patterns as block_patterns
 from autodiff.checks.operators import losses_of_samples as losses_of_samples
 from autodiff.checks.operators import model_and_target as model_and_target
 from autodiff.checks.operators import raise_complex_factor as raise_complex_factor
+from autodiff.checks.operators import raise_not_a_matrix as raise_not_a_matrix
 from autodiff.checks.operators import raise_not_adjoint as raise_not_adjoint
 from autodiff.checks.operators import raise_not_convex as raise_not_convex
 from autodiff.checks.operators import raise_not_linear as raise_not_linear
@@ -55,6 +56,7 @@ from autodiff.checks.operators import raise_not_positive as raise_not_positive
 from autodiff.checks.operators import raise_not_symmetric as raise_not_symmetric
 from autodiff.checks.operators import raise_samples_missing as raise_samples_missing
 from autodiff.checks.operators import raise_unknown_likelihood as raise_unknown_likelihood
+from autodiff.checks.operators import real_or_complex as real_or_complex
 from autodiff.checks.operators import same_space as same_space
 from autodiff.checks.operators import shown_function as shown_function
 from autodiff.checks.operators import square_operator as square_operator

@@ -55,6 +55,22 @@ def square_operator(name: str, operator: str, domain: Any, codomain: Any) -> Non
         )
 
 
+def real_or_complex(name: str, path: str, dtypes: set[torch.dtype]) -> None:
+    """Vectors are real or complex as a whole: a complex number times a real leaf has no place there."""
+    if len({dtype.is_complex for dtype in dtypes}) > 1:
+        raise DtypeError(
+            f"{name}: expected {path} of real tensors alone, or of complex ones, got "
+            f"{sorted(map(str, dtypes))}. Convert the real ones to complex."
+        )
+
+
+def raise_not_a_matrix(name: str, path: str, came: str) -> NoReturn:
+    raise ShapeError(
+        f"{name}: expected {path} to be a floating or complex tensor of shape [m, n], got {came}. Reshape it, "
+        f"or convert it by torch.as_tensor(...).float()."
+    )
+
+
 def block_patterns(name: str, patterns: Any) -> tuple[Any, Any]:
     """The patterns of ``A[rows, columns]``."""
     if not isinstance(patterns, tuple) or len(patterns) != 2:
@@ -81,9 +97,9 @@ def raise_complex_factor(operator: str, dtype: torch.dtype) -> NoReturn:
 
 def raise_not_linear(name: str, function: str) -> NoReturn:
     raise RuleError(
-        f"{name}: expected a linear function, but {function}(2 u - v) is not 2 {function}(u) - {function}(v) for two "
-        f"vectors. Leave out constants and nonlinear operations, or pass check=False if rounding alone makes the "
-        f"difference."
+        f"{name}: expected a linear function, but {function}(2 u + v) is not 2 {function}(u) + {function}(v) for two "
+        f"vectors, or {function}(0) is not 0. Leave out constants and nonlinear operations, or pass check=False if "
+        f"rounding alone makes the difference."
     )
 
 

@@ -299,9 +299,12 @@ def _check_repeats(operator: OverData) -> None:
     with torch.no_grad(), randomness.random_numbers_from(data.state):
         data.draws = False  # else the second pass would draw what the first one did
         try:
-            _check_writes(operator, term, tensors)
+            with closing(data.batches()) as batches:
+                batch = next(batches)
+            _check_writes(data, batch, term, tensors)
             if data.mean:
-                _check_mean(operator, term, tensors)
+                _check_mean(operator, batch, term, tensors)
+            randomness.set_random_state(data.state)
             first, second = (BatchSum(data, watched, f"{name}: check").at(tensors) for _ in range(2))
         finally:
             data.draws = True
@@ -310,27 +313,20 @@ def _check_repeats(operator: OverData) -> None:
         data.draws = randomness.has_drawn(data.state)
 
 
-def _check_writes(operator: OverData, term: Term, tensors: Sequence[Tensor]) -> None:
-    """The function writes to no tensor that it did not make; the first batch shows it."""
-    data = operator.data
-    with closing(data.batches()) as batches:
-        batch = next(batches)
+def _check_writes(data: DataSet, batch: Batch, term: Term, tensors: Sequence[Tensor]) -> None:
+    """The function writes to no tensor that it did not make."""
     writes = OutsideWrites()
     try:
         with data.naming(batch.number), writes:
             term(batch, tensors)
     finally:
         writes.put_back()
-    randomness.set_random_state(data.state)
     if writes.written:
         checks.raise_writes(data.name, [tensor.shape for tensor, _ in writes.written.values()])
 
 
-def _check_mean(operator: OverData, term: Term, tensors: Sequence[Tensor]) -> None:
-    """The function is not a sum over the samples of the first batch, of which two parts are taken."""
-    data = operator.data
-    with closing(data.batches()) as batches:
-        batch = next(batches)
+def _check_mean(operator: OverData, batch: Batch, term: Term, tensors: Sequence[Tensor]) -> None:
+    """The function is not a sum over the samples of a batch, of which two parts are taken."""
     count = batch.samples or 0
     cuts = (slice(0, count), slice(0, count // 3), slice(count // 3, count))
     if count < _DIVISIBLE_SAMPLES:
@@ -340,15 +336,13 @@ def _check_mean(operator: OverData, term: Term, tensors: Sequence[Tensor]) -> No
         products = [(operator.codomain.joined(term(part, tensors)[:-1]), part.samples or 0) for part in parts]
     except Exception:  # noqa: BLE001  what the function refuses says nothing about whole batches
         return
-    finally:
-        randomness.set_random_state(data.state)
     (whole, _), (one, few), (other, many) = products
     scale = sum(torch.linalg.vector_norm(product) for product in (whole, one, other))
     tolerance = 4 * torch.finfo(whole.dtype).eps ** _ROUNDING * scale
     is_sum = torch.linalg.vector_norm(whole - one - other) <= tolerance
     is_mean = torch.linalg.vector_norm(whole - (few * one + many * other) / count) <= tolerance
     if fully_unwrapped(is_sum & ~is_mean).any():
-        checks.raise_not_a_mean(data.name)
+        checks.raise_not_a_mean(operator.data.name)
 
 
 def _differ(space: Space, first: Leaves, second: Leaves, *, exactly: bool) -> bool:

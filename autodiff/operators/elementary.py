@@ -30,4 +30,7 @@ class Elementary(Operator):
         product = self.product(adjoint=adjoint)
         if count is None:
             return product(vectors)
-        return in_batches(product, self.codomain if adjoint else self.domain, vectors, count, self.at_once())
+        start, end = (self.codomain, self.domain) if adjoint else (self.domain, self.codomain)
+        if count == 0:
+            return end.dense([None] * len(end.leaves), 0)
+        return in_batches(product, start, vectors, count, self.at_once())

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from autodiff import checks
-from autodiff._torch import compiling, fully_unwrapped
+from autodiff._torch import compiling, fully_unwrapped, functorch_active
 from autodiff.core import trees
+from autodiff.core.call import is_differentiable
 from autodiff.core.chunks import Sizes
 from autodiff.core.seeds import generic_vector
 from autodiff.core.transpose import LinearityCheck, transposed
@@ -114,10 +115,14 @@ def from_matrix(M: Tensor, structure: Any = None, codomain: Any = None) -> Opera
             matrix is not square.
 
     Raises:
-        ShapeError: the matrix does not have a row and a column for each number of the trees.
+        DtypeError: some of them are real, and others complex.
+        ShapeError: M is not a matrix, or does not have a row and a column for each number of the trees.
     """
+    if not is_differentiable(M):
+        came = f"dtype {M.dtype}" if isinstance(M, Tensor) else f"type {type(M).__name__}"
+        checks.raise_not_a_matrix("operators.from_matrix", "M", came)
     if M.dim() != 2:
-        checks.shape("operators.from_matrix", "M", M, (-1, -1), "a matrix")
+        checks.raise_not_a_matrix("operators.from_matrix", "M", f"shape {tuple(M.shape)}")
     rows, columns = M.shape
     start = Space.of(
         M.new_zeros(columns) if structure is None else structure, "operators.from_matrix", "structure"
@@ -132,6 +137,9 @@ def from_matrix(M: Tensor, structure: Any = None, codomain: Any = None) -> Opera
         M,
         expected,
         "a row for each number of the product, a column for each of the vector",
+    )
+    checks.real_or_complex(
+        "operators.from_matrix", "M, structure and codomain", {M.dtype, start.dtype, end.dtype}
     )
     return Matrix(M, start, end)
 
@@ -157,6 +165,7 @@ class Matrix(Operator):
 
     def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
         matrix, start, end = self.matrix, self.space, self.image
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.promote_types(start.dtype, end.dtype)))
         if adjoint:
             matrix, start, end = matrix.mH, end, start
         if count is None:
@@ -177,7 +186,7 @@ def from_matvec(
 ) -> Operator:
     """A function that multiplies as an operator.
 
-    It is multiplied by two vectors at once, to see whether it is linear, and symmetric where it is said to be.
+    It is multiplied by four vectors at once, to see whether it is linear, and symmetric where it is said to be.
 
     >>> import torch
     >>> from autodiff import operators
@@ -199,10 +208,14 @@ def from_matvec(
 
     Raises:
         RuleError: the function is not linear, or the operator not what it is promised to be.
-        StructureError, ShapeError, DtypeError: ``matvec`` or ``rmatvec`` returns something else than it should.
+        StructureError, ShapeError, DtypeError: domain and codomain do not go together, or
+            ``matvec`` or ``rmatvec`` returns something else than it should.
     """
     start = Space.of(domain, "operators.from_matvec", "domain")
     end = start if codomain is None else Space.of(codomain, "operators.from_matvec", "codomain")
+    checks.real_or_complex("operators.from_matvec", "domain and codomain", {start.dtype, end.dtype})
+    if symmetric or positive:
+        checks.square_operator("operators.from_matvec", checks.shown_function(matvec), start, end)
     operator = Function(matvec, rmatvec, start, end, symmetric or positive, positive, batched)
     if check and not compiling():
         _check_promises(operator)
@@ -253,7 +266,9 @@ class Function(Elementary):
         return kept_outside_transforms(self, "_transpose", self._transposed)
 
     def prepared(self) -> Self:
-        if self.is_symmetric or self.adjoint_function is not None:
+        known = self.is_symmetric or self.adjoint_function is not None
+        # Outside of transforms the transpose is kept once it is asked for, which it need not be: torch may not know it.
+        if known or not (compiling() or functorch_active()):
             return self
         return keeping(self, "_transpose", self.product(adjoint=True))
 
@@ -276,7 +291,7 @@ def _called(
 
 
 def _check_promises(operator: Function) -> None:
-    """Compare products with two vectors that have nothing to do with the function."""
+    """Compare products with vectors that have nothing to do with the function, a small, a large and the zero vector."""
     space, image = operator.space, operator.image
     u = [generic_vector(spec) for spec in space.leaves]
     v = [generic_vector(spec, elsewhere=True) for spec in space.leaves]
@@ -289,8 +304,12 @@ def _check_promises(operator: Function) -> None:
     with torch.no_grad():
         u_flat, v_flat = space.joined(u), space.joined(v)
         Au, Av = image.joined(operator.multiply(u)), image.joined(operator.multiply(v))
-        Aw = image.joined(operator.multiply([2 * a - b for a, b in zip(u, v, strict=True)]))
-        if _exceeds((2 * Au - Av - Aw).norm(), tolerance * (Au.norm() + Av.norm() + Aw.norm())):
+        # Over the complex numbers where the vectors are.
+        factor = 2j if space.dtype.is_complex else 2
+        Aw = image.joined(operator.multiply([factor * a + b for a, b in zip(u, v, strict=True)]))
+        constant = image.joined(operator.multiply([None] * len(u)))
+        differs = _exceeds((factor * Au + Av - Aw).norm(), tolerance * (Au.norm() + Av.norm() + Aw.norm()))
+        if differs or _exceeds(constant.norm(), tolerance * Au.norm()):
             checks.raise_not_linear("operators.from_matvec", operator.name)
         if operator.is_symmetric:
             (one, bound), (other, _) = inner(v_flat, Au), inner(Av, u_flat)

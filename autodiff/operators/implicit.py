@@ -120,9 +120,13 @@ def captured(equation: Equation, image: Callable[[], Tensor], x: Tensor) -> Capt
     found = CapturedTensors([*constants, x])
     # Eagerly at a level of its own, so that what F differentiates inside is not taken for captured.
     level: AbstractContextManager[Any] = _torch.grad_level() if _torch.is_eager() else nullcontext()
-    try:
+
+    def look() -> bool:
         with level, found:
-            tracked = is_tracked(equation.image(constants, x))
+            return is_tracked(equation.image(constants, x))
+
+    try:
+        tracked = _torch.under_guard(look)
     except RuntimeError as error:
         if not _torch.says(error, "a level cannot run it"):
             raise

@@ -141,14 +141,14 @@ class LinearMap(ABC):
         """The matrix itself, ``[m, n]``: a product for each row or each column, whichever are fewer."""
         rows, columns = self.shape
         if rows < columns:
-            strips = self._basis_products(adjoint=True)
-            return strips.mH.resolve_conj()
-        return self._basis_products(adjoint=False)
+            return self._basis_products(adjoint=True).mH.resolve_conj().to(self.dtype)
+        return self._basis_products(adjoint=False).to(self.dtype)
 
     def _basis_products(self, *, adjoint: bool) -> Tensor:
         """The products with the standard basis, as columns."""
         space, image = (self.codomain, self.domain) if adjoint else (self.domain, self.codomain)
-        basis, columns = StandardBasis([spec.full(0.0) for spec in space.leaves]), []
+        basis = StandardBasis([spec.full(0.0) for spec in space.leaves])
+        columns = [] if space.size else [torch.zeros((image.size, 0), dtype=image.dtype, device=image.device)]
         for start in range(0, space.size, _ROWS):
             count = min(_ROWS, space.size - start)
             rows = self.multiply(basis.vectors(start, start + count), adjoint=adjoint, count=count)

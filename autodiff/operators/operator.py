@@ -14,10 +14,11 @@ from torch import Tensor
 from autodiff import checks
 from autodiff._torch import compiling
 from autodiff.core.call import matching, spread
+from autodiff.core.reverse import conjugated
 from autodiff.operators.lazy import lazy
 from autodiff.operators.linear_map import LinearMap, tree_class
 from autodiff.operators.operands import is_at_least_zero, is_complex, is_scalar, traced_method
-from autodiff.operators.space import Leaves, Space
+from autodiff.operators.space import Leaves, Space, added
 
 
 class Operator(LinearMap):
@@ -80,7 +81,11 @@ class Operator(LinearMap):
     @property
     def T(self) -> Operator:  # noqa: N802  as in torch
         """The transpose; of a complex operator it is the conjugate of ``A.H``."""
-        return Conjugate(self.H) if self.dtype.is_complex else self.H
+        return self.H.conj()
+
+    def conj(self) -> Operator:
+        """The complex conjugate."""
+        return Conjugate(self) if self.dtype.is_complex else self
 
     def __add__(self, other: Any) -> Operator:
         if is_scalar(other):
@@ -131,6 +136,10 @@ class Operator(LinearMap):
             tuple(matching("A[rows, columns]", rows, self.codomain.paths)),
             tuple(matching("A[rows, columns]", columns, self.domain.paths)),
         )
+
+
+def _as_factor(operator: Operator) -> str:
+    return f"({operator.name})" if isinstance(operator, Sum) else operator.name
 
 
 def _prepared(operators: Sequence[Operator]) -> tuple[Operator, ...]:
@@ -240,12 +249,11 @@ class Conjugate(Wrapping):
     def name(self) -> str:
         return f"({self.operand.name}).conj()"
 
+    def conj(self) -> Operator:
+        return self.operand
+
     def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
-        return _conjugated(self.operand.multiply(_conjugated(vectors), adjoint=adjoint, count=count))
-
-
-def _conjugated(leaves: Leaves) -> list[Tensor | None]:
-    return [None if leaf is None else leaf.conj().resolve_conj() for leaf in leaves]
+        return conjugated(self.operand.multiply(conjugated(vectors), adjoint=adjoint, count=count))
 
 
 @tree_class("factor", "operand")
@@ -258,7 +266,7 @@ class Scaled(Wrapping):
 
     @property
     def name(self) -> str:
-        return f"{'c' if isinstance(self.factor, Tensor) else self.factor} * {self.operand.name}"
+        return f"{'c' if isinstance(self.factor, Tensor) else self.factor} * {_as_factor(self.operand)}"
 
     @property
     def symmetric(self) -> bool:
@@ -321,15 +329,6 @@ class Sum(Operator):
         return added([term.multiply(vectors, adjoint=adjoint, count=count) for term in self.terms])
 
 
-def added(parts: Sequence[Leaves]) -> list[Tensor | None]:
-    """The sum of vectors, leaf by leaf; None stands for zero."""
-    total = list(parts[0])
-    for part in parts[1:]:
-        pairs = zip(total, part, strict=True)
-        total = [two if one is None else one if two is None else one + two for one, two in pairs]
-    return total
-
-
 @tree_class("factors")
 @dataclass(eq=False, repr=False)
 class Product(Operator):
@@ -353,7 +352,7 @@ class Product(Operator):
 
     @property
     def name(self) -> str:
-        return " @ ".join(f"({f.name})" if isinstance(f, Sum) else f.name for f in self.factors)
+        return " @ ".join(map(_as_factor, self.factors))
 
     @property
     def domain(self) -> Space:

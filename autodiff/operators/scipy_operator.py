@@ -30,18 +30,21 @@ def scipy_operator(operator: Any) -> Any:
         )
     dtype = np.dtype(str(operator.dtype).removeprefix("torch."))
 
-    def in_numpy(matmat: Callable[[Tensor], Tensor], space: Any) -> Callable[[Any], Any]:
+    def in_numpy(matmat: Callable[[Tensor], Tensor], space: Any, image: Any) -> Callable[[Any], Any]:
         def multiply(array: Any) -> Any:
+            if np.iscomplexobj(array) and not space.dtype.is_complex:
+                return multiply(array.real) + 1j * multiply(array.imag)
             # SciPy probes with float64 vectors, whatever the dtype; and an operator is given columns [n, 1] too.
             given = torch.as_tensor(np.ascontiguousarray(array), device=operator.device).to(space.dtype)
+            columns = np.shape(array)[1:]
             with torch.no_grad():
-                product = matmat(given.reshape((space.size, -1)))
-            return product.detach().cpu().resolve_conj().numpy().reshape((-1, *np.shape(array)[1:]))
+                product = matmat(given.reshape((space.size, *(columns or (1,)))))
+            return product.detach().cpu().resolve_conj().numpy().reshape((image.size, *columns))
 
         return multiply
 
-    multiply = in_numpy(operator.matmat, operator.domain)
-    multiply_adjoint = in_numpy(operator.H.matmat, operator.codomain)
+    multiply = in_numpy(operator.matmat, operator.domain, operator.codomain)
+    multiply_adjoint = in_numpy(operator.H.matmat, operator.codomain, operator.domain)
     return LinearOperator(
         operator.shape,
         matvec=multiply,

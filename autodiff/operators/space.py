@@ -67,6 +67,7 @@ class Space:
         where = tuple(i for i, leaf in enumerate(leaves) if is_differentiable(leaf))
         if not where:
             checks.raise_no_differentiable_leaf(name, spec, leaves, root)
+        checks.real_or_complex(name, root, {leaves[i].dtype for i in where})
         return Space(spec, where, tuple(_spec_of(leaves[i]) for i in where))
 
     @staticmethod
@@ -224,6 +225,15 @@ class Space:
         shapes = [f"{list(leaf.shape)}" for leaf in self.leaves]
         shown = self.spec.unflatten(spread(list(map(_Shown, shapes)), self.positions, self.spec.num_leaves))
         return f"Space({shown}, size={self.size}, dtype={self.dtype})"
+
+
+def added(parts: Sequence[Leaves]) -> list[Tensor | None]:
+    """The sum of vectors, leaf by leaf; None stands for zero."""
+    total = list(parts[0])
+    for part in parts[1:]:
+        pairs = zip(total, part, strict=True)
+        total = [two if one is None else one if two is None else one + two for one, two in pairs]
+    return total
 
 
 class _Shown(str):

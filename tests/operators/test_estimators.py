@@ -421,6 +421,17 @@ def test_how_many_products_are_computed(estimate: Any, products: int) -> None:
     assert len(calls) == products
 
 
+@every
+def test_functions_that_torch_cannot_see_through(estimate: Any) -> None:
+    M = matrix("flat")
+    A = operators.from_matvec(lambda v: torch.from_numpy(M.numpy() @ v.numpy()), M[0], symmetric=True)
+    not_known = operators.from_matvec(lambda v: torch.from_numpy(M.numpy() @ v.numpy()), M[0])
+    truth = estimate(operators.from_matrix(M), generator(0)).estimate
+    torch.testing.assert_close(estimate(A, generator(0)).estimate, truth)
+    if estimate is not EVERY["xdiag"]:  # which needs A.H
+        torch.testing.assert_close(estimate(not_known, generator(0)).estimate, truth)
+
+
 # Derivatives, and other transforms.
 
 START = torch.tensor([0.3, -0.7, 1.1, 0.4], dtype=F64)

@@ -1,6 +1,8 @@
 """Roots, fixed points and minima that a solver found, differentiated: against closed forms."""
 
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -356,6 +358,47 @@ def test_parameters_of_a_module():
     )
     assert_close(layer.bias.grad, slope @ adjoint)
     assert_close(layer.weight.grad, torch.outer(slope @ adjoint, z))
+
+
+def test_more_numbers_than_are_factorised():
+    size = 300
+    matrix = random(size, size) / size**0.5
+    matrix = matrix @ matrix.mT + torch.eye(size, dtype=torch.float64)
+    b, w = random(size), random(size)
+    fit = operators.minimum(lambda x, b: x @ matrix @ x / 2 - b @ x)(
+        lambda start, b: start + torch.linalg.solve(matrix, b)
+    )
+    slope = ad.grad(lambda b: fit(torch.zeros_like(b), b) @ w)(b)
+    torch.testing.assert_close(slope, torch.linalg.solve(matrix, w), rtol=1e-8, atol=1e-9)
+
+
+def test_compiled_around():
+    fit = operators.minimum(lambda x, a: ((x - a**2) ** 2).sum())(lambda start, a: a**2 + 0 * start)
+
+    @torch.compile(backend="eager")
+    def around(a):
+        return ad.grad(lambda a: fit(torch.zeros(3), a).sum())(2 * a) + 1
+
+    assert_close(around(torch.ones(3)), torch.full((3,), 5.0))
+
+
+def test_objective_is_released_with_the_answer():
+    gc.collect()
+    gc.disable()
+    try:
+
+        def objective(x, a):
+            return ((x - a) ** 2).sum()
+
+        fit = operators.minimum(objective)(lambda start, a: a + 0 * start)
+        a = random(3).requires_grad_()
+        x = fit(torch.zeros_like(a), a)
+        x.sum().backward()
+        kept = weakref.ref(objective)
+        del fit, x, objective
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 class TestWhatIsComputed:

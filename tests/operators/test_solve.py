@@ -444,3 +444,27 @@ def test_derivative_that_has_not_converged_is_a_warning() -> None:
     x = operators.solve(operators.from_matrix(M), b, "cg", x0=x0, maxiter=3)
     with pytest.warns(ConvergenceWarning, match="in a derivative, cg has not converged after 3 of 3 steps"):
         x.sum().backward()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_solved_right_hand_side_stays_as_it_is(method: Any) -> None:
+    """While the others go on. A diagonal has the same products for one vector and for many."""
+    values = torch.linspace(1, 30, 25, dtype=torch.float64)
+    A = operators.diagonal(values)
+    easy = torch.zeros(25, dtype=torch.float64)
+    easy[3:7] = 1 + torch.rand(4, dtype=torch.float64)
+    B = torch.stack([easy, torch.randn(25, dtype=torch.float64)], 1)
+    X, info = operators.solve(A, B, method, rtol=1e-3, info=True)
+    assert info.iterations[0] < info.iterations[1] - 1
+    assert_close(X[:, 0], operators.solve(A, easy, method, rtol=1e-3), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_history_is_that_of_the_residuals(method: Any) -> None:
+    M, b = matrix(method, 20), torch.randn(20, dtype=torch.float64)
+    A = operators.from_matrix(M)
+    with pytest.warns(ConvergenceWarning):
+        _, info = operators.solve(A, b, method, maxiter=9, info=True)
+    with pytest.warns(ConvergenceWarning):
+        x = operators.solve(A, b, method, maxiter=8)
+    assert_close(info.history[8], (b - M @ x).norm() / b.norm(), rtol=1e-9, atol=0)

@@ -136,7 +136,19 @@ BATCHED = [
     Every("vmap-jacrev", partial(_vmap, ad.jacrev), _batch(gradient)),
     Every("vmap-hessian", partial(_vmap, ad.hessian), _batch(hessian)),
 ]
-EVERY = [*FIRST, *SECOND, *BATCHED]
+OPERATORS = [
+    Every("operators.jacobian", lambda f, x: ad.operators.jacobian(f)(x) @ T.to(x.dtype), _slope),
+    Every("operators.jacobian.H", lambda f, x: ad.operators.jacobian(f)(x).H.matvec(T[:1] * 0 + 1), gradient),
+    Every("operators.hessian", lambda f, x: ad.operators.hessian(f)(x) @ T, _curved),
+    Every("operators.hessian, matrix", lambda f, x: ad.operators.hessian(f)(x).to_matrix(), hessian),
+    Every("operators.hessian, diagonal", lambda f, x: ad.operators.hessian(f)(x).diagonal(), _diagonal),
+    Every(
+        "vmap-operators.hessian",
+        partial(_vmap, lambda f: lambda x: ad.operators.hessian(f)(x) @ T),
+        _batch(_curved),
+    ),
+]
+EVERY = [*FIRST, *SECOND, *BATCHED, *OPERATORS]
 
 each = pytest.mark.parametrize("every", EVERY, ids=lambda every: every.name)
 each_derivative = pytest.mark.parametrize("every", [*FIRST, *SECOND], ids=lambda every: every.name)
