@@ -97,7 +97,7 @@ def raise_complex_factor(operator: str, dtype: torch.dtype) -> NoReturn:
 
 def raise_not_linear(name: str, function: str) -> NoReturn:
     raise RuleError(
-        f"{name}: expected a linear function, but {function}(2 u + v) is not 2 {function}(u) + {function}(v) for two "
+        f"{name}: expected a linear function, but {function}(u - 2 v) is not {function}(u) - 2 {function}(v) for two "
         f"vectors, or {function}(0) is not 0. Leave out constants and nonlinear operations, or pass check=False if "
         f"rounding alone makes the difference."
     )
