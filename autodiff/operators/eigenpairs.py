@@ -60,7 +60,8 @@ class Eigenpairs:
         """The eigenvalues. Where the call is traced they have first derivatives alone."""
         if compiling():
             V = self._vectors
-            quotients: Tensor = torch.linalg.vecdot(V, self._operator.matmat(V).to(V.dtype), dim=0).real
+            AV = self._operator.matmat(V).to(V.dtype)
+            quotients: Tensor = torch.linalg.vecdot(V, AV, dim=0).real
             return self._values + (quotients - quotients.detach())
         shown, tensors, tracked = [], [], set()
         if self._found is not None:
