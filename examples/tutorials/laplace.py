@@ -199,7 +199,7 @@ assert losses[0] < losses[3] < losses[2] < losses[1]
 assert results["all weights"][1] < results["trained weights"][1] / 2
 
 # %%
-# The trained weights alone are far too sure: where they give 98%, the guess is right in 87% of the cases. The last
+# The trained weights alone are far too sure: where they give 98%, the guess is right in less than 90%. The last
 # layer corrects some of it. With all weights the predictions are on average a little too cautious, and their expected
 # loss is the smallest: it is nearer to the least possible one by more than half.
 
