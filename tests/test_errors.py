@@ -43,6 +43,7 @@ TORCH_RAISES = {
     "ForwardLevelError": (RuntimeError,),
     "CloneError": (RuntimeError,),
     "SolverError": (RuntimeError, ArithmeticError),
+    "SingularError": (RuntimeError, ArithmeticError),
 }
 WARNINGS = {"BufferWarning", "BudgetWarning", "ConvergenceWarning"}
 

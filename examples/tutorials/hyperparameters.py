@@ -176,5 +176,5 @@ plt.show()
 
 # %%
 # Most of the wrong labels end near a weight of zero, though nothing but the gradient of one loss has told so. Some
-# right ones do too: samples that the model would misclassify in any case are no help to it. And 600 numbers can be fitted to
-# 150 samples too closely: the accuracy sags for a while, so the number of steps is a hyperparameter still.
+# right ones do too: samples that the model would misclassify in any case are no help to it. And 600 numbers can be
+# fitted to 150 samples too closely: the accuracy sags for a while, so the number of steps is a hyperparameter still.

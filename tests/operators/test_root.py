@@ -372,6 +372,39 @@ def test_more_numbers_than_are_factorised():
     torch.testing.assert_close(slope, torch.linalg.solve(matrix, w), rtol=1e-8, atol=1e-9)
 
 
+def test_minimum_inside_a_minimum():
+    inner = operators.minimum(lambda y, x: (y - x**2) ** 2 / 2)(lambda start, x: x**2 + 0 * start)
+
+    def objective(x, a):
+        return (inner(number(0.0), x) - a) ** 2 / 2
+
+    outer = operators.minimum(objective)(lambda start, a: a.sqrt() + 0 * start)
+    of_a = lambda a: outer(number(0.0), a)
+    a = number(2.25)
+    assert_close(ad.grad(of_a)(a), number(1 / 3))
+    assert_close(ad.hessian(of_a)(a), number(-0.25 * 2.25**-1.5))
+
+
+def test_leaves_of_several_dtypes():
+    start = {"p": torch.zeros(()), "q": number(0.0)}
+    objective = lambda x, a: (x["p"] - a) ** 2 + (x["q"] - a.double() ** 2) ** 2
+    fit = operators.minimum(objective)(lambda s, a: {"p": a + 0 * s["p"], "q": a.double() ** 2 + 0 * s["q"]})
+    total = lambda a: 3 * fit(start, a)["p"].double() + fit(start, a)["q"]
+    assert_close(ad.grad(total)(torch.tensor(2.0)), torch.tensor(7.0))
+    assert_close(ad.hessian(total)(torch.tensor(2.0)), torch.tensor(2.0))
+
+
+def test_argument_that_is_written_later_is_an_error():
+    fit = operators.root(lambda x, a: x - a**2)(lambda start, a: a**2 + start)
+    a = random(3).requires_grad_()
+    doubled = 2 * a
+    x = fit(torch.zeros_like(a), doubled)
+    with torch.no_grad():
+        doubled.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        x.sum().backward()
+
+
 def test_compiled_around():
     fit = operators.minimum(lambda x, a: ((x - a**2) ** 2).sum())(lambda start, a: a**2 + 0 * start)
 
