@@ -44,9 +44,9 @@ from autodiff.checks.leaves import raise_no_differentiable_leaf as raise_no_diff
 from autodiff.checks.leaves import raise_not_a_tensor as raise_not_a_tensor
 from autodiff.checks.leaves import real_tensors as real_tensors
 from autodiff.checks.operators import block_patterns as block_patterns
+from autodiff.checks.operators import complex_leaves as complex_leaves
 from autodiff.checks.operators import losses_of_samples as losses_of_samples
 from autodiff.checks.operators import model_and_target as model_and_target
-from autodiff.checks.operators import raise_complex_factor as raise_complex_factor
 from autodiff.checks.operators import raise_not_a_matrix as raise_not_a_matrix
 from autodiff.checks.operators import raise_not_adjoint as raise_not_adjoint
 from autodiff.checks.operators import raise_not_convex as raise_not_convex

@@ -18,9 +18,8 @@ from autodiff.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
-    import torch
 
 
 def same_space(name: str, path: str, space: Any, model_path: str, model: Any) -> None:
@@ -55,12 +54,13 @@ def square_operator(name: str, operator: str, domain: Any, codomain: Any) -> Non
         )
 
 
-def real_or_complex(name: str, path: str, dtypes: set[torch.dtype]) -> None:
-    """Vectors are real or complex as a whole: a complex number times a real leaf has no place there."""
+def real_or_complex(name: str, path: str, specs: Iterable[Any]) -> None:
+    """Tensors are all real or all complex: a complex number has no place in a real leaf."""
+    dtypes = {spec.dtype for spec in specs}
     if len({dtype.is_complex for dtype in dtypes}) > 1:
         raise DtypeError(
             f"{name}: expected {path} of real tensors alone, or of complex ones, got "
-            f"{sorted(map(str, dtypes))}. Convert the real ones to complex."
+            f"{sorted(map(str, dtypes))}. Convert the real ones to complex, or pass trees."
         )
 
 
@@ -88,11 +88,14 @@ def shown_function(func: Callable[..., Any]) -> str:
     return getattr(func, "__name__", type(func).__name__)
 
 
-def raise_complex_factor(operator: str, dtype: torch.dtype) -> NoReturn:
-    raise DtypeError(
-        f"c * A: expected a real number, since {operator} is of dtype {dtype}, got a complex one. Make the operator at "
-        f"complex tensors, with holomorphic=True."
-    )
+def complex_leaves(name: str, operator: str, specs: Iterable[Any]) -> None:
+    """A complex number times an operator takes complex vectors."""
+    real = next((spec.dtype for spec in specs if not spec.dtype.is_complex), None)
+    if real is not None:
+        raise DtypeError(
+            f"{name}: expected a real number, since {operator} has leaves of dtype {real}, got a complex one. Make the "
+            f"operator at complex tensors, with holomorphic=True."
+        )
 
 
 def raise_not_linear(name: str, function: str) -> NoReturn:

@@ -139,7 +139,7 @@ def from_matrix(M: Tensor, structure: Any = None, codomain: Any = None) -> Opera
         "a row for each number of the product, a column for each of the vector",
     )
     checks.real_or_complex(
-        "operators.from_matrix", "M, structure and codomain", {M.dtype, start.dtype, end.dtype}
+        "operators.from_matrix", "M, structure and codomain", (M, *start.leaves, *end.leaves)
     )
     return Matrix(M, start, end)
 
@@ -213,7 +213,7 @@ def from_matvec(
     """
     start = Space.of(domain, "operators.from_matvec", "domain")
     end = start if codomain is None else Space.of(codomain, "operators.from_matvec", "codomain")
-    checks.real_or_complex("operators.from_matvec", "domain and codomain", {start.dtype, end.dtype})
+    checks.real_or_complex("operators.from_matvec", "domain and codomain", (*start.leaves, *end.leaves))
     if symmetric or positive:
         checks.square_operator("operators.from_matvec", checks.shown_function(matvec), start, end)
     operator = Function(matvec, rmatvec, start, end, symmetric or positive, positive, batched)

@@ -102,8 +102,8 @@ class Operator(LinearMap):
     def __mul__(self, other: Any) -> Operator:
         if not is_scalar(other):
             return NotImplemented
-        if is_complex(other) and not self.dtype.is_complex:
-            checks.raise_complex_factor(self.name, self.dtype)
+        if is_complex(other):
+            checks.complex_leaves("c * A", self.name, (*self.domain.leaves, *self.codomain.leaves))
         return Scaled(other, self)
 
     __rmul__ = __mul__

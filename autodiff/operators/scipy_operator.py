@@ -1,4 +1,4 @@
-"""An operator as SciPy's: NumPy arrays in and out, of one dtype, on the CPU. Imports `errors` alone."""
+"""An operator as SciPy's: NumPy arrays in and out, of one dtype, on the CPU. Imports `checks` and `errors`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from autodiff import checks
 from autodiff.errors import DtypeError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def scipy_operator(operator: Any) -> Any:
             f"A.to_scipy(): expected a dtype that NumPy has, got {operator.dtype}. Make the operator at float32 "
             f"tensors."
         )
+    checks.real_or_complex("A.to_scipy()", "vectors", (*operator.domain.leaves, *operator.codomain.leaves))
     dtype = np.dtype(str(operator.dtype).removeprefix("torch."))
 
     def in_numpy(matmat: Callable[[Tensor], Tensor], space: Any, image: Any) -> Callable[[Any], Any]:

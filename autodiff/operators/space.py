@@ -67,7 +67,6 @@ class Space:
         where = tuple(i for i, leaf in enumerate(leaves) if is_differentiable(leaf))
         if not where:
             checks.raise_no_differentiable_leaf(name, spec, leaves, root)
-        checks.real_or_complex(name, root, {leaves[i].dtype for i in where})
         return Space(spec, where, tuple(_spec_of(leaves[i]) for i in where))
 
     @staticmethod
@@ -193,6 +192,8 @@ class Space:
         """
         if isinstance(vectors, Tensor) and not (only_trees or self.is_only_leaf(vectors)):
             checks.flat_vectors(name, root, vectors, self.size, self.dtype, self.spec)
+            if self.dtype.is_complex:
+                checks.real_or_complex(name, "a space of flat vectors", self.leaves)
             if vectors.dim() == 1:
                 return Vectors("vector", self.split(vectors), 1)
             return Vectors("matrix", self.split_columns(vectors), vectors.shape[1])

@@ -102,6 +102,16 @@ def test_value_gradient_and_aux() -> None:
     assert torch.equal(J.value, X.sin())
 
 
+def test_real_and_complex_leaves_are_multiplied_as_trees() -> None:
+    z = X.to(torch.complex128) * 1j
+    D = operators.diagonal([X, z]) + 2
+    product = D @ [V, z]
+    torch.testing.assert_close(product, [(X + 2) * V, (z + 2) * z])
+    for attempt in (lambda: 1j * D, D.to_scipy):
+        with pytest.raises(errors.DtypeError):
+            attempt()
+
+
 def test_vectors_match_by_key_whatever_their_order() -> None:
     A = operators.hessian(lambda p: p["a"] ** 3 * p["b"])({"a": X[0], "b": X[1]})
     product = A @ {"b": V[1], "a": V[0]}
@@ -333,7 +343,7 @@ def changed(**parts: Any) -> dict[str, Any]:
         (
             lambda: 1j * SMALL,
             errors.DtypeError,
-            r"c \* A: expected a real number, since hessian of cubic is of dtype torch.float64, got a complex one",
+            r"c \* A: expected a real number, since hessian of cubic has leaves of dtype torch.float64, got a complex one",
         ),
         (lambda: SMALL + torch.tensor(1j), errors.DtypeError, r"c \* A: expected a real number"),
         (
@@ -351,9 +361,9 @@ def changed(**parts: Any) -> dict[str, Any]:
         ),
         (lambda: operators.diagonal({"n": 1}), errors.LeafError, r"operators.diagonal: diagonal"),
         (
-            lambda: operators.diagonal([X, X.to(torch.complex128)]),
+            lambda: operators.diagonal([X, X.to(torch.complex128)]) @ torch.zeros(6, dtype=torch.complex128),
             errors.DtypeError,
-            r"operators.diagonal: expected diagonal of real tensors alone, or of complex ones",
+            r"diagonal @ v: expected a space of flat vectors of real tensors alone, or of complex ones",
         ),
         (
             lambda: operators.hessian(cubic)(X.to(torch.complex128)),

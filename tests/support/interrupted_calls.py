@@ -136,6 +136,8 @@ OUTER: dict[str, Callable[[Scalar], Call]] = {
     "functional.hessian": lambda f: partial(functional.hessian, f, X),
     "hessian_diagonal": lambda f: partial(ad.hessian_diagonal(f), X),
     "jacobian": lambda f: partial(ad.jacobian(f), X),
+    "operators.jacobian": lambda f: lambda: ad.operators.jacobian(f)(X) @ T,
+    "operators.hessian": lambda f: lambda: ad.operators.hessian(f)(X) @ torch.stack([T, X], 1),
 }
 
 
