@@ -19,7 +19,6 @@ from autodiff.checks.data_sets import tensors_to_cut as tensors_to_cut
 from autodiff.checks.data_sets import untraced_data as untraced_data
 from autodiff.checks.data_sets import unwritten_arguments as unwritten_arguments
 from autodiff.checks.estimators import enough_samples as enough_samples
-from autodiff.checks.estimators import one_kind_of_number as one_kind_of_number
 from autodiff.checks.estimators import raise_coarse_grid as raise_coarse_grid
 from autodiff.checks.estimators import raise_fixed_distribution as raise_fixed_distribution
 from autodiff.checks.estimators import raise_grid as raise_grid
@@ -28,6 +27,7 @@ from autodiff.checks.estimators import raise_not_positive_definite as raise_not_
 from autodiff.checks.estimators import raise_options_of_operator as raise_options_of_operator
 from autodiff.checks.estimators import raise_undifferentiable as raise_undifferentiable
 from autodiff.checks.estimators import raise_width as raise_width
+from autodiff.checks.estimators import some_number as some_number
 from autodiff.checks.estimators import untraced_drawing as untraced_drawing
 from autodiff.checks.implicit import holds_at_answer as holds_at_answer
 from autodiff.checks.implicit import like_start as like_start

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from autodiff._torch import compiling, stop_tracing
 from autodiff.core import trees
-from autodiff.errors import DtypeError, OptionError, RuleError, SolverError
+from autodiff.errors import OptionError, RuleError, ShapeError, SolverError
 
 
 def enough_samples(name: str, method: str, samples: int, fewest: int) -> None:
@@ -28,15 +28,11 @@ def untraced_drawing(name: str) -> None:
         )
 
 
-def one_kind_of_number(name: str, operator_name: str, space: Any) -> None:
-    """The leaves of a space are all real or all complex."""
-    kinds = [spec.dtype.is_complex for spec in space.leaves]
-    if any(kinds) and not all(kinds):
-        i = kinds.index(not kinds[0])
-        raise DtypeError(
-            f"{name}: expected the domain of {operator_name} to be real or complex in all leaves, got "
-            f"{space.leaves[0].dtype} at {space.paths[0]} and {space.leaves[i].dtype} at {space.paths[i]}. "
-            f"Take blocks of it, as in A[{space.paths[0]!r}, {space.paths[0]!r}]."
+def some_number(name: str, operator_name: str, space: Any) -> None:
+    if not space.size:
+        raise ShapeError(
+            f"{name}: expected an operator with eigenvalues, got {operator_name} on {space}. Make it at tensors "
+            f"that hold numbers."
         )
 
 

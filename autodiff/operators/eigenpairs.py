@@ -20,7 +20,7 @@ from autodiff.operators.iteration import Steps, System
 from autodiff.operators.lazy import lazy
 from autodiff.operators.linear_map import tree_class
 from autodiff.operators.minres import minres
-from autodiff.operators.operator import Adjoint, Operator
+from autodiff.operators.operator import Adjoint, Operator, Wrapping
 from autodiff.operators.refinement import Tolerance, solve_in_rounds
 from autodiff.operators.space import Leaves, Space
 
@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
 # Eigenvalues that differ by less than so many rounding errors of the largest count as one that is repeated.
 _APART = 100
-# A derivative is solved for until its residual is so many rounding errors of the right-hand side, or for so many steps.
+# A derivative is solved for until its residual is so many rounding errors of the right-hand side, or for so many steps:
+# at most so many for each unknown.
 _EXACT = 100
 _STEPS = 10_000
+_STEPS_PER_UNKNOWN = 4
 # With a residual of such a part of the right-hand side there is no solution, and with so many times as much as was
 # asked for it is not one to rely on.
 _SINGULAR = 0.1
@@ -112,7 +114,7 @@ class EigenEquation(LinearEquation):
 
 @tree_class("operand", "normals", "eigenvectors", "eigenvalues")
 @dataclass(eq=False, repr=False)
-class Bordered(Operator):
+class Bordered(Wrapping):
     """(y, m) -> ((A - l) y - m v, c^H y) for each of k eigenpairs (v, l): how the equation depends on them."""
 
     operand: Operator
@@ -122,9 +124,7 @@ class Bordered(Operator):
 
     name = "A - lambda, bordered by its eigenvectors"
 
-    @property
-    def parts(self) -> Sequence[Operator]:
-        return (self.operand,)
+    symmetric = positive = False
 
     @lazy
     def domain(self) -> Space:
@@ -227,7 +227,8 @@ class Deflated:
             return (image - V @ (V.mH @ image)).mT
 
         with Progress(self.name, None, 0, unit="product", shown=False) as progress:
-            steps = Steps(self.name, "minres", _STEPS, progress)
+            limit = min(_STEPS, _STEPS_PER_UNKNOWN * len(V))
+            steps = Steps(self.name, "minres", limit, progress)
             tolerance = Tolerance(_EXACT * torch.finfo(A.dtype).eps, 0.0)
             system = System(multiply, multiply, None, 1)
             found = solve_in_rounds(minres, system, rest.mT, None, tolerance, steps, 0.5)

@@ -22,6 +22,7 @@ from autodiff.operators.lanczos import (
     pseudorandom,
 )
 from autodiff.operators.operator import Operator
+from autodiff.operators.symmetry import acts_symmetric
 
 if TYPE_CHECKING:
     from autodiff.types import Which
@@ -190,7 +191,7 @@ class Problem:
         checks.positive_int(name, "k", self.k, "Ask for at least one eigenvalue.")
         checks.choice(name, "which", self.which, ("LA", "SA", "LM", "BE"))
         checks.pair_count(name, self.k, A.shape, "eigenvalues")
-        if symmetric and not A.symmetric and not _is_hermitian(A):
+        if symmetric and not A.symmetric and not acts_symmetric(A):
             checks.raise_not_hermitian(name, A.name)
 
     @property
@@ -301,15 +302,3 @@ class Problem:
                 f"with tol={until.tol:.2g}",
                 "Pass a larger maxiter, ncv or tol.",
             )
-
-
-def _is_hermitian(A: Operator) -> bool:
-    """Whether <v, A u> is <A v, u> for two vectors that have nothing to do with the operator."""
-    with torch.no_grad():
-        u, v = pseudorandom(A.shape[0], 2, 1, torch.zeros((), dtype=A.dtype, device=A.device)).unbind(1)
-        Au, Av = A.matmat(torch.stack([u, v], 1)).detach().unbind(1)
-        one, other = torch.vdot(v, Au), torch.vdot(Av, u)
-        # What sums of random signs differ by; the largest numbers, since squares may underflow.
-        scale = u.abs().amax() * (Au.abs().amax() + Av.abs().amax()) * A.shape[0] ** 0.5
-        differ = (one - other).abs() > 4 * torch.finfo(A.dtype).eps ** (2 / 3) * scale
-    return not bool(fully_unwrapped(differ).any())

@@ -145,7 +145,6 @@ def spectral_density(
         SolverError: it is not symmetric.
         RuleError: the density is differentiated.
         OptionError: ``probes`` or ``steps`` is not positive, or the grid too coarse for the width.
-        DtypeError: some leaves of the domain are real and others complex.
 
     L. Lin, Y. Saad and C. Yang, "Approximating spectral densities of large matrices", SIAM Review 58 (2016).
     B. Ghorbani, S. Krishnan and Y. Xiao, "An investigation into neural net optimization via Hessian eigenvalue

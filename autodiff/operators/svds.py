@@ -14,11 +14,11 @@ from autodiff.operators.eigenpairs import Eigenpairs
 from autodiff.operators.eigsh import Problem
 from autodiff.operators.lazy import lazy
 from autodiff.operators.linear_map import tree_class
-from autodiff.operators.operator import Operator
+from autodiff.operators.operator import Operator, Wrapping
 from autodiff.operators.space import Leaves, Space
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    pass
 
 
 @overload
@@ -152,16 +152,13 @@ def _with_derivatives(
 
 @tree_class("operand")
 @dataclass(eq=False, repr=False)
-class Augmented(Operator):
+class Augmented(Wrapping):
     """The symmetric operator (u, v) -> (A v, A^H u)."""
 
     operand: Operator
 
     symmetric = True
-
-    @property
-    def parts(self) -> Sequence[Operator]:
-        return (self.operand,)
+    positive = False
 
     @property
     def name(self) -> str:

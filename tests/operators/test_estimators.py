@@ -11,7 +11,7 @@ from torch import Tensor
 
 import autodiff as ad
 from autodiff import operators
-from autodiff.errors import DtypeError, LeafError, OptionError, ShapeError, SolverError
+from autodiff.errors import LeafError, OptionError, ShapeError, SolverError
 from autodiff.operators import probes as probes_file
 
 if TYPE_CHECKING:
@@ -592,14 +592,6 @@ def test_estimates_have_the_dtype_of_the_operator(dtype: torch.dtype) -> None:
     )
 
 
-def test_a_domain_of_two_kinds_of_number_is_refused() -> None:
-    D = operators.diagonal({"a": torch.ones(2), "b": torch.ones(1, dtype=torch.complex64)})
-    with pytest.raises(
-        DtypeError, match=r"operators\.trace: .*float32 at a and torch\.complex64 at b.*A\['a', 'a'\]"
-    ):
-        operators.trace(D)
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -634,6 +626,40 @@ def test_options_that_are_refused(call: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=r"^operators\.") as raised:
         call(operators.from_matrix(torch.eye(3)))
     assert message in str(raised.value)
+
+
+@every
+def test_numbers_that_are_not_finite_show(estimate: Any) -> None:
+    M = torch.eye(20)
+    M[3, 3] = torch.nan
+    A = operators.from_matvec(lambda v: M @ v, M[0], positive=True, check=False)
+    assert estimate(A, generator(0)).estimate.isnan().any()
+
+
+def test_operators_on_nothing() -> None:
+    A = operators.from_matrix(torch.zeros(0, 0))
+    for method in (*METHODS, "exact"):
+        assert operators.trace(A, method).estimate.item() == 0
+    assert operators.frobenius_norm(A).estimate.item() == 0
+    assert operators.diagonal(A).estimate.shape == (0,)
+    for method in ("quadrature", "exact"):
+        with pytest.raises(ShapeError, match=r"operators\.logdet: expected an operator with eigenvalues"):
+            operators.logdet(A, method)
+
+
+def test_an_operator_over_a_data_set() -> None:
+    x = torch.randn(23, 4, dtype=F64, generator=generator(8))
+
+    def loss(p: Tensor, x: Tensor) -> Tensor:
+        return ((x @ p).sin() ** 2).mean()
+
+    def estimated(of: Any) -> Callable[[Tensor], Tensor]:
+        return lambda p: operators.trace(of(p), samples=5, generator=generator(0)).estimate
+
+    whole = estimated(lambda p: operators.hessian(loss)(p, x))
+    batched = estimated(operators.hessian(loss).over([(x[:8],), (x[8:16],), (x[16:],)]))
+    torch.testing.assert_close(batched(START), whole(START))
+    torch.testing.assert_close(ad.grad(batched)(START), ad.grad(whole)(START))
 
 
 def test_a_compiled_function_breaks_its_graph_there() -> None:
