@@ -76,6 +76,7 @@ TUTORIALS = [
     "heat_equation.py",
     "meta_learning.py",
     "influence.py",
+    "laplace.py",
     "hyperparameters.py",
     "lyapunov_exponents.py",
     "checkpointing.py",

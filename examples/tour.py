@@ -45,6 +45,16 @@ print(product)
 value, pushforward = ad.linearize(torch.sin, torch.zeros(2))
 print(pushforward(torch.tensor([1.0, 3.0])))
 
+# Matrices that are never formed: they multiply, solve, and sum over a data set.
+A = ad.operators.hessian(lambda x: (x**4).sum())(torch.tensor([1.0, 2.0]))
+print(A @ torch.tensor([1.0, 1.0]))
+print(ad.operators.solve(A + 1, torch.tensor([13.0, 98.0])).round(decimals=3))
+curvature_of_batch = ad.operators.gauss_newton(
+    lambda weights, x: ad.functional_call(model, weights, (x,)), torch.nn.functional.cross_entropy
+)
+G = curvature_of_batch.over((X, labels), batch_size=256)(weights)
+print((G.shape, G.positive))
+
 
 # A registered dataclass is a tree.
 @ad.pytree.register_dataclass

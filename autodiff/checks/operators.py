@@ -99,7 +99,7 @@ def complex_leaves(name: str, operator: str, specs: Iterable[Any]) -> None:
 
 def raise_not_linear(name: str, function: str) -> NoReturn:
     raise RuleError(
-        f"{name}: expected a linear function, but {function}(2 u + v) is not 2 {function}(u) + {function}(v) for two "
+        f"{name}: expected a linear function, but {function}(u - 2 v) is not {function}(u) - 2 {function}(v) for two "
         f"vectors, or {function}(0) is not 0. Leave out constants and nonlinear operations, or pass check=False if "
         f"rounding alone makes the difference."
     )

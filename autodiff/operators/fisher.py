@@ -295,7 +295,7 @@ class EmpiricalFisherOperator(Wrapping):
             shared = one.argnums if isinstance(one.argnums, tuple) else (one.argnums,)
             in_dims = tuple(None if i in shared else 0 for i in range(len(self.args)))
         space = Space.of_arguments(self._call(one.func, self.args, self.kwargs))
-        count = Mapped(one.func, in_dims, 0, self.args, self.kwargs).size
+        count = Mapped(one.func, in_dims, 0, self.args, self.kwargs, _NAME).size
         if count * space.size <= _FORMED:
             values, aux, gradients = vmap(self._of_sample, in_dims)(*self.args, **self.kwargs)
             columns: Operator = Matrix(space.joined_columns(gradients, count), Space.of(values), space)

@@ -304,11 +304,12 @@ def _check_promises(operator: Function) -> None:
     with torch.no_grad():
         u_flat, v_flat = space.joined(u), space.joined(v)
         Au, Av = image.joined(operator.multiply(u)), image.joined(operator.multiply(v))
-        # Over the complex numbers where the vectors are.
-        factor = 2j if space.dtype.is_complex else 2
-        Aw = image.joined(operator.multiply([factor * a + b for a, b in zip(u, v, strict=True)]))
+        # Over the complex numbers where the vectors are. It is the large vector that is multiplied: what is not linear
+        # would cancel but for a part as small as u. And by a negative number, in which |v| and relu(v) are not linear.
+        factor = 2j if space.dtype.is_complex else -2
+        Aw = image.joined(operator.multiply([a + factor * b for a, b in zip(u, v, strict=True)]))
         constant = image.joined(operator.multiply([None] * len(u)))
-        differs = _exceeds((factor * Au + Av - Aw).norm(), tolerance * (Au.norm() + Av.norm() + Aw.norm()))
+        differs = _exceeds((Au + factor * Av - Aw).norm(), tolerance * (Au.norm() + Av.norm() + Aw.norm()))
         if differs or _exceeds(constant.norm(), tolerance * Au.norm()):
             checks.raise_not_linear("operators.from_matvec", operator.name)
         if operator.is_symmetric:

@@ -116,7 +116,7 @@ class LinearMap(ABC):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(m, n)``: the sizes of codomain and domain."""
+        """The sizes of codomain and domain, ``(m, n)``."""
         return self.codomain.size, self.domain.size
 
     @property
@@ -131,7 +131,7 @@ class LinearMap(ABC):
 
     def __repr__(self) -> str:
         known = "positive semidefinite" if self.positive else "symmetric" if self.symmetric else ""
-        cost = f"{self.cost:.3g} gradients a product" if self.cost else ""
+        cost = f"{self.cost:.3g} gradient{'s' * (self.cost != 1)} a product" if self.cost else ""
         facts = (f"{list(self.shape)}", f"{self.dtype}", f"{self.device}", known, cost)
         return f"<{self.name}: {', '.join(fact for fact in facts if fact)}>"
 

@@ -20,7 +20,7 @@ def root(
 
     .. math:: F(x^*(\theta), \theta) = 0 \quad\Rightarrow\quad
         \frac{\partial x^*}{\partial \theta} =
-        -\Big(\frac{\partial F}{\partial x}\Big)^{-1} \frac{\partial F}{\partial \theta}
+        -\left(\frac{\partial F}{\partial x}\right)^{-1} \frac{\partial F}{\partial \theta}
 
     The solver is called with detached tensors, without grad mode and, unless ``vmap`` batches them, outside of all
     transforms: it may be a loop of any length, or SciPy. Its answer is differentiated by the residual alone, in both
@@ -77,7 +77,7 @@ def fixed_point(
 
     .. math:: x^*(\theta) = T(x^*(\theta), \theta) \quad\Rightarrow\quad
         \frac{\partial x^*}{\partial \theta} =
-        \Big(1 - \frac{\partial T}{\partial x}\Big)^{-1} \frac{\partial T}{\partial \theta}
+        \left(1 - \frac{\partial T}{\partial x}\right)^{-1} \frac{\partial T}{\partial \theta}
 
     It is :func:`autodiff.operators.root` of ``x - map(x, *args)``.
 
@@ -122,7 +122,7 @@ def minimum(
 
     .. math:: x^*(\theta) = \operatorname{argmin}_x f(x, \theta) \quad\Rightarrow\quad
         \frac{\partial x^*}{\partial \theta} =
-        -\Big(\frac{\partial^2 f}{\partial x^2}\Big)^{-1} \frac{\partial^2 f}{\partial x\, \partial \theta}
+        -\left(\frac{\partial^2 f}{\partial x^2}\right)^{-1} \frac{\partial^2 f}{\partial x\, \partial \theta}
 
     It is :func:`autodiff.operators.root` of the gradient, which has to be zero at the answer: a maximum or a saddle
     will do as well, a minimum at the border of a constraint will not.

@@ -88,7 +88,7 @@ class Space:
 
     @lazy
     def size(self) -> int:
-        """How many numbers a vector has: the dimension of the space."""
+        """The dimension of the space, which is how many numbers a vector has."""
         return sum(self.sizes)
 
     @lazy
@@ -103,7 +103,7 @@ class Space:
 
     @property
     def paths(self) -> list[str]:
-        """The place of each leaf, as ``wrt`` names it: ``layers.0.weight``."""
+        """The place of each leaf as ``wrt`` names it, such as ``layers.0.weight``."""
         dotted = trees.dotted_paths(self.spec)
         return [dotted[i] for i in self.positions]
 

@@ -11,7 +11,7 @@ holds for it:
 
 .. math:: w^*(\theta) = \operatorname{argmin}_w f(w, \theta) \quad\Rightarrow\quad
     \frac{\partial w^*}{\partial \theta} =
-    -\Big(\frac{\partial^2 f}{\partial w^2}\Big)^{-1} \frac{\partial^2 f}{\partial w\, \partial \theta}
+    -\left(\frac{\partial^2 f}{\partial w^2}\right)^{-1} \frac{\partial^2 f}{\partial w\, \partial \theta}
 
 :func:`autodiff.operators.minimum` puts that around any solver: here around SciPy's, which no tracer can follow.
 """

@@ -413,12 +413,20 @@ def changed(**parts: Any) -> dict[str, Any]:
         (
             lambda: operators.from_matvec(lambda v: v + 1, X),
             errors.RuleError,
-            r"operators.from_matvec: expected a linear function, but <lambda>\(2 u \+ v\) is not",
+            r"operators.from_matvec: expected a linear function, but <lambda>\(u - 2 v\) is not",
         ),
         (
             lambda: operators.from_matvec(lambda v: v * v.abs(), X),
             errors.RuleError,
             r"expected a linear function",
+        ),
+        *(
+            (
+                lambda func=func: operators.from_matvec(func, torch.zeros(3)),
+                errors.RuleError,
+                r"expected a linear function",
+            )
+            for func in (torch.square, torch.abs, torch.relu)
         ),
         (
             lambda: operators.from_matvec(torch.conj, X.to(torch.complex128)),
