@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 
-
 def same_space(name: str, path: str, space: Any, model_path: str, model: Any) -> None:
     """Two spaces of operators are the same: in structure, shapes, dtypes and devices."""
     if space == model:
