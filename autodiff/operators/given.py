@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autodiff import checks
-from autodiff._torch import compiling, fully_unwrapped
+from autodiff._torch import compiling, fully_unwrapped, functorch_active
 from autodiff.core import trees
 from autodiff.core.call import is_differentiable
 from autodiff.core.chunks import Sizes
@@ -266,7 +266,8 @@ class Function(Elementary):
         return kept_outside_transforms(self, "_transpose", self._transposed)
 
     def prepared(self) -> Self:
-        if self.is_symmetric or self.adjoint_function is not None:
+        # Where no transform is active, the transpose is kept from the first product with it on.
+        if self.is_symmetric or self.adjoint_function is not None or not functorch_active():
             return self
         return keeping(self, "_transpose", self.product(adjoint=True))
 
