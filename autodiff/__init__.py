@@ -26,7 +26,7 @@ from autodiff.transforms.hessian import hvp as hvp
 from autodiff.transforms.curvature import hessian_diagonal as hessian_diagonal
 from autodiff.transforms.curvature import hessian_block_diagonal as hessian_block_diagonal
 from autodiff.transforms.curvature import hessian_trace as hessian_trace
-from autodiff.transforms.eigenvalues import hessian_eigenvalues as hessian_eigenvalues
+from autodiff.operators.hessian_eigenvalues import hessian_eigenvalues as hessian_eigenvalues
 
 # Batches.
 from autodiff.transforms.vmap import vmap as vmap

@@ -235,16 +235,6 @@ class RuleError(AutodiffError, RuntimeError, TypeError):
     """
 
 
-class DefiniteError(AutodiffError, RuntimeError, ValueError):
-    """An operator is not positive definite where it has to be.
-
-    >>> import torch, autodiff
-    >>> autodiff.operators.logdet(autodiff.operators.diagonal(torch.tensor([1.0, -2.0])))
-    Traceback (most recent call last):
-    autodiff.errors.DefiniteError: operators.logdet: expected a symmetric positive definite operator, ...
-    """
-
-
 class CloneError(AutodiffError, RuntimeError):
     """A module has an attribute that leads back to it and cannot be cloned, or it calls a layer that was not cloned.
 
@@ -266,6 +256,18 @@ class BufferWarning(UserWarning):
     ...     output = autodiff.functional_call(torch.nn.BatchNorm1d(1), {}, torch.ones(2, 1))
     >>> caught[0].message
     BufferWarning('functional_call: the module wrote to its buffers num_batches_tracked, which were not given. ...')
+    """
+
+
+class DegeneracyError(AutodiffError, RuntimeError):
+    """The derivative of an eigenvector does not exist, since its eigenvalue is repeated.
+
+    >>> import torch, autodiff
+    >>> def last(d):
+    ...     return autodiff.operators.eigsh(autodiff.operators.diagonal(d), 1)[1].sum()
+    >>> autodiff.grad(last)(torch.ones(200))
+    Traceback (most recent call last):
+    autodiff.errors.DegeneracyError: operators.eigsh: ...
     """
 
 

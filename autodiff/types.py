@@ -44,8 +44,8 @@ HvpMode: TypeAlias = Literal["auto", "reverse-over-reverse", "forward-over-rever
 HessianMode: TypeAlias = HvpMode | Literal["forward-over-forward"]
 """As `HvpMode`, for a Hessian."""
 
-Which: TypeAlias = Literal["LA", "SA", "LM"]
-"""Eigenvalues: the largest, the smallest, or the largest in magnitude."""
+Which: TypeAlias = Literal["LA", "SA", "LM", "BE"]
+"""Eigenvalues: the largest, the smallest, the largest in magnitude, or half of them from both ends."""
 
 OnError: TypeAlias = Literal["raise", "nan"]
 """What ``per_sample`` does with a sample that fails: stop there, or fill its result with NaN."""

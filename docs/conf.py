@@ -72,9 +72,11 @@ TUTORIALS = [
     "per_sample_hessians_of_a_classifier.py",
     "newton.py",
     "hessian_spectrum.py",
+    "sharpness.py",
     "heat_equation.py",
     "meta_learning.py",
     "influence.py",
+    "hyperparameters.py",
     "lyapunov_exponents.py",
     "checkpointing.py",
 ]

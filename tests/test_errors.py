@@ -29,6 +29,7 @@ TORCH_RAISES = {
     "DataError": (ValueError, RuntimeError),
     "ResumeError": (RuntimeError, ValueError),
     "RuleError": (RuntimeError, TypeError),
+    "DegeneracyError": (RuntimeError,),
     "ForwardRuleError": (NotImplementedError, RuntimeError),
     "MissingRuleError": (NotImplementedError,),
     "BatchedPullError": (RuntimeError,),
@@ -41,8 +42,10 @@ TORCH_RAISES = {
     "OutDimError": (ValueError, IndexError),
     "ForwardLevelError": (RuntimeError,),
     "CloneError": (RuntimeError,),
+    "SolverError": (RuntimeError, ArithmeticError),
+    "SingularError": (RuntimeError, ArithmeticError),
 }
-WARNINGS = {"BufferWarning", "BudgetWarning"}
+WARNINGS = {"BufferWarning", "BudgetWarning", "ConvergenceWarning"}
 
 
 def builtins_of(cls: type) -> set[type]:

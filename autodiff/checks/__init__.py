@@ -7,6 +7,7 @@ path, what was expected, what came, and the way out. Phrases by which programs k
 from autodiff.checks.data_sets import data_set as data_set
 from autodiff.checks.data_sets import differentiated_outside_of_batches as differentiated_outside_of_batches
 from autodiff.checks.data_sets import raise_no_batches as raise_no_batches
+from autodiff.checks.data_sets import raise_not_a_mean as raise_not_a_mean
 from autodiff.checks.data_sets import raise_not_additive as raise_not_additive
 from autodiff.checks.data_sets import raise_other_batch as raise_other_batch
 from autodiff.checks.data_sets import raise_varying as raise_varying
@@ -18,7 +19,6 @@ from autodiff.checks.data_sets import tensors_to_cut as tensors_to_cut
 from autodiff.checks.data_sets import untraced_data as untraced_data
 from autodiff.checks.data_sets import unwritten_arguments as unwritten_arguments
 from autodiff.checks.estimators import enough_samples as enough_samples
-from autodiff.checks.estimators import one_kind_of_number as one_kind_of_number
 from autodiff.checks.estimators import raise_coarse_grid as raise_coarse_grid
 from autodiff.checks.estimators import raise_fixed_distribution as raise_fixed_distribution
 from autodiff.checks.estimators import raise_grid as raise_grid
@@ -27,6 +27,7 @@ from autodiff.checks.estimators import raise_not_positive_definite as raise_not_
 from autodiff.checks.estimators import raise_options_of_operator as raise_options_of_operator
 from autodiff.checks.estimators import raise_undifferentiable as raise_undifferentiable
 from autodiff.checks.estimators import raise_width as raise_width
+from autodiff.checks.estimators import some_number as some_number
 from autodiff.checks.estimators import untraced_drawing as untraced_drawing
 from autodiff.checks.implicit import holds_at_answer as holds_at_answer
 from autodiff.checks.implicit import like_start as like_start
@@ -62,7 +63,6 @@ from autodiff.checks.operators import square_operator as square_operator
 from autodiff.checks.options import argnums as argnums
 from autodiff.checks.options import choice as choice
 from autodiff.checks.options import chunk_size as chunk_size
-from autodiff.checks.options import eigenvalue_count as eigenvalue_count
 from autodiff.checks.options import positive_int as positive_int
 from autodiff.checks.options import raise_argnum_out_of_range as raise_argnum_out_of_range
 from autodiff.checks.options import raise_repeated_argnums as raise_repeated_argnums
@@ -93,6 +93,13 @@ from autodiff.checks.solvers import solver_dtypes as solver_dtypes
 from autodiff.checks.solvers import square_system as square_system
 from autodiff.checks.solvers import tolerance as tolerance
 from autodiff.checks.solvers import untraced_iteration as untraced_iteration
+from autodiff.checks.spectra import eigenvalue_count as eigenvalue_count
+from autodiff.checks.spectra import iteration_options as iteration_options
+from autodiff.checks.spectra import pair_count as pair_count
+from autodiff.checks.spectra import raise_degenerate as raise_degenerate
+from autodiff.checks.spectra import raise_not_hermitian as raise_not_hermitian
+from autodiff.checks.spectra import raise_products_not_finite as raise_products_not_finite
+from autodiff.checks.spectra import warn_not_converged as warn_not_converged
 from autodiff.checks.vectors import flat_vectors as flat_vectors
 from autodiff.checks.vectors import matching_leaf as matching_leaf
 from autodiff.checks.vectors import matching_structure as matching_structure

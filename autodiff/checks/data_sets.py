@@ -153,6 +153,13 @@ def raise_varying(name: str, *, draws: bool) -> NoReturn:
     )
 
 
+def raise_not_a_mean(name: str) -> NoReturn:
+    raise DataError(
+        f"{name}: expected a mean over a batch's samples, got a sum: the product of the first batch is that of its "
+        f"parts, added. Pass reduction='sum', or make the loss a mean. check=False leaves the comparison out."
+    )
+
+
 def raise_writes(name: str, shapes: Sequence[Any]) -> NoReturn:
     raise DataError(
         f"{name}: expected a function that leaves all tensors as they are, got one that writes to {len(shapes)} of "
@@ -162,11 +169,11 @@ def raise_writes(name: str, shapes: Sequence[Any]) -> NoReturn:
 
 
 def unwritten_arguments(name: str, before: Sequence[int], now: Sequence[int]) -> None:
-    """No argument was written in place since the operator was made."""
+    """Neither an argument nor the data were written in place since the operator was made."""
     if before != now:
         raise InPlaceError(
-            f"{name}: expected the arguments as they were when the operator was made, got one that was written in "
-            f"place, as by an optimizer's step. Make the operator anew, or make it at clones."
+            f"{name}: expected the arguments and the data as they were when the operator was made, got a tensor that "
+            f"was written in place, as by an optimizer's step. Make the operator anew, or make it at clones."
         )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from autodiff._torch import compiling, stop_tracing
 from autodiff.core import trees
-from autodiff.errors import DefiniteError, DtypeError, OptionError, RuleError
+from autodiff.errors import OptionError, RuleError, ShapeError, SolverError
 
 
 def enough_samples(name: str, method: str, samples: int, fewest: int) -> None:
@@ -28,15 +28,11 @@ def untraced_drawing(name: str) -> None:
         )
 
 
-def one_kind_of_number(name: str, operator_name: str, space: Any) -> None:
-    """The leaves of a space are all real or all complex."""
-    kinds = [spec.dtype.is_complex for spec in space.leaves]
-    if any(kinds) and not all(kinds):
-        i = kinds.index(not kinds[0])
-        raise DtypeError(
-            f"{name}: expected the domain of {operator_name} to be real or complex in all leaves, got "
-            f"{space.leaves[0].dtype} at {space.paths[0]} and {space.leaves[i].dtype} at {space.paths[i]}. "
-            f"Take blocks of it, as in A[{space.paths[0]!r}, {space.paths[0]!r}]."
+def some_number(name: str, operator_name: str, space: Any) -> None:
+    if not space.size:
+        raise ShapeError(
+            f"{name}: expected an operator with eigenvalues, got {operator_name} on {space}. Make it at tensors "
+            f"that hold numbers."
         )
 
 
@@ -56,7 +52,7 @@ def raise_options_of_operator(name: str, tree: object) -> NoReturn:
 
 
 def raise_needs_symmetric(name: str, operator_name: str) -> NoReturn:
-    raise RuleError(
+    raise SolverError(
         f"{name}: expected a symmetric operator (Hermitian where it is complex), but for {operator_name} <v, A u> is "
         f"not <A v, u> for two vectors. Take A.H @ A, or (A + A.H) / 2; check=False leaves the comparison out."
     )
@@ -68,7 +64,7 @@ def raise_not_positive_definite(name: str, operator_name: str, eigenvalue: float
         if eigenvalue is None
         else f"it has an eigenvalue of at most {eigenvalue:.3g}"
     )
-    raise DefiniteError(
+    raise SolverError(
         f"{name}: expected a symmetric positive definite operator, got {operator_name}: {found}. Add a multiple of the "
         f"identity, as in A + 0.1, or take another function of its spectrum, from operators.spectral_density."
     )

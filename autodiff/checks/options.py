@@ -27,14 +27,6 @@ def positive_int(name: str, option: str, value: object, meaning: str) -> None:
     raise OptionError(f"{name}: {option} is a positive int, got {value!r}. {meaning}")
 
 
-def eigenvalue_count(name: str, k: int, size: int) -> None:
-    if k > size:
-        raise OptionError(
-            f"{name}: k={k} eigenvalues are asked for, where the Hessian has {size}: one for each number of the "
-            f"differentiated leaves. Pass a smaller k, or differentiate more leaves by argnums or wrt."
-        )
-
-
 def randomness(name: str, value: str) -> None:
     choice(name, "randomness", value, ("error", "different", "same"), opening="Only allowed values")
 

@@ -40,18 +40,13 @@ def operator(name: str, argument: str, value: object, kind: type[Any]) -> None:
 
 
 def solver_dtypes(name: str, dtypes: Sequence[torch.dtype]) -> None:
-    """All of them real, or all of them complex, and none in half precision."""
+    """None of them in half precision."""
     for dtype in dtypes:
         if dtype in (torch.float16, torch.bfloat16):
             raise DtypeError(
                 f"{name}: expected an operator in single or double precision, got {dtype}, in which no product is "
                 f"exact enough for an iteration. Make the operator at float32 tensors."
             )
-    if len({dtype.is_complex for dtype in dtypes}) > 1:
-        raise DtypeError(
-            f"{name}: expected an operator between real vectors or between complex ones, got one with leaves of both "
-            f"kinds. Convert the real leaves to complex ones."
-        )
 
 
 def square_system(name: str, method: str, operator: str, shape: tuple[int, int]) -> None:

@@ -30,8 +30,8 @@ _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 
 
-def parse_bytes(name: str, memory: object) -> int:
-    """A quantity of memory in bytes.
+def parse_bytes(name: str, memory: object, left_out: str = f"use {SHARE:.0%} of what is free") -> int:
+    """A quantity of memory in bytes; ``left_out`` says in an error what it means to give none.
 
     >>> [parse_bytes("per_sample", text) for text in ("1.5GiB", "2 kB", 10)]
     [1610612736, 2000, 10]
@@ -45,7 +45,7 @@ def parse_bytes(name: str, memory: object) -> int:
     if quantity is None or quantity <= 0:
         raise OptionError(
             f"{name}: memory is a positive number of bytes, or a text such as '512MiB' or '2GB', got "
-            f"{memory!r}. Leave it out to use {SHARE:.0%} of what is free."
+            f"{memory!r}. Leave it out to {left_out}."
         )
     return quantity
 

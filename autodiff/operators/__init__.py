@@ -34,6 +34,10 @@ from autodiff.operators.preconditioners import jacobi as jacobi
 from autodiff.operators.preconditioners import block_jacobi as block_jacobi
 from autodiff.operators.preconditioners import nystrom as nystrom
 
+# Eigenvalues and singular values.
+from autodiff.operators.eigsh import eigsh as eigsh
+from autodiff.operators.svds import svds as svds
+
 # Solutions that are differentiated by what holds for them.
 from autodiff.operators.root import root as root
 from autodiff.operators.root import fixed_point as fixed_point

@@ -188,7 +188,7 @@ class DifferentiableSolver:
         """The solver's answer, tied to its arguments."""
         checks.untraced_iteration(self.name)
         start, given = self._split(args, kwargs)
-        x, aux = self._solved(start, args, kwargs)
+        x, aux = _torch.under_guard(self._solved, start, args, kwargs)
         space = Space.of(start, self.name, "start")
         leaves = checks.like_start(self.name, f"{self.shown}(start, ...)", x, space, "start")
         equation = _ConditionAt(self.condition, trees.unflatten(space.spec, leaves), space, given)

@@ -101,9 +101,21 @@ class DataSet:
 
     def piece(self, start: int, stop: int) -> tuple[Any, ...]:
         """The arguments that some samples of tensors make."""
-        leaves, spec = trees.flatten(self.source)
-        pieces = [leaf[start:stop] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return _as_arguments(trees.unflatten(spec, pieces))
+        return _as_arguments(narrowed(self.source, slice(start, stop)))
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are cut into batches, if they are."""
+        return (
+            []
+            if self.size is None
+            else [leaf for leaf in trees.leaves(self.source) if isinstance(leaf, Tensor)]
+        )
+
+
+def narrowed(tree: Any, samples: slice) -> Any:
+    """Some samples of a tree of tensors."""
+    leaves, spec = trees.flatten(tree)
+    return trees.unflatten(spec, [leaf[samples] if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
 
 def _as_arguments(batch: Any) -> tuple[Any, ...]:

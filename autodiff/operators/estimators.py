@@ -94,7 +94,8 @@ def trace(
             normal; or ``"sphere"``, a vector of norm :math:`\sqrt n`. None is ``"rademacher"``, and ``"sphere"`` for
             ``"xtrace"``, which takes no other.
         generator: where random numbers come from; None is torch's global generator of A's device. The same state gives
-            the same estimate. Inside ``vmap`` all samples of the batch share the probes.
+            the same estimate. Inside ``vmap`` all samples of the batch share the probes. A function in ``checkpoint``
+            runs twice, and would draw others from a generator of outside: make one inside it.
 
     Returns:
         ``(estimate, standard_error)``: tensors of shape ``()``. The estimate is unbiased, in A's dtype. The standard
@@ -106,7 +107,6 @@ def trace(
     Raises:
         ShapeError: the operator does not map a space to itself.
         OptionError: ``method`` or ``distribution`` is unknown, or ``samples`` too few for the method.
-        DtypeError: some leaves of the domain are real and others complex.
 
     M. F. Hutchinson, "A stochastic estimator of the trace of the influence matrix", Communications in Statistics 18
     (1989). R. A. Meyer, C. Musco, C. Musco and D. P. Woodruff, "Hutch++: optimal stochastic trace estimation", SOSA
@@ -220,7 +220,6 @@ def diagonal(
     Raises:
         ShapeError: the operator does not map a space to itself.
         OptionError: ``method`` is unknown, ``samples`` too few for the method, or options are given with a tree.
-        DtypeError: some leaves of the domain are real and others complex.
         LeafError: the tree holds no floating or complex tensor.
 
     C. Bekas, E. Kokiopoulou and Y. Saad, "An estimator for the diagonal of a matrix", Applied Numerical Mathematics 57
@@ -266,8 +265,8 @@ def logdet(
     tridiagonal matrix gives a Gauss quadrature rule; ``"exact"`` forms the matrix, and factorises it.
 
     The derivative of the quadrature is that of the trace, :math:`\mathbb{E}\, (A^{-1} z)^{\mathsf H}\, dA\, z`, for the
-    same probes, with :math:`A^{-1} z` from the same iterations. It has no second derivative, which is an error;
-    ``"exact"`` has all of them.
+    same probes. It takes :math:`A^{-1} z` from the same iterations; derivatives of higher order solve with A, by
+    conjugate gradients.
 
     >>> import torch
     >>> from autodiff import operators
@@ -291,10 +290,8 @@ def logdet(
 
     Raises:
         ShapeError: the operator does not map a space to itself.
-        RuleError: it is not symmetric.
-        DefiniteError: it is not positive definite: an eigenvalue that the iterations found is zero or negative.
+        SolverError: it is not symmetric, or not positive definite: an eigenvalue that was found is zero or negative.
         OptionError: ``method`` is unknown, or ``samples`` or ``steps`` is not positive.
-        DtypeError: some leaves of the domain are real and others complex.
 
     S. Ubaru, J. Chen and Y. Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J. Matrix Anal.
     Appl. 38 (2017). The derivative: K. Dong and others, "Scalable log determinants for Gaussian process kernel
@@ -343,7 +340,6 @@ def frobenius_norm(
 
     Raises:
         OptionError: ``method`` or ``distribution`` is unknown, or ``samples`` is not positive.
-        DtypeError: some leaves of the domain are real and others complex.
     """
     name = "operators.frobenius_norm"
     _check_options(name, A, method, ("hutchinson", "exact"), samples, distribution)

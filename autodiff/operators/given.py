@@ -266,8 +266,9 @@ class Function(Elementary):
         return kept_outside_transforms(self, "_transpose", self._transposed)
 
     def prepared(self) -> Self:
-        # Where no transform is active, the transpose is kept from the first product with it on.
-        if self.is_symmetric or self.adjoint_function is not None or not functorch_active():
+        known = self.is_symmetric or self.adjoint_function is not None
+        # Outside of transforms the transpose is kept once it is asked for, which it need not be: torch may not know it.
+        if known or not (compiling() or functorch_active()):
             return self
         return keeping(self, "_transpose", self.product(adjoint=True))
 

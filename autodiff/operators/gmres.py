@@ -13,6 +13,7 @@ from autodiff.operators.iteration import (
     System,
     add,
     divided,
+    inner_products,
     inverse,
     norm,
     rounding,
@@ -80,7 +81,7 @@ def _orthogonalised(image: Tensor, basis: list[Tensor]) -> tuple[Tensor, list[Te
     """
     coefficients = []
     for i, vector in enumerate(basis):
-        coefficient = torch.linalg.vecdot(vector, image)
+        coefficient = inner_products(vector, image)
         # A new tensor at first, since a product may share its memory with its vector.
         image = add(image, -coefficient, vector) if i else torch.addcmul(image, -coefficient[:, None], vector)
         coefficients.append(coefficient)

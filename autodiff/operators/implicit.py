@@ -120,9 +120,13 @@ def captured(equation: Equation, image: Callable[[], Tensor], x: Tensor) -> Capt
     found = CapturedTensors([*constants, x])
     # Eagerly at a level of its own, so that what F differentiates inside is not taken for captured.
     level: AbstractContextManager[Any] = _torch.grad_level() if _torch.is_eager() else nullcontext()
-    try:
+
+    def look() -> bool:
         with level, found:
-            tracked = is_tracked(equation.image(constants, x))
+            return is_tracked(equation.image(constants, x))
+
+    try:
+        tracked = _torch.under_guard(look)
     except RuntimeError as error:
         if not _torch.says(error, "a level cannot run it"):
             raise
@@ -141,14 +145,14 @@ def attached(
     if not any(map(is_tracked, saved)):
         return x
     tracked = set() if found is None else found.tracked
-    rules = _Implicit(equation, solver, [] if found is None else found.tensors, tracked)
+    rules = ImplicitRules(equation, solver, [] if found is None else found.tensors, tracked)
     (result,) = attach(rules, [x], saved)
     tied: Tensor = result
     return tied
 
 
 @dataclass(frozen=True, eq=False)
-class _Implicit(Rules):
+class ImplicitRules(Rules):
     """The rules of a solution. Saved are the equation's tensors, those that F captures, b, and the value of x."""
 
     equation: Equation
@@ -165,7 +169,7 @@ class _Implicit(Rules):
         *tensors, _, _ = saved
         with self._with_captured(tensors):
             x, A = self._at(saved)
-            b_bar = solved(A.H, cotangent, self.solver, name=self.equation.name)
+            b_bar = self.solve(A.H, cotangent)
         picked = [*wanted[: len(tensors)], False]
         if not any(map(_is_picked, (*tensors, x), picked)):
             return [*[None] * len(tensors), b_bar, None]
@@ -185,7 +189,11 @@ class _Implicit(Rules):
                     right = -moved if right is None else right - moved
             if right is None:
                 return [None]
-            return [solved(A, right, self.solver, name=self.equation.name)]
+            return [self.solve(A, right)]
+
+    def solve(self, A: Operator, right: Tensor) -> Tensor:
+        """The solution for F's derivative A, or for its adjoint."""
+        return solved(A, right, self.solver, name=self.equation.name)
 
     def _at(self, saved: Sequence[Tensor]) -> tuple[Tensor, Operator]:
         """The solution as it depends on what is saved, and F's derivative there."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from autodiff.core.progress import Progress
     from autodiff.operators.linear_map import LinearMap
 
+# Rows of so many numbers are worth a call each: a heuristic.
+_LONG = 4096
 # What a right-hand side's iteration came to in a step. The largest of all decides.
 DONE, ACTIVE, INDEFINITE, BAD_PRECONDITIONER, NOT_FINITE = range(5)
 
@@ -123,8 +125,20 @@ def inner(one: Tensor, other: Tensor) -> Tensor:
 
     # [k, n], [k, n] -> [k]
     """
-    product: Tensor = torch.linalg.vecdot(one, other)
+    product = inner_products(one, other)
     return product.real if product.is_complex() else product
+
+
+def inner_products(one: Tensor, other: Tensor) -> Tensor:
+    """The inner product of each row with the other's.
+
+    # [k, n], [k, n] -> [k]
+    """
+    if one.is_cpu and one.shape[1] >= _LONG and not functorch_active():
+        # BLAS, row by row: torch multiplies into a tensor as large as the rows, and sums that in 2 to 4 x the time.
+        return torch.stack([torch.vdot(u, v) for u, v in zip(one, other, strict=True)])
+    products: Tensor = torch.linalg.vecdot(one, other)
+    return products
 
 
 def norm(rows: Tensor) -> Tensor:

@@ -40,9 +40,14 @@ class KeptParts:
 
     def through(self, what: str) -> Generator[Batch]:
         """The batches: those that are kept where all of them are, else from the data set."""
-        if self._data.length is not None and len(self._parts) == self._data.length[0]:
-            return (self._parts[number].batch for number in range(self._data.length[0]))
+        if self.complete:
+            return (self._parts[number].batch for number in range(len(self._parts)))
         return self._data.through(what)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all batches are kept."""
+        return self._data.length is not None and len(self._parts) == self._data.length[0]
 
     def product(
         self, batch: Batch, make: Callable[[], Operator], multiply: Callable[[Operator], Leaves]

@@ -55,7 +55,8 @@ def _space(Y: Tensor) -> _Space:
 
     # Y: [n, k]
     """
-    U, S, Vh = torch.linalg.svd(Y, full_matrices=False)
+    # torch raises for numbers that are not finite; the estimate is NaN by its other terms.
+    U, S, Vh = torch.linalg.svd(torch.where(Y.isfinite(), Y, 0), full_matrices=False)
     eps = torch.finfo(S.dtype).eps
     # Singular values come in descending order; those below this are rounding errors.
     counts = eps * max(Y.shape) * S[:1] < S

@@ -14,19 +14,20 @@ from torch import Tensor
 
 from autodiff import checks
 from autodiff._torch import fully_unwrapped, is_eager
+from autodiff.core import trees
 from autodiff.core.progress import Progress
 from autodiff.core.rules import is_tracked
-from autodiff.core.seeds import generic_vector
 from autodiff.errors import ConvergenceWarning
 from autodiff.operators.conjugate_gradient import conjugate_gradient
 from autodiff.operators.gmres import gmres
 from autodiff.operators.implicit import solved
-from autodiff.operators.iteration import Solver, Steps, System, any_of, by_rows
+from autodiff.operators.iteration import Solver, Steps, System, by_rows
 from autodiff.operators.linear_map import tree_class
 from autodiff.operators.lsmr import lsmr
 from autodiff.operators.minres import minres
 from autodiff.operators.operator import Adjoint, Operator, Wrapping
 from autodiff.operators.refinement import Outcome, Tolerance, solve_in_rounds
+from autodiff.operators.symmetry import acts_symmetric
 
 if TYPE_CHECKING:
     from autodiff.operators.space import Leaves, Space
@@ -99,7 +100,7 @@ class LinearSolver:
         if start is not None:
             B = B - A.matmat(start)
         with torch.no_grad():
-            X = self.find(A, B.detach()).detach()
+            X = self.find(constant(A), B.detach()).detach()
         if not is_eager() or (torch.is_grad_enabled() and is_tracked(B + A.matmat(X))):
 
             def solver(at: Operator, right: Tensor) -> Tensor:
@@ -117,8 +118,8 @@ class LinearSolver:
         """
         first = not self.found
         symmetric = self.method in ("cg", "minres")
-        if first and symmetric and self.check and not A.symmetric:
-            self._check_symmetric(A)
+        if first and symmetric and self.check and not (A.symmetric or acts_symmetric(A)):
+            checks.raise_not_symmetric_for(self.name, self.method, A.name)
         system = self._system(A, B.dtype, adjoint=adjoint)
         limit = self.maxiter or 10 * max(A.shape)
         shown = first and self.progress
@@ -145,18 +146,6 @@ class LinearSolver:
         precondition = None if M is None else by_rows(M, dtype)
         slope = self.tolerance.relative if self.method == "lsmr" else 0.0
         return System(by_rows(A, dtype), by_rows(back, dtype), precondition, self.restart, slope)
-
-    def _check_symmetric(self, A: Operator) -> None:
-        """Compare <v, A u> and <A v, u> for two vectors that have nothing to do with A."""
-        leaves = A.domain.leaves
-        u = A.domain.joined([generic_vector(spec) for spec in leaves])
-        v = A.domain.joined([generic_vector(spec, elsewhere=True) for spec in leaves])
-        u, v = u / u.norm(), v / v.norm()
-        Au, Av = A.matmat(torch.stack([u, v], 1)).unbind(1)
-        difference = (torch.vdot(v, Au) - torch.vdot(Av, u)).abs()
-        bound = 10 * torch.finfo(u.dtype).eps ** 0.5 * (Au.norm() + Av.norm())
-        if any_of(difference > bound):
-            checks.raise_not_symmetric_for(self.name, self.method, A.name)
 
     def warn(self, found: Found, where: str, stacklevel: int) -> None:
         """A warning if a right-hand side is not solved as exactly as was asked for."""
@@ -205,6 +194,16 @@ class Normal(Wrapping):
     def multiply(self, vectors: Leaves, *, adjoint: bool = False, count: int | None = None) -> Leaves:
         del adjoint
         return self.operand.multiply(self.operand.multiply(vectors, count=count), adjoint=True, count=count)
+
+
+def constant(operator: Operator) -> Operator:
+    """The operator without what its tensors are differentiated by; itself where that is nothing."""
+    leaves, spec = trees.flatten(operator)
+    if not any(isinstance(leaf, Tensor) and is_tracked(leaf) for leaf in leaves):
+        return operator.prepared()
+    constants = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    same: Operator = trees.unflatten(spec, constants)
+    return same.prepared()
 
 
 def _is_adjoint(one: Operator, other: Operator) -> bool:

@@ -81,8 +81,8 @@ class Maker(Generic[Made_co]):
             memory: the bytes that recorded batches may take, or a text such as ``"512MiB"``. As many batches as fit are
                 recorded once and kept, the first ones first. None keeps no batch, unless there is only one: then the
                 memory is that of one batch. Over kept batches a Hessian's product takes about half as long.
-            check: refuse a data set or a function that would make products differ: one product is computed twice when
-                the operator is made, and compared.
+            check: refuse a data set or a function that would make products differ: when the operator is made, one
+                product is computed twice and compared, and that of the first batch with those of its parts.
 
         Returns:
             A function of the arguments that the batches do not hold, which returns the operator. Its ``value`` and
@@ -92,9 +92,10 @@ class Maker(Generic[Made_co]):
 
         Raises:
             DataError: the data set is an iterator, exhausted, empty, or of another length than before; a batch holds
-                tensors of different numbers of samples; or one product is not the same when it is repeated, through
-                dropout, shuffling, or BatchNorm in training mode.
-            InPlaceError: in a product, if an argument was written in place since the operator was made.
+                tensors of different numbers of samples; the function is a sum where a mean is promised; it writes to
+                tensors that it did not make; or one product is not the same when it is repeated, through dropout,
+                shuffling, or BatchNorm in training mode.
+            InPlaceError: in a product, if an argument or a given tensor was written in place in the meantime.
             OptionError: an option has another value, ``batches`` is neither tensors nor an iterable of batches, or this
                 makes Jacobians, which are not added.
             ArgnumsError: when the operator is made, if the batches hold what is differentiated.
@@ -106,7 +107,7 @@ class Maker(Generic[Made_co]):
         checks.data_set(name, batches, batch_size, check=check)
         if progress:
             Progress.check(name)
-        limit = None if memory is None else parse_bytes(name, memory)
+        limit = None if memory is None else parse_bytes(name, memory, left_out="keep no batch")
         return Over(self, batches, reduction, progress, limit, check, batch_size)
 
     def __repr__(self) -> str:

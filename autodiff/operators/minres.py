@@ -34,6 +34,7 @@ def minres(system: System, R: Tensor, targets: Tensor, steps: Steps) -> Tensor:
     # R: [k, n], targets: [k] -> [k, n]
     """
     A, M, little = system.multiply, system.precondition, rounding(R)
+    flat = max(little, torch.finfo(R.dtype).eps ** 0.75)  # what rounding leaves of a slope; a heuristic
     X, W, W_before = (torch.zeros_like(R) for _ in range(3))
     # U: the Lanczos vector before it is normalised, U_before: the one before it; Z = M U.
     U, U_before = R, torch.zeros_like(R)
@@ -59,7 +60,7 @@ def minres(system: System, R: Tensor, targets: Tensor, steps: Steps) -> Tensor:
         gamma = torch.hypot(g_bar, beta)
         largest = torch.maximum(largest, gamma)
         # |A r| / |r|. Zero but for rounding: r is the smallest residual of a system that has no solution.
-        moving = (state == ACTIVE) & (torch.hypot(g_bar, d_bar) > little * largest)
+        moving = (state == ACTIVE) & (torch.hypot(g_bar, d_bar) > flat * largest)
         cosine, sine = g_bar * inverse(gamma), beta * inverse(gamma)
         phi, phi_bar = cosine * phi_bar, sine * phi_bar
         # w = (v - delta w_1 - epsilon w_2) / gamma, for the w of the two steps before

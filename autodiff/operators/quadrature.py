@@ -14,9 +14,11 @@ from torch import Tensor
 from autodiff import checks
 from autodiff._torch import fully_unwrapped
 from autodiff.core.rules import Rules, attach, is_tracked
-from autodiff.core.seeds import generic_vector
-from autodiff.core.specs import TensorSpec
+from autodiff.operators.implicit import solved
+from autodiff.operators.linear_solver import LinearSolver
 from autodiff.operators.probes import computed_in, constant_product
+from autodiff.operators.refinement import Tolerance
+from autodiff.operators.symmetry import acts_symmetric
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,28 +57,18 @@ class GaussRules(NamedTuple):
 def gauss_rules(
     name: str, A: Operator, probes: Drawing, count: int, steps: int, check: bool
 ) -> Iterator[GaussRules]:
-    """The rules of ``count`` probes, as many at a time as fit; fewer steps where the space has no more dimensions."""
+    """The rules of so many probes, as many of them at a time as fit; the operator is prepared.
+
+    They have fewer steps where the space has no more dimensions.
+    """
     checks.square_operator(name, A.name, A.domain, A.codomain)
-    A = A.prepared()
-    if check and not A.symmetric:
-        _check_symmetric(name, A)
+    checks.some_number(name, A.name, A.domain)
+    if check and not A.symmetric and not acts_symmetric(A):
+        checks.raise_needs_symmetric(name, A.name)
     steps = min(steps, A.domain.size)
     bytes_each = A.domain.size * steps * computed_in(A.dtype).itemsize
     for Z in probes.batches(count, bytes_each, _BASIS_BYTES):
         yield _lanczos(A, Z, steps)
-
-
-def _check_symmetric(name: str, A: Operator) -> None:
-    """Compare products with two vectors that have nothing to do with the function."""
-    spec = TensorSpec((A.domain.size,), A.dtype, A.device)
-    u, v = generic_vector(spec), generic_vector(spec, elsewhere=True)
-    wide = computed_in(A.dtype)
-    Au, Av = constant_product(A, torch.stack([u, v], 1)).to(wide).unbind(1)
-    u, v = u.to(wide), v.to(wide)
-    # What sums of random signs differ by, in products that are not exact to the last digit.
-    bound = 4 * torch.finfo(A.dtype).eps ** (1 / 3) * (v.norm() * Au.norm() + Av.norm() * u.norm())
-    if bool(fully_unwrapped((torch.vdot(v, Au) - torch.vdot(Av, u)).abs() > bound).any()):
-        checks.raise_needs_symmetric(name, A.name)
 
 
 def _lanczos(A: Operator, Z: Tensor, steps: int) -> GaussRules:
@@ -126,7 +118,7 @@ def _lanczos(A: Operator, Z: Tensor, steps: int) -> GaussRules:
 
 def log_samples(name: str, A: Operator, probes: Drawing, count: int, steps: int, check: bool) -> Tensor:
     """z^H log(A) z for so many probes of norm sqrt(n), with the derivative of the logarithm's trace."""
-    samples = []
+    samples, A = [], A.prepared()
     for rules in gauss_rules(name, A, probes, count, steps, check):
         smallest = fully_unwrapped(rules.nodes)
         if bool((smallest <= 0).any()):
@@ -134,10 +126,26 @@ def log_samples(name: str, A: Operator, probes: Drawing, count: int, steps: int,
         size = A.domain.size
         values = size * (rules.weights * rules.nodes.log()).sum(1)
         if is_tracked(rules.first):
-            solutions = size * rules.applied(1 / rules.nodes)
-            (values,) = attach(_LogDerivative(name), [values], [rules.first, solutions])
+            solutions = size * _solutions(name, A, rules)
+            (values,) = attach(_LogDerivative(), [values], [rules.first, solutions])
         samples.append(values)
     return torch.cat(samples)
+
+
+def _solutions(name: str, A: Operator, rules: GaussRules) -> Tensor:
+    """A^-1 z / |z| of each probe by the same iterations, which are those of conjugate gradients; differentiated.
+
+    # [n, probes]
+    """
+    starts = rules.basis[:, 0].mT
+    first = [rules.applied(1 / rules.nodes).to(A.dtype)]
+    tolerance = Tolerance(torch.finfo(A.dtype).eps ** (2 / 3), 0.0)
+    solver = LinearSolver(name, "cg", tolerance, None, None, 1, progress=False, check=False)
+
+    def solution(at: Operator, right: Tensor) -> Tensor:
+        return first.pop() if first else solver.find(at, right)
+
+    return solved(A, starts.to(A.dtype), solution, name=name).to(starts.dtype)
 
 
 class Undifferentiable(Rules):
@@ -158,23 +166,18 @@ class Undifferentiable(Rules):
 
 
 class _LogDerivative(Rules):
-    """The derivative of samples in the products A z: <A^-1 z, dA z>. ``saved`` are the products, and A^-1 z."""
+    """The derivative of samples in the products A z: <A^-1 z, dA z>. ``saved`` are the products, and A^-1 z.
 
-    def __init__(self, name: str) -> None:
-        way_out = "Take method='exact', or differentiate once."
-        self._once = Undifferentiable(name, "the first derivative of an estimate", way_out)
-
-    def _solutions(self, saved: Sequence[Tensor]) -> Tensor:
-        solutions: Tensor = attach(self._once, [saved[1]], [saved[0]])[0]
-        return solutions
+    The values do not depend on the latter; their derivatives do.
+    """
 
     def pull(
         self, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         del wanted
         (cotangent,) = cotangents
-        return [None if cotangent is None else cotangent * self._solutions(saved), None]
+        return [None if cotangent is None else cotangent * saved[1], None]
 
     def push(self, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         tangent = tangents[0]
-        return [None if tangent is None else (self._solutions(saved).conj() * tangent).sum(0).real]
+        return [None if tangent is None else (saved[1].conj() * tangent).sum(0).real]

@@ -11,7 +11,7 @@ from autodiff import checks
 from autodiff._torch import functorch_active, traced_inline_only
 from autodiff.core import trees
 from autodiff.core.progress import Progress
-from autodiff.operators.linear_solver import ITERATIONS, Found, LinearSolver, Method
+from autodiff.operators.linear_solver import ITERATIONS, Found, LinearSolver, Method, constant
 from autodiff.operators.operator import Operator
 from autodiff.operators.refinement import Reason, Tolerance
 from autodiff.operators.space import Leaves, Space
@@ -152,7 +152,7 @@ def solve(
         # What a product has in common is recorded inside the transforms that are active, and not kept outside of them.
         A = trees.unflatten(*reversed(trees.flatten(A)))
     A = A.prepared()
-    M = _constant(preconditioner)
+    M = None if preconditioner is None else constant(preconditioner)
     solver = LinearSolver(_NAME, taken, Tolerance(rtol, atol), maxiter, M, restart, progress, check)
     X = solver.solution(A, B.to(A.dtype), start)
     solver.warn(solver.found[0], "", stacklevel=2)
@@ -203,15 +203,6 @@ def _start(A: Operator, x0: Any, count: int) -> Tensor:
     checks.number_of_starts(_NAME, starts, count)
     columns = A.domain.joined(leaves)[:, None] if starts == 1 else A.domain.joined_columns(leaves, starts)
     return columns.detach().to(A.dtype)
-
-
-def _constant(operator: Operator | None) -> Operator | None:
-    if operator is None:
-        return None
-    leaves, spec = trees.flatten(operator)
-    constants = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    constant: Operator = trees.unflatten(spec, constants)
-    return constant.prepared()
 
 
 def _written(space: Space, form: Any, X: Tensor, count: int) -> Any:

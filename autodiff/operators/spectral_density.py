@@ -142,9 +142,9 @@ def spectral_density(
 
     Raises:
         ShapeError: the operator does not map a space to itself.
-        RuleError: it is not symmetric, or the density is differentiated.
+        SolverError: it is not symmetric.
+        RuleError: the density is differentiated.
         OptionError: ``probes`` or ``steps`` is not positive, or the grid too coarse for the width.
-        DtypeError: some leaves of the domain are real and others complex.
 
     L. Lin, Y. Saad and C. Yang, "Approximating spectral densities of large matrices", SIAM Review 58 (2016).
     B. Ghorbani, S. Krishnan and Y. Xiao, "An investigation into neural net optimization via Hessian eigenvalue
@@ -161,7 +161,7 @@ def spectral_density(
     elif grid is not None and (not isinstance(grid, Tensor) or grid.dim() != 1):
         checks.raise_grid(name, grid)
     drawn = drawing(name, A, "rademacher", generator)
-    nodes, weights = _rules(name, gauss_rules(name, A, drawn, probes, steps, check))
+    nodes, weights = _rules(name, gauss_rules(name, A.prepared(), drawn, probes, steps, check))
     sigma = _width(nodes.detach(), steps) if width is None else torch.full_like(nodes[0, 0].detach(), width)
     if isinstance(grid, Tensor):
         points = grid.to(nodes)

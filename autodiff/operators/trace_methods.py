@@ -80,6 +80,7 @@ def exact_norm(A: Operator, dtype: torch.dtype) -> Tensor:
 
 def exact_logdet(name: str, A: Operator, check: bool) -> Tensor:
     """By Cholesky factors of the matrix."""
+    checks.some_number(name, A.name, A.domain)
     matrix = A.to_matrix().to(computed_in(A.dtype))
     if check and not A.symmetric:
         tolerance = 4 * torch.finfo(A.dtype).eps ** (1 / 3)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+import autodiff as ad
 from autodiff import operators
 from autodiff.errors import ConvergenceWarning, SolverError
 from operators.systems import Counted, matrix, second_differences
@@ -104,3 +105,11 @@ def test_finite_termination() -> None:
     counted = Counted(diagonal(1, 1, 4, 4, 4, 9, 9), positive=True)
     _, info = operators.solve(counted.operator, torch.randn(7, dtype=D), "cg", rtol=1e-12, info=True)
     assert info.iterations == 3
+
+
+def test_one_indefinite_sample_of_many() -> None:
+    M, b = torch.stack([matrix("cg", 6), matrix("minres", 6), matrix("cg", 6)]), torch.ones(6, dtype=D)
+    solution = lambda m: operators.solve(operators.from_matrix(m), b, "cg", rtol=1e-11)
+    with pytest.raises(SolverError, match="minres"):
+        ad.vmap(solution)(M)
+    assert_close(ad.vmap(solution)(M[[0, 2]]), torch.linalg.solve(M[[0, 2]], b), rtol=1e-8, atol=1e-9)

@@ -323,6 +323,16 @@ def test_operator_is_released_with_what_it_keeps() -> None:
         gc.enable()
 
 
+def test_product_that_shares_its_memory_is_not_written() -> None:
+    # The Hessian's product is an expanded tensor.
+    A = operators.hessian(lambda w, x: x.mean() * w.sum() ** 2).over(torch.arange(5.0), batch_size=2)(
+        torch.ones(3)
+    )
+    v = torch.tensor([1.0, 2.0, 4.0])
+    torch.testing.assert_close(A @ v, torch.full((3,), 28.0))
+    assert torch.equal(v, torch.tensor([1.0, 2.0, 4.0]))
+
+
 # Derivatives.
 
 
@@ -359,6 +369,28 @@ def test_backward_through_a_product_in_parameters_and_vector() -> None:
     assert v.grad is not None
     torch.testing.assert_close(theta.grad, torch.func.grad(dense_norm)(THETA))
     torch.testing.assert_close(v.grad, 2 * hessian_at(THETA) @ hessian_at(THETA) @ V)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian])
+def test_batches_that_do_not_depend_on_all_arguments(transform: Any) -> None:
+    def branching(params: Any, x: Tensor, y: Tensor) -> Tensor:
+        # In the second batch alone.
+        more = (params["b"] ** 4).sum() * params["w"].sum() if torch.equal(y, Y[4:8]) else 0.0
+        return ((x @ params["w"]) ** 4).mean() + more
+
+    def norm(theta: Tensor) -> Tensor:
+        A = operators.hessian(branching).over((X, Y), batch_size=4)(tree(theta))
+        return (A @ V).square().sum()
+
+    def dense(theta: Tensor) -> Tensor:
+        def whole(t: Tensor) -> Tensor:
+            params = tree(t)
+            return ((X @ params["w"]) ** 4).mean() + 4 / 11 * (params["b"] ** 4).sum() * params["w"].sum()
+
+        return (torch.func.hessian(whole)(theta) @ V).square().sum()
+
+    ours = getattr(ad, transform.__name__)
+    torch.testing.assert_close(ours(norm)(THETA), transform(dense)(THETA))
 
 
 def test_products_over_points_under_vmap() -> None:
@@ -537,7 +569,7 @@ class Flow(IterableDataset):  # type: ignore[type-arg]
         ((X, Y), {"batch_size": 0}, OptionError, "batch_size is a positive int"),
         ((X, Y), {"batch_size": True}, OptionError, "batch_size is a positive int"),
         (PIECES, {"reduction": "none"}, OptionError, "reduction is 'mean'"),
-        (PIECES, {"memory": "lots"}, OptionError, "memory is a positive number"),
+        (PIECES, {"memory": "lots"}, OptionError, "memory is a positive number .* to keep no batch"),
     ],
 )
 def test_refused_before_any_call(source: Any, options: Any, error: Any, message: str) -> None:
@@ -607,6 +639,21 @@ def test_unchecked_dropout_draws_the_same_in_every_product() -> None:
     torch.testing.assert_close(matrix, matrix.mT)
 
 
+def test_batches_that_draw_are_not_kept() -> None:
+    # A kept one would draw nothing, and the next would draw its numbers.
+    _, params, loss = network(nn.Dropout(0.3))
+    for memory in range(1000, 9000, 500):
+        A = operators.hessian(loss).over((X, Y), batch_size=4, check=False, memory=memory)(params)
+        v = torch.ones(A.shape[1], dtype=D)
+        torch.testing.assert_close(A @ v, A @ v, rtol=0, atol=0)
+
+
+def test_little_noise_is_refused_where_the_function_draws() -> None:
+    noisy = lambda params, x, y: loss(params, x, y) * (1 + 1e-11 * torch.rand((), dtype=D))
+    with pytest.raises(DataError, match="draws random numbers"):
+        operators.hessian(noisy).over(PIECES)(tree(THETA))
+
+
 @pytest.mark.filterwarnings("ignore:functional_call. the module wrote")
 def test_batch_norm_in_training_mode_is_refused_where_batches_change() -> None:
     module, params, loss = network(nn.BatchNorm1d(5))
@@ -614,6 +661,20 @@ def test_batch_norm_in_training_mode_is_refused_where_batches_change() -> None:
         operators.hessian(loss).over(shuffled())(params)
     module.eval()
     operators.hessian(loss).over(shuffled())(params)
+
+
+def test_sum_is_not_taken_for_a_mean() -> None:
+    with pytest.raises(DataError, match="Pass reduction='sum'"):
+        operators.hessian(total).over(LOADER)(tree(THETA))
+    penalty = lambda params, x, y: loss(params, x, y) + 0.1 * flat(params).square().sum()
+    A = operators.hessian(penalty).over(LOADER)(tree(THETA))
+    torch.testing.assert_close(A.to_matrix(), hessian_at(THETA) + 0.2 * torch.eye(8, dtype=D))
+    # A zero is both.
+    linear = operators.hessian(lambda params, x, y: (x @ params["w"]).mean()).over(LOADER)(tree(THETA))
+    assert not linear.to_matrix().any()
+    # Of less than three samples nothing is said; and one may ask for nothing to be said.
+    operators.hessian(total).over((X, Y), batch_size=2)(tree(THETA))
+    operators.hessian(total).over(LOADER, check=False)(tree(THETA))
 
 
 @pytest.mark.parametrize("form", ["torch's functional_call", "a batch norm", "a count"])
@@ -679,6 +740,11 @@ def test_arguments_written_in_place_are_an_error() -> None:
     A = operators.hessian(loss).over(PIECES)(params)
     params["w"].mul_(2)
     with pytest.raises(InPlaceError, match="make it at clones"):
+        A @ V
+    x = X.clone()
+    A = operators.hessian(loss).over((x, Y), batch_size=4)(tree(THETA))
+    x.add_(1)
+    with pytest.raises(InPlaceError, match="and the data"):
         A @ V
 
 
@@ -767,7 +833,13 @@ def test_repr_says_what_it_is() -> None:
     maker = operators.hessian(loss).over(PIECES)
     assert repr(maker) == "<<HessianOperator of loss> over a data set>"
     shown = repr(maker(tree(THETA)))
-    assert shown.startswith("<hessian of loss over 11 samples: [8, 8], torch.float64, cpu, symmetric")
+    assert (
+        shown
+        == "<hessian of loss over 11 samples: [8, 8], torch.float64, cpu, symmetric, 3 gradients a product>"
+    )
+    A = operators.hessian(loss).over(PIECES, memory="1MiB")(tree(THETA))
+    A @ V
+    assert "2 gradients a product" in repr(A)
 
 
 @pytest.mark.parametrize("memory", [None, "1MiB"])
@@ -799,3 +871,9 @@ def test_size_of_batches_follows_memory() -> None:
         sizes.append(A.data.size)
         assert memory == "1GiB" or meter.peak < {"1MiB": 1, "4MiB": 4}[memory] * 2**20
     assert 1 < sizes[0] < sizes[1] < sizes[2] == 500
+    # Larger batches would be slower, whatever memory there is.
+    maker = operators.hessian(wide).over(x.repeat(20, 1), batch_size="auto", check=False)
+    with Meter(torch.device("cpu")) as meter:
+        A = maker(w)
+        A @ torch.ones_like(w)
+    assert 2**24 < meter.peak < 1.2 * 2**26

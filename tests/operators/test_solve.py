@@ -73,6 +73,30 @@ def test_trees_in_and_out(method: Any) -> None:
     assert_close(operators.solve(A, b, method, rtol=1e-12), expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_many_unknowns(method: Any, dtype: torch.dtype) -> None:
+    """Eigenvalues 2 to 4, or of both signs for MINRES, whose eigenvectors are all that one wave is multiplied by."""
+    n = 5000
+    values = 3 + torch.sin(torch.arange(n)) if method != "minres" else 3 * (-1) ** torch.arange(n)
+    phase = torch.exp(1j * torch.arange(n)) if dtype.is_complex else torch.ones(n)
+    phase, values = phase.to(dtype), values.to(dtype)
+
+    def matvec(v: Tensor) -> Tensor:  # D* R' diag(values) R D, with a rotation R of neighbours
+        turned = phase * v
+        turned = values * (0.6 * turned + 0.8 * turned.roll(n // 2) * SIGNS)
+        return phase.conj() * (0.6 * turned + 0.8 * (turned * SIGNS).roll(-(n // 2)))
+
+    A = operators.from_matvec(matvec, torch.zeros(n, dtype=dtype), symmetric=method != "gmres")
+    x = torch.randn(n, 3, dtype=dtype)
+    B = torch.stack([matvec(column) for column in x.unbind(1)], 1)
+    found = operators.solve(A, B, method, rtol=1e-5, check=False)
+    assert_close(found, x, rtol=1e-3, atol=1e-3)
+
+
+SIGNS = torch.tensor([1.0, -1.0]).repeat_interleave(2500)
+
+
 def test_method_is_chosen_by_what_is_known_of_the_operator() -> None:
     M = matrix("cg", 7)
     taken = {
@@ -136,10 +160,11 @@ def test_each_right_hand_side_stops_by_itself(method: Any) -> None:
     assert_close(X[:, 3], 1e-12 * X[:, 1], rtol=1e-7, atol=1e-20)
     first, second, zero, small = info.iterations.tolist()
     assert (first, zero) == (1, 0)
-    assert second == small > 5
+    assert second > 5
+    assert abs(second - small) <= 1  # rounding
     # One block product for all of them in each step, and few around.
     per_step = 2 if method == "lsmr" else 1
-    assert counted.products + counted.adjoints <= per_step * second + 6
+    assert counted.products + counted.adjoints <= per_step * max(second, small) + 6
     alone = operators.solve(operators.from_matrix(M), Q[:, 4], method, rtol=1e-9, check=False)
     assert_close(X[:, 0], alone, rtol=1e-12, atol=1e-14)
 
@@ -297,14 +322,6 @@ def test_progress_bar(capsys: Any) -> None:
         ({"preconditioner": torch.eye(3)}, LeafError, "preconditioner to be an operator"),
         ({"A": operators.from_matrix(torch.ones(4, 3)), "b": torch.ones(4)}, ShapeError, "method='lsmr'"),
         ({"A": operators.diagonal(torch.ones(3).half()), "b": torch.ones(3).half()}, DtypeError, "float16"),
-        (
-            {
-                "A": operators.diagonal([torch.ones(3), torch.ones(1) * 1j]),
-                "b": [torch.ones(3), 1j * torch.ones(1)],
-            },
-            DtypeError,
-            "both kinds",
-        ),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], match: str) -> None:
@@ -406,3 +423,87 @@ def test_newton_steps_of_many_points_at_once() -> None:
     many = ad.vmap(operators.from_matrix)(H)  # an operator whose leaf has one more dimension
     found = ad.vmap(lambda one, b: operators.solve(one, b, rtol=1e-12))(many, g)
     assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_captured_tensors_are_differentiated() -> None:
+    w, n = torch.tensor(2.0, dtype=torch.float64), 5
+    b = torch.arange(n, dtype=torch.float64)
+
+    def total(w: Tensor) -> Tensor:
+        A = operators.from_matvec(
+            lambda v: w * v + (v.roll(1) + v.roll(-1)) / 10, torch.zeros_like(b), symmetric=True, check=False
+        )
+        return operators.solve(A, b, rtol=1e-12).pow(2).sum()
+
+    def exact(w: Tensor) -> Tensor:
+        unit = torch.eye(n, dtype=torch.float64)
+        return torch.linalg.solve(w * unit + (unit.roll(1, 0) + unit.roll(-1, 0)) / 10, b).pow(2).sum()
+
+    assert_close(ad.grad(total)(w), torch.func.grad(exact)(w))
+    assert_close(ad.grad(ad.grad(total))(w), torch.func.grad(torch.func.grad(exact))(w))
+
+
+def test_info_of_each_sample() -> None:
+    M, B = second_differences(6), torch.randn(3, 6, dtype=torch.float64)
+    B[1] = torch.linalg.eigh(M).eigenvectors[:, 2]
+    X, info = ad.vmap(lambda b: operators.solve(operators.from_matrix(M), b, "cg", info=True))(B)
+    assert_close(X, torch.linalg.solve(M, B, left=False), rtol=1e-4, atol=1e-6)
+    assert info.iterations.tolist() == [6, 1, 6]
+    assert info.converged.all()
+    assert info.history.shape == (3, 6)
+
+
+def test_derivative_that_has_not_converged_is_a_warning() -> None:
+    """The solution itself is known from the start."""
+    M = second_differences(40)
+    b = torch.ones(40, dtype=torch.float64, requires_grad=True)
+    x0 = torch.linalg.solve(M, b.detach())
+    x = operators.solve(operators.from_matrix(M), b, "cg", x0=x0, maxiter=3)
+    with pytest.warns(ConvergenceWarning, match="in a derivative, cg has not converged after 3 of 3 steps"):
+        x.sum().backward()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_solved_right_hand_side_stays_as_it_is(method: Any) -> None:
+    """While the others go on. A diagonal has the same products for one vector and for many."""
+    values = torch.linspace(1, 30, 25, dtype=torch.float64)
+    A = operators.diagonal(values)
+    easy = torch.zeros(25, dtype=torch.float64)
+    easy[3:7] = 1 + torch.rand(4, dtype=torch.float64)
+    B = torch.stack([easy, torch.randn(25, dtype=torch.float64)], 1)
+    X, info = operators.solve(A, B, method, rtol=1e-3, info=True)
+    assert info.iterations[0] < info.iterations[1] - 1
+    assert_close(X[:, 0], operators.solve(A, easy, method, rtol=1e-3), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_history_is_that_of_the_residuals(method: Any) -> None:
+    M, b = matrix(method, 20), torch.randn(20, dtype=torch.float64)
+    A = operators.from_matrix(M)
+    with pytest.warns(ConvergenceWarning):
+        _, info = operators.solve(A, b, method, maxiter=9, info=True)
+    with pytest.warns(ConvergenceWarning):
+        x = operators.solve(A, b, method, maxiter=8)
+    assert_close(info.history[8], (b - M @ x).norm() / b.norm(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("method", ["cg", "minres", "gmres"])
+def test_newton_step_is_differentiated_twice(method: Any) -> None:
+    """Through the Hessian of a model in its parameters, against a dense Hessian."""
+    params, data = params_and_data()
+    flat = torch.cat([params["w"].reshape(-1), params["b"]])
+    as_tree = lambda v: {"w": v[:6].reshape(3, 2), "b": v[6:]}
+    right = torch.randn(8, dtype=torch.float64)
+
+    def found(v: Tensor) -> Tensor:
+        A = operators.hessian(loss)(as_tree(v), data) + 60.0
+        return operators.solve(A, as_tree(right), method, rtol=1e-13)["w"].pow(3).sum()
+
+    def exact(v: Tensor) -> Tensor:
+        H = torch.func.hessian(lambda v: loss(as_tree(v), data))(v)
+        return torch.linalg.solve(H + 60 * torch.eye(8, dtype=torch.float64), right)[:6].pow(3).sum()
+
+    assert_close(ad.grad(found)(flat), torch.func.grad(exact)(flat), rtol=1e-8, atol=1e-14)
+    expected = torch.func.hessian(exact)(flat)
+    assert_close(ad.hessian(found)(flat), expected, rtol=1e-6, atol=1e-14)
+    assert_close(ad.jacfwd(ad.grad(found))(flat), expected, rtol=1e-6, atol=1e-14)
