@@ -196,11 +196,18 @@ def test_prepared_operator_runs_its_function_once_inside_a_transform() -> None:
     torch.testing.assert_close(A @ V, 6 * X * V)
 
 
-def test_what_is_recorded_inside_a_transform_does_not_outlive_it() -> None:
-    leaves, spec = torch.utils._pytree.tree_flatten(operators.jacobian(lambda x: x.sin())(X))
+@pytest.mark.parametrize("prepared", [False, True])
+def test_what_is_recorded_inside_a_transform_does_not_outlive_it(prepared: bool) -> None:
+    factor = [torch.ones((), dtype=F64)]
+    leaves, spec = torch.utils._pytree.tree_flatten(operators.jacobian(lambda x: factor[0] * x.sin())(X))
     outside = torch.utils._pytree.tree_unflatten(leaves, spec)
-    torch.testing.assert_close(ad.vmap(lambda v: outside.prepared() @ v)(torch.stack([V]))[0], X.cos() * V)
-    torch.testing.assert_close(ad.grad(lambda v: (outside @ v).sum())(V), X.cos())
+
+    def product(w: Tensor) -> Tensor:
+        factor[0] = w
+        return (outside.prepared() if prepared else outside) @ V
+
+    torch.testing.assert_close(ad.vmap(product)(V), V[:, None] * X.cos() * V)
+    factor[0] = torch.ones((), dtype=F64)
     torch.testing.assert_close(outside @ V, X.cos() * V)
     torch.testing.assert_close(outside.H @ V, X.cos() * V)
 
