@@ -97,10 +97,8 @@ def _replacing(
 def registered(registry: dict[str, Entry], nodes: Iterable[Any]) -> list[tuple[Any, Entry]]:
     """The nodes whose names are in the registry, and what is there."""
     # First a look at the types: every pull that makes a graph asks.
-    if registry.keys().isdisjoint([cls.__name__ for cls in set(map(type, nodes))]):
-        return []
-    pairs = [(node, registry.get(type(node).__name__)) for node in nodes]
-    return [(node, entry) for node, entry in pairs if entry is not None]
+    found = {cls for cls in set(map(type, nodes)) if cls.__name__ in registry}
+    return [(node, registry[type(node).__name__]) for node in nodes if type(node) in found] if found else []
 
 
 @functools.lru_cache(4096)  # the names of torch's operations and of the user's Functions

@@ -49,16 +49,16 @@ def transpose(
         return pulled
 
     traced = _torch.compiling()
+    check = None
     if not traced and (users := [node for node in tape.functions() if user_code(node)]):
         point = [generic_vector(output) for output in tape.outputs]
         names = sorted({_torch.user_function(node).__name__ for node in users})
         check = LinearityCheck(partial(checks.raise_nonlinear_backward, names), unless_shown=True)
-        with _by_formulas(tape):
-            return transposed(pull, point, check, internal_leaves=tape.inputs, at_level=tape.at_level)
-    at = torch.ones_like if traced else torch.zeros_like
-    point = [at(output) for output in tape.outputs]
+    else:
+        at = torch.ones_like if traced else torch.zeros_like
+        point = [at(output) for output in tape.outputs]
     with nullcontext() if traced else _by_formulas(tape):
-        return transposed(pull, point, internal_leaves=tape.inputs, at_level=tape.at_level)
+        return transposed(pull, point, check, internal_leaves=tape.inputs, at_level=tape.at_level)
 
 
 def _by_formulas(tape: Tape) -> AbstractContextManager[None]:

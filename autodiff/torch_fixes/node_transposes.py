@@ -100,8 +100,8 @@ def _of_norm(
 
 
 def _if_plain(constants: Sequence[Tensor], transpose: Transpose) -> tuple[Sequence[Tensor], Transpose] | None:
-    """Both, unless a constant is of a class or a layout of its own, or empty."""
-    plain = all(type(one) in _PLAIN and one.layout == torch.strided and one.numel() for one in constants)
+    """Both, unless a constant is of a class or a layout of its own."""
+    plain = all(type(one) in _PLAIN and one.layout == torch.strided for one in constants)
     return (constants, transpose) if plain else None
 
 

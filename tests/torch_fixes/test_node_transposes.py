@@ -294,18 +294,35 @@ def test_checkpoint_around_a_linearization() -> None:
     torch.testing.assert_close((slope * move).sum(), by_values, rtol=1e-6, atol=1e-6)
 
 
-def test_hook_on_the_node_itself() -> None:
+@pytest.mark.parametrize("name", ["conv1d", "input alone", "layer_norm-plain", "batch_norm-plain"])
+def test_hook_on_the_node_itself(name: str) -> None:
     """A hook that changes what the pullback gives is part of the linear map."""
-    weight = normal(3, 2, 2)
+    func, primals, _ = CASES[name]
 
-    def doubled(x: Tensor) -> Tensor:
-        out = functional.conv1d(x, weight)
+    def doubled(*primals: Tensor) -> Tensor:
+        out = func(*primals)
         assert out.grad_fn is not None
         out.grad_fn.register_hook(lambda own, _: tuple(one if one is None else 2 * one for one in own))
         return out
 
-    x, v = normal(2, 2, 4), normal(2, 2, 4)
-    assert_close(ad.linearize(doubled, x)[1](v), 2 * functional.conv1d(v, weight))
+    vectors = directions(primals)
+    assert_close(ad.linearize(doubled, *primals)[1](*vectors), 2 * applied(dense(func, primals), vectors))
+
+
+@each
+def test_linearized_inside_other_transforms(name: str) -> None:
+    """There torch's own transposes remain."""
+    if name == "batch_norm":
+        pytest.skip("writes to buffers that have no batch")
+    func, primals, _ = CASES[name]
+    func, vectors, others = bent(func), directions(primals), directions(primals)
+    expected = torch.stack([applied(dense(func, one), vectors) for one in (primals, others)])
+    batch = [torch.stack(pair) for pair in zip(primals, others, strict=True)]
+    assert_close(ad.vmap(lambda *args: ad.linearize(func, *args)[1](*vectors))(*batch), expected)
+    scaled = lambda factor: ad.linearize(func, *primals)[1](*(factor * v for v in vectors))
+    one = torch.ones((), dtype=torch.float64)
+    assert_close(ad.jvp(scaled, (one,), (one,))[1], expected[0])
+    assert_close(ad.vmap(ad.jacobian(scaled))(torch.ones(2, dtype=torch.float64))[1], expected[0])
 
 
 def test_own_hooks_are_not_the_users() -> None:

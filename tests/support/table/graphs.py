@@ -327,11 +327,11 @@ class Operations(DispatchMode):
     ours="no needless gradients",
     over={
         "convolution": (convolved, ("convolution",), 3),
-        "layer_norm": (normed, ("mul", "sum", "mean"), 12),
+        "layer_norm": (normed, ("mul", "sum", "mean"), 18),
         "batch_norm": (
             lambda x, *affine: nn.functional.batch_norm(x.outer(x), None, None, *affine, training=True),
             ("mul", "sum", "mean"),
-            12,
+            18,
         ),
     },
 )
