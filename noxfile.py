@@ -105,9 +105,14 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Compare time and memory with torch and raw autograd.
 
-    ``-- --full`` adds compiled code and JAX; ``-- --before COMMIT`` compares with the package as it was there.
+    ``-- --full`` adds compiled code, JAX, and operators beside curvlinops; ``-- --before COMMIT`` compares with the
+    package as it was there.
     """
     install(session, "-e", ".[examples]")
+    if "--full" in session.posargs:
+        install(session, "curvlinops-for-pytorch")
+        # BackPACK installs it, for a torch with CUDA; what imports it here does without.
+        session.run("pip", "uninstall", "--yes", "--quiet", "torchvision")
     full = ["--jax", jax_python(session)] if "--full" in session.posargs else []
     session.run("python", "-m", "benchmarks", *session.posargs, *full, env=ONE_THREAD)
 

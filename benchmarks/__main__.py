@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import itertools
 import json
 import platform
 import shlex
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import before, growth, pair, promises
+from benchmarks import before, growth, operators, pair, promises
 from benchmarks.bars import bars
 from benchmarks.jax_client import Jax
 from benchmarks.limits import Rates, rates
@@ -75,7 +76,8 @@ def _run(options: argparse.Namespace, copy: str) -> int:
                 results["before"].append(beside)
                 print(before_line(beside), flush=True)
     if options.rows is None and options.device == "cpu":
-        results["promises"] = [promise._asdict() for promise in promises.kept()]
+        kept = itertools.chain(promises.kept(), operators.kept() if options.full else ())
+        results["promises"] = [promise._asdict() for promise in kept]
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -84,7 +86,9 @@ def _run(options: argparse.Namespace, copy: str) -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="all rows, compiled columns and growth")
+    parser.add_argument(
+        "--full", action="store_true", help="all rows, compiled columns, growth and operators"
+    )
     parser.add_argument("--strict", action="store_true", help="exit with 1 where a bar is missed")
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     parser.add_argument("--rows", type=int, nargs="+", help="the rows of these numbers only")
