@@ -76,7 +76,7 @@ class OutputError(AutodiffError, RuntimeError):
 
 
 class InPlaceError(AutodiffError, RuntimeError):
-    """The differentiated function wrote in place to an argument that is differentiated.
+    """An argument that is differentiated was written in place: by the function, or since it was recorded.
 
     >>> import torch, autodiff
     >>> computed = torch.ones(2, requires_grad=True) * 1

@@ -15,6 +15,7 @@ Meaning: TypeAlias = Literal[
     "a level cannot run it",
     "dtypes are mixed",
     "a graph was freed",
+    "a saved tensor was written",
 ]
 
 MESSAGES: dict[Meaning, tuple[str, ...]] = {
@@ -38,6 +39,7 @@ MESSAGES: dict[Meaning, tuple[str, ...]] = {
         "saved-tensor hook",
     ),
     "a level that is gone": ("INTERNAL ASSERT",),
+    "a saved tensor was written": ("modified by an inplace operation",),
     "a graph was freed": ("backward through the graph a second time",),
     "dtypes are mixed": ("dtype", "scalar type", "should be the same"),
 }

@@ -151,7 +151,7 @@ def conjugated(pulled: Sequence[Tensor | None]) -> list[Tensor | None]:
 class _EagerTape(Tape):
     """Plain autograd, where no transform is active around this one."""
 
-    __slots__ = ("_origin", "_own_leaves", "_start", "_tracked")
+    __slots__ = ("_origin", "_own_leaves", "_start", "_tracked", "_versions", "_views")
 
     def __init__(
         self,
@@ -177,16 +177,15 @@ class _EagerTape(Tape):
                 elif primal.requires_grad:
                     # Connected to the graph outside. A sparse tensor has no views.
                     entered = primal.view_as(primal) if primal.layout is torch.strided else primal.clone()
+                    views.append(entered)
                     requires_grad = True
                 else:
                     entered = _torch.outside_inference_mode(primal).detach().requires_grad_()
                     entered.autodiff_tape = this  # type: ignore[attr-defined]
                 self.inputs.append(entered)
-                # torch refuses writes to a leaf and to a view of one.
-                if not primal.is_leaf:
-                    views.append(entered)
             self._own_leaves = internal_leaves
-            versions = _torch.versions(views) if views else []
+            # A view that was written has another place in the graph, where no pull ends.
+            self._views, self._versions = views, _torch.versions(views) if views else []
             # While ``differentiate`` runs, the graph that it makes is tracked: by this tape.
             self._tracked: bool | None = True
             higher_order = (
@@ -197,7 +196,7 @@ class _EagerTape(Tape):
             aux = self._run(func, _torch.outside_inference_mode, higher_order, differentiate)
             self._tracked = requires_grad or None
             if views:
-                _refuse_written(views, versions)
+                _refuse_written(views, self._versions)
         finally:
             _torch.set_grad_enabled(recording)
         if recording and self._tracked is None:
@@ -221,6 +220,16 @@ class _EagerTape(Tape):
             else _torch.detached(leaf)
             for leaf in aux
         ]
+
+    def pull(self, cotangents: Sequence[Tensor | None], **options: Any) -> list[Tensor | None]:
+        pulled = super().pull(cotangents, **options)
+        if self._views and None in pulled and _torch.versions(self._views) != self._versions:
+            raise InPlaceError(
+                f"an argument was written in place after the function was recorded, of those of shape "
+                f"{[tuple(view.shape) for view in self._views]}. Expected arguments that stay as they are for as long "
+                f"as products are taken; record the function anew, or pass clones."
+            )
+        return pulled
 
     def is_tracked(self) -> bool:
         if self._tracked is None:

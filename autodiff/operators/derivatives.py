@@ -73,7 +73,10 @@ class Derivative(Elementary):
         one = self.options
         name = one.caller or f"operators.{self.kind}"
         call = Call(name, one.func, self.args, self.kwargs, one.argnums, one.has_aux, one.wrt)
-        checks.holomorphic_dtypes(name, call.primals, one.holomorphic, "inputs")
+        if one.caller:  # which has no such option
+            checks.real_tensors(name, call.primals, call.path_of_primal)
+        else:
+            checks.holomorphic_dtypes(name, call.primals, one.holomorphic, "inputs")
         return call
 
     @lazy
@@ -109,22 +112,27 @@ class Derivative(Elementary):
         _, largest = self.linearized.bytes_of_a_pull()
         return self.linearized.batchable(Sizes(max(1, _ENOUGH_PER_OPERATION // max(largest, 1))))
 
-    def pulled_by(self, linearization: Linearization) -> Callable[[Leaves], Leaves]:
-        """The product of the conjugate transpose, by a pull."""
+    def advised(self, multiply: Callable[[Leaves], Leaves]) -> Callable[[Leaves], Leaves]:
+        """``multiply``, whose errors say what to do where the graph that was kept is not what it was."""
 
-        def pull(cotangents: Leaves) -> Leaves:
+        def product(vector: Leaves) -> Leaves:
             try:
-                return linearization.vjp(cotangents)
+                return multiply(vector)
             except RuntimeError as error:
                 checks.advise(self.name, error, MESSAGES["a graph was freed"], _FREED)
+                checks.advise(self.name, error, MESSAGES["a saved tensor was written"], _WRITTEN)
                 raise
 
-        return pull
+        return product
 
 
 _FREED = (
     "the graph of the operator was freed by a backward pass outside of it. Make the operator anew, or pass "
     "retain_graph=True to that backward."
+)
+_WRITTEN = (
+    "a tensor that the operator was made at was written in place since then, as by an optimizer. Make the operator "
+    "anew, or at clones."
 )
 
 
@@ -163,7 +171,7 @@ class JacobianOperator(Derivative):
     def product(self, *, adjoint: bool) -> Callable[[Leaves], Leaves]:
         _, linearization, push = self.evaluated
         assert push is not None
-        return self.pulled_by(linearization) if adjoint else push
+        return self.advised(linearization.vjp if adjoint else push)
 
 
 @tree_class("args", "kwargs")
@@ -205,7 +213,7 @@ class HessianOperator(Derivative):
         return 2.0
 
     def product(self, *, adjoint: bool) -> Callable[[Leaves], Leaves]:
-        pull = self.pulled_by(self.linearized)
+        pull = self.advised(self.linearized.vjp)
         # The matrix is symmetric. A pull multiplies by its conjugate transpose, which is its conjugate.
         if adjoint or not self.options.holomorphic:
             return pull

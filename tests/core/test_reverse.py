@@ -172,6 +172,23 @@ def test_write_to_a_computed_input_that_requires_grad_is_refused(name: str) -> N
         transform_named(name).apply(lambda x: cubic(x.mul_(2)), x)
 
 
+@pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.parametrize("func", [cubic, lambda x: 2 * x], ids=["cubic", "linear"])
+def test_input_that_is_written_after_it_was_recorded(func: Any, *, computed: bool) -> None:
+    """A written view has another place in the graph, so that no cotangent would arrive: zeros, silently."""
+    x = X.clone().requires_grad_()
+    x = x * 1 if computed else x
+    _, pullback = ad.vjp(func, x)
+    before = pullback(torch.ones_like(func(X)))
+    with torch.no_grad():
+        x.add_(1)
+    assert before[0].abs().sum() > 0
+    with pytest.raises(
+        InPlaceError, match=r"written in place after the function was recorded.*record the function anew"
+    ):
+        pullback(torch.ones_like(func(X)))
+
+
 @pytest.mark.parametrize("layer", [functional.silu, functional.mish], ids=lambda f: f.__name__)
 def test_pull_inside_forward_mode_takes_the_formula_that_carries_tangents(layer: Any) -> None:
     """Without grad mode torch pulls these by one fused operation, which has no forward rule."""
