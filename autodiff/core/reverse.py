@@ -198,6 +198,8 @@ class _EagerTape(Tape):
             self._tracked = requires_grad or None
             if views:
                 _refuse_written(views, versions)
+            if requires_grad and not inputs_recorded:
+                self._versions = _torch.versions(self.inputs)
         finally:
             _torch.set_grad_enabled(recording)
         if recording and self._tracked is None:

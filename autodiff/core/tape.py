@@ -19,7 +19,7 @@ from autodiff.core import graph, hooks
 from autodiff.core.call import Lift
 from autodiff.core.captures import reaches_tracked_tensor
 from autodiff.core.rules import Rules, attach
-from autodiff.errors import BatchedPullError, MissingRuleError
+from autodiff.errors import BatchedPullError, InPlaceError, MissingRuleError
 
 if TYPE_CHECKING:
     from autodiff.core.hooks import NodePullback, NodeTranspose, PullPolicy
@@ -91,6 +91,7 @@ class Tape(ABC):
         "_nodes",
         "_policies",
         "_replaced",
+        "_versions",
         "_without_tangents",
         "aux",
         "graph_outputs",
@@ -112,6 +113,8 @@ class Tape(ABC):
         self._replaced: list[tuple[Any, NodePullback]] | None = None
         # What is recorded outside of all forward modes is a constant inside of them.
         self._without_tangents = True
+        # How often the inputs were written in place, where they are views of tensors outside.
+        self._versions: list[int] | None = None
 
     def nodes(self) -> set[Any]:
         """The nodes of the graph between the outputs and the inputs."""
@@ -222,6 +225,8 @@ class Tape(ABC):
                 grad_outputs.append(cotangent)
         if not roots:
             return [None] * len(inputs)
+        if self._versions is not None and _torch.versions(self.inputs) != self._versions:
+            self._raise_written_since()
         cut: Callable[[list[Tensor | None]], list[Tensor | None]] | None = None
         if create_graph is None:
             create_graph, cut = self._makes_graph(grad_outputs)
@@ -237,6 +242,14 @@ class Tape(ABC):
         if cut is not None:
             pulled = cut(pulled)
         return self._refusing_more(pulled, inputs, grad_outputs) if create_graph else pulled
+
+    def _raise_written_since(self) -> NoReturn:
+        """After a write a view has another place in the graph: torch would give zero for it."""
+        raise InPlaceError(
+            f"an argument that is differentiated, of shapes {[list(one.shape) for one in self.inputs]}, was written "
+            f"in place after the function ran, as by an optimizer's step. Expected the arguments as they were: make "
+            f"the derivative anew, or make it at clones."
+        )
 
     def _makes_graph(
         self, grad_outputs: Sequence[Tensor]

@@ -369,3 +369,17 @@ def test_pullback_made_inside_a_forward_mode_carries_its_tangents() -> None:
     closed = lambda x: x * (x.sigmoid() * (1 + x * (1 - x.sigmoid())))
     expected = torch.autograd.functional.jacobian(closed, X) @ T
     assert_close(ad.jvp(pulled, (X,), (T,)), (closed(X), expected))
+
+
+@pytest.mark.parametrize("requires_grad", [True, "not a leaf"])
+def test_a_pull_after_a_write_to_its_argument_is_refused(requires_grad: Any) -> None:
+    # A view of a tensor that was written has another place in torch's graph, which gives zero for it.
+    x = torch.tensor([0.3, -1.2], dtype=torch.float64, requires_grad=True)
+    x = x * 1 if requires_grad == "not a leaf" else x
+    for func in (torch.exp, lambda x: 2 * x):  # one that saves something, and one that does not
+        _, pullback = ad.vjp(func, x)
+        assert_close(pullback(torch.ones_like(x))[0], x.exp() if func is torch.exp else torch.full_like(x, 2))
+        with torch.no_grad():
+            x.mul_(2)
+        with pytest.raises(InPlaceError, match="make the derivative anew"):
+            pullback(torch.ones_like(x))
