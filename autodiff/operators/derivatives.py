@@ -17,6 +17,7 @@ from autodiff.operators.elementary import Elementary
 from autodiff.operators.lazy import keeping, kept_outside_transforms, lazy
 from autodiff.operators.linear_map import tree_class
 from autodiff.operators.space import Leaves, Space
+from autodiff.operators.written import Arguments
 from autodiff.types import Argnums, Wrt
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Evaluation(NamedTuple):
 
     call: Call
     linearization: Linearization
+    arguments: Arguments
     push: Callable[[Leaves], Leaves] | None = None
 
 
@@ -88,8 +90,15 @@ class Derivative(Elementary):
         """The function, or its gradient, evaluated once."""
         return kept_outside_transforms(self, "_evaluation", lambda: self._evaluate(self._new_call()))
 
+    @property
+    def current(self) -> Evaluation:
+        """The same, refused where an argument was written in place since."""
+        evaluated = self.evaluated
+        evaluated.arguments.refuse_written(self.name)
+        return evaluated
+
     def prepared(self) -> Self:
-        return keeping(self, "_evaluation", self.evaluated)
+        return keeping(self, "_evaluation", self.current)
 
     @property
     def linearized(self) -> Linearization:
@@ -100,10 +109,13 @@ class Derivative(Elementary):
     def _evaluate(self, call: Call) -> Evaluation:
         """Run the function once."""
 
+    def _arguments(self) -> Arguments:
+        return Arguments(self.args, self.kwargs)
+
     @property
     def aux(self) -> Any:
         """The auxiliary output of the function, with ``has_aux``."""
-        call, linearization, _ = self.evaluated
+        call, linearization, *_ = self.evaluated
         return call.aux(linearization.aux)
 
     def at_once(self) -> Sizes:
@@ -151,17 +163,17 @@ class JacobianOperator(Derivative):
         linearized = linearize(call.evaluate, call.primals, higher_order=True, origin=call.func)
         checks.tensor_outputs(call.name, linearized.outputs, call.path_of_output)
         checks.holomorphic_dtypes(call.name, linearized.outputs, self.options.holomorphic, "outputs")
-        return Evaluation(call, linearized, linearized.jvp())
+        return Evaluation(call, linearized, self._arguments(), linearized.jvp())
 
     @property
     def value(self) -> Any:
         """The output of the function."""
-        call, linearization, _ = self.evaluated
+        call, linearization, *_ = self.evaluated
         return call.like_output(linearization.outputs)
 
     @lazy
     def codomain(self) -> Space:
-        call, linearization, _ = self.evaluated
+        call, linearization, *_ = self.evaluated
         return Space.of_outputs(call, linearization.outputs)
 
     @property
@@ -169,7 +181,7 @@ class JacobianOperator(Derivative):
         return 1.0
 
     def product(self, *, adjoint: bool) -> Callable[[Leaves], Leaves]:
-        _, linearization, push = self.evaluated
+        _, linearization, _, push = self.current
         assert push is not None
         return self.advised(linearization.vjp if adjoint else push)
 
@@ -186,9 +198,8 @@ class HessianOperator(Derivative):
     kind = "hessian"
 
     def _evaluate(self, call: Call) -> Evaluation:
-        return Evaluation(
-            call, linearize_derivative(call, gradient(call, holomorphic=self.options.holomorphic))
-        )
+        linearized = linearize_derivative(call, gradient(call, holomorphic=self.options.holomorphic))
+        return Evaluation(call, linearized, self._arguments())
 
     @property
     def value(self) -> Tensor:
@@ -213,7 +224,7 @@ class HessianOperator(Derivative):
         return 2.0
 
     def product(self, *, adjoint: bool) -> Callable[[Leaves], Leaves]:
-        pull = self.advised(self.linearized.vjp)
+        pull = self.advised(self.current.linearization.vjp)
         # The matrix is symmetric. A pull multiplies by its conjugate transpose, which is its conjugate.
         if adjoint or not self.options.holomorphic:
             return pull

@@ -24,6 +24,7 @@ from autodiff.operators.linear_map import tree_class
 from autodiff.operators.makers import Maker
 from autodiff.operators.operator import Identity, Operator, Product, Wrapping
 from autodiff.operators.space import Leaves, Space
+from autodiff.operators.written import Arguments
 from autodiff.transforms.grad import grad
 from autodiff.transforms.vmap import Mapped, vmap
 from autodiff.types import Argnums, Wrt
@@ -267,11 +268,18 @@ class EmpiricalFisherOperator(Wrapping):
         return f"empirical_fisher of {checks.shown_function(self.options.func)}"
 
     @property
-    def _evaluated(self) -> tuple[Tensor, Any, Product]:
+    def _evaluated(self) -> tuple[Tensor, Any, Product, Arguments]:
         return kept_outside_transforms(self, "_evaluation", self._evaluate)
 
     def prepared(self) -> Self:
-        return keeping(self, "_evaluation", self._evaluated)
+        return keeping(self, "_evaluation", self._current)
+
+    @property
+    def _current(self) -> tuple[Tensor, Any, Product, Arguments]:
+        """What was evaluated, refused where an argument was written in place since."""
+        evaluated = self._evaluated
+        evaluated[3].refuse_written(self.name)
+        return evaluated
 
     @property
     def values(self) -> Tensor:
@@ -286,9 +294,9 @@ class EmpiricalFisherOperator(Wrapping):
     @property
     def operand(self) -> Product:  # type: ignore[override]
         """The product of the gradients' matrix with its transpose."""
-        return self._evaluated[2]
+        return self._current[2]
 
-    def _evaluate(self) -> tuple[Tensor, Any, Product]:
+    def _evaluate(self) -> tuple[Tensor, Any, Product, Arguments]:
         one = self.options
         in_dims = one.in_dims
         if in_dims is None:
@@ -306,7 +314,8 @@ class EmpiricalFisherOperator(Wrapping):
             aux = jacobian.aux if one.has_aux else None
         checks.losses_of_samples(_NAME, values)
         scale = 1 / max(count, 1) if one.reduction == "mean" else 1
-        return values, aux, Product((columns, scale * Identity(columns.domain), columns.H))
+        product = Product((columns, scale * Identity(columns.domain), columns.H))
+        return values, aux, product, Arguments(self.args, self.kwargs)
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         return Call(_NAME, func, args, kwargs, self.options.argnums, self.options.has_aux, self.options.wrt)

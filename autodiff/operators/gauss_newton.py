@@ -49,7 +49,9 @@ class BetweenJacobians(Wrapping):
         return kept_outside_transforms(self, "_operand", self._composed)
 
     def prepared(self) -> Self:
-        return keeping(self, "_operand", self.operand)
+        operand = self.operand
+        operand.prepared()  # refuses arguments that were written
+        return keeping(self, "_operand", operand)
 
     @property
     def cost(self) -> float:
