@@ -26,7 +26,6 @@ from autodiff.transforms.hessian import hvp as hvp
 from autodiff.transforms.curvature import hessian_diagonal as hessian_diagonal
 from autodiff.transforms.curvature import hessian_block_diagonal as hessian_block_diagonal
 from autodiff.transforms.curvature import hessian_trace as hessian_trace
-from autodiff.operators.hessian_eigenvalues import hessian_eigenvalues as hessian_eigenvalues
 
 # Batches.
 from autodiff.transforms.vmap import vmap as vmap
@@ -44,9 +43,8 @@ from autodiff.nn import functional_call as functional_call
 from autodiff.nn import stack_module_state as stack_module_state
 from autodiff.nn import sample_loss as sample_loss
 
-# The API of torch.autograd.functional, operators, trees, checks of derivatives, errors and types: modules of their own.
+# The API of torch.autograd.functional, trees, checks of derivatives, errors and types: modules of their own.
 from autodiff import functional as functional
-from autodiff import operators as operators
 from autodiff import pytree as pytree
 from autodiff import testing as testing
 from autodiff import errors as errors
@@ -60,3 +58,13 @@ from autodiff._torch import rearrange as rearrange
 
 # What mends torch registers itself.
 from autodiff import torch_fixes as torch_fixes
+
+# Matrices that are never formed, loaded when they are first asked for.
+import typing as typing
+
+from autodiff.on_demand import __dir__ as __dir__
+from autodiff.on_demand import __getattr__ as __getattr__
+
+if typing.TYPE_CHECKING:
+    from autodiff import operators as operators
+    from autodiff.operators.hessian_eigenvalues import hessian_eigenvalues as hessian_eigenvalues

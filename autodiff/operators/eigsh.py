@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,9 +23,7 @@ from autodiff.operators.lanczos import (
 )
 from autodiff.operators.operator import Operator
 from autodiff.operators.symmetry import acts_symmetric
-
-if TYPE_CHECKING:
-    from autodiff.types import Which
+from autodiff.types import Which
 
 # Vectors in a block. Two take a tenth to a quarter more products than one, and half as many evaluations of
 # what is differentiated over a data set; and an eigenvalue is found as often as it is repeated, up to the width.

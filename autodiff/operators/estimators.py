@@ -47,7 +47,13 @@ _PARTS = {"hutch++": 3, "xtrace": 2, "xdiag": 2}
 
 
 class Estimate(NamedTuple):
-    """An estimate and the standard error that its samples give, of the same structure."""
+    """An estimate and the standard error that its samples give, of the same structure.
+
+    >>> import torch
+    >>> from autodiff import operators
+    >>> operators.trace(operators.diagonal(torch.tensor([1.0, 2.0])), "exact")
+    Estimate(estimate=tensor(3.), standard_error=tensor(0.))
+    """
 
     estimate: Any
     standard_error: Any

@@ -353,8 +353,9 @@ def empirical_fisher(
 
     Args:
         per_sample_loss: a function of one sample that returns one real tensor of shape ``()``.
-        in_dims: which dimension of each leaf of the arguments counts the samples, as for :func:`autodiff.vmap`. None
-            shares what is differentiated, and takes dimension 0 of all else.
+        in_dims: which dimension of each leaf of the arguments counts the samples: an int, a tree that begins the
+            structure of the arguments, with None for what all samples share, or a dict by names. None shares what is
+            differentiated, and takes dimension 0 of all else.
         argnums: which arguments to differentiate: a position, a parameter name, or a tuple of them.
         reduction: ``"mean"``, or ``"sum"`` without the factor 1/N.
         has_aux: whether the function returns ``(loss, aux)``; aux of all samples is the operator's ``aux``.

@@ -37,6 +37,12 @@ def identity_like(A: Operator) -> Operator:
     tensor([[1., 1.],
             [1., 1.]])
 
+    Args:
+        A: an operator from a space to itself.
+
+    Returns:
+        The identity operator of that space.
+
     Raises:
         ShapeError: the operator's domain and codomain differ.
     """

@@ -21,13 +21,13 @@ from autodiff.core.closures import CapturedTensors, ReplacedTensors
 from autodiff.core.forward import push
 from autodiff.core.reverse import rerecord
 from autodiff.core.rules import Rules, attach, is_tracked
+from autodiff.operators.operator import Operator
 
 if TYPE_CHECKING:
     from autodiff.core.call import Lift
-    from autodiff.operators.operator import Operator
 
 # From A and b, [n] or [n, k], which are constants and without grad mode, to x of the shape of b: A x = b.
-Solver: TypeAlias = Callable[["Operator", Tensor], Tensor]
+Solver: TypeAlias = Callable[[Operator, Tensor], Tensor]
 
 
 class Equation(ABC):

@@ -18,12 +18,12 @@ from autodiff.core.call import spread
 from autodiff.core.products import products
 from autodiff.core.seeds import Given, StandardBasis
 from autodiff.operators.scipy_operator import scipy_operator
+from autodiff.operators.space import Leaves, Space
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from autodiff.core.chunks import Sizes
-    from autodiff.operators.space import Leaves, Space
 
 C = TypeVar("C", bound=type)
 
