@@ -5,6 +5,7 @@ An operation that is handed one gets another in its place. Never sees a tree.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from autodiff import _torch
 from autodiff.core.rules import inplace_counts, is_tracked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 # They compute nothing, are put to what is inside wrappers too, and have the same answer in both runs.
 _METADATA = frozenset({Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.grad_fn.__get__})  # type: ignore[attr-defined,union-attr]
@@ -26,11 +27,12 @@ class ReplacedTensors(_torch.FunctionMode):
         super().__init__()
         self._others = {id(tensor): other for tensor, other in zip(tensors, others, strict=True)}
         self.unused = set(self._others)
+        self.hidden = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _METADATA:
+        if self.hidden or func in _METADATA:
             return func(*args, **(kwargs or {}))
         named = {key: self._replaced(value) for key, value in (kwargs or {}).items()}
         return self._seen(func(*self._replaced(args), **named))
@@ -50,6 +52,25 @@ class ReplacedTensors(_torch.FunctionMode):
         return result
 
 
+def active_modes() -> list[ReplacedTensors]:
+    """The modes of this kind around, outermost first."""
+    modes = _torch.function_modes()
+    return [mode for mode in modes if isinstance(mode, ReplacedTensors) and not mode.hidden]
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Where the modes around see nothing: outside of all transforms, where other levels have the numbers they know."""
+    modes = active_modes()
+    for mode in modes:
+        mode.hidden += 1
+    try:
+        yield
+    finally:
+        for mode in modes:
+            mode.hidden -= 1
+
+
 class CapturedTensors(ReplacedTensors):
     """Finds tensors that belong to a level or require grad and were not made here; hides their derivatives."""
 
@@ -60,7 +81,7 @@ class CapturedTensors(ReplacedTensors):
         self.shown: list[Tensor] = []
         self.versions: list[int] = []
         self.tracked: set[int] = set()
-        self._around = [mode for mode in _torch.function_modes() if isinstance(mode, ReplacedTensors)]
+        self._around = active_modes()
         self._levels = _torch.active_levels()
         self._token = object()
         for tensor in inputs:

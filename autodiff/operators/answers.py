@@ -21,6 +21,7 @@ from autodiff._torch import MESSAGES
 from autodiff.core import trees
 from autodiff.core.call import parameter_names, refilled, wraps
 from autodiff.core.captures import reaches_wrapper
+from autodiff.core.closures import unseen
 from autodiff.core.rules import inplace_counts, is_tracked
 from autodiff.operators.implicit import Equation, Solver, attached, captured
 from autodiff.operators.lazy import lazy
@@ -231,6 +232,7 @@ class DifferentiableSolver:
             stack.enter_context(torch.no_grad())
             if outside:
                 stack.enter_context(_torch.OutsideTransforms())
+                stack.enter_context(unseen())
             constants = list(map(constant, leaves))
             kept = [one for one, leaf in zip(constants, leaves, strict=True) if id(leaf) not in starts]
             versions = inplace_counts(kept)

@@ -218,9 +218,20 @@ class Problem:
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """The eigenpairs of the matrix itself, with torch's derivatives."""
-        matrix = self.A.to_matrix().to(self.dtype)
+        matrix = self.formed(self.A)
         values, vectors = torch.linalg.eigh((matrix + matrix.mH) / 2)
         return self.picked_pairs(values, vectors)
+
+    def formed(self, A: Operator) -> Tensor:
+        """The matrix of an operator."""
+        matrix = A.to_matrix().to(self.dtype)
+        self.refuse_not_finite(matrix)
+        return matrix
+
+    def refuse_not_finite(self, products: Tensor) -> None:
+        """Refuse products that torch has no decomposition of."""
+        if not compiling() and not bool(fully_unwrapped(products.isfinite()).all()):
+            checks.raise_products_not_finite(self.name, self.A.name)
 
     def places(self, values: Tensor) -> Tensor:
         """The places of the wanted eigenvalues among some, in the order that is promised."""
@@ -273,8 +284,7 @@ class Problem:
                 product = self.multiply(block)
                 if self.tracked is None:
                     self.tracked = compiling() or is_tracked(product)
-            if not compiling() and not bool(fully_unwrapped(product.isfinite()).all()):
-                checks.raise_products_not_finite(self.name, self.A.name)
+            self.refuse_not_finite(product)
             return product.detach()
 
         with torch.no_grad(), Progress(self.name, None, 0, unit="product", shown=self.progress) as bar:

@@ -17,9 +17,11 @@ from autodiff.operators.leave_one_out import xdiag, xtrace
 from autodiff.operators.operator import Operator
 from autodiff.operators.probes import (
     Distribution,
+    column_norms,
     computed_in,
     drawing,
     standard_error,
+    unit,
 )
 from autodiff.operators.quadrature import log_samples
 from autodiff.operators.trace_methods import (
@@ -354,10 +356,10 @@ def frobenius_norm(
         return _scalar(exact_norm(A.prepared(), dtype), None, A)
     probes = drawing(name, A, distribution or "rademacher", generator)
     A = A.prepared()
-    norms = [torch.linalg.vector_norm(A.matmat(Z).to(dtype), dim=0) for Z in probes.batches(samples)]
     # Of norms the norm: at zero its derivative is zero, that of a root of squares NaN.
-    each = torch.cat(norms)
-    norm = torch.linalg.vector_norm(each) / samples**0.5
-    of_square = standard_error(each**2)
+    each = torch.cat([column_norms(A.matmat(Z).to(dtype)) for Z in probes.batches(samples)])
+    scale = unit(each)
+    norm = torch.linalg.vector_norm(each / scale) / samples**0.5
+    of_square = standard_error((each / scale) ** 2)
     error = torch.where(norm.detach() > 0, of_square / (2 * norm.detach()), of_square)
-    return _scalar(norm, error, A)
+    return _scalar(norm * scale, error * scale, A)

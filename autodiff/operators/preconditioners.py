@@ -128,7 +128,9 @@ def _factored(A: Operator, group: tuple[int, ...], damping: float) -> tuple[tupl
     if any_of(~block.isfinite()):
         checks.raise_no_inverse("operators.block_jacobi", f"the block of {', '.join(paths)}")
     eps = torch.finfo(block.dtype).eps
-    if not any_of((block - block.mH).abs() > 100 * eps**0.5 * block.abs().amax()):
+    # A leaf may have no number.
+    largest = block.abs().amax() if block.numel() else 0
+    if not any_of((block - block.mH).abs() > 100 * eps**0.5 * largest):
         factor, failed = torch.linalg.cholesky_ex((block + block.mH) / 2)
         if not any_of(failed != 0):
             return (factor,), True

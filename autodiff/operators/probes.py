@@ -97,3 +97,23 @@ def standard_error(samples: Tensor) -> Tensor:
         return torch.full_like(samples[0].abs(), float("nan"))
     error: Tensor = samples.std(0) / count**0.5
     return error
+
+
+def column_norms(matrix: Tensor) -> Tensor:
+    """The norm of each column, whose square need not be a number that the dtype has.
+
+    # [m, k] -> [k], real
+    """
+    scale = unit(matrix)
+    norms: Tensor = torch.linalg.vector_norm(matrix / scale, dim=0) * scale
+    return norms
+
+
+def unit(numbers: Tensor) -> Tensor:
+    """The largest of them, a constant; one where it is no number to divide by."""
+    largest = (
+        numbers.detach().abs().amax()
+        if numbers.numel()
+        else numbers.new_zeros((), dtype=numbers.dtype.to_real())
+    )
+    return torch.where((largest > 0) & largest.isfinite(), largest, 1)

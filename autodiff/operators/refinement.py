@@ -6,6 +6,7 @@ by one product, and where it is too large another round solves for it. Imports `
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -70,6 +71,8 @@ def solve_in_rounds(
     targets = (tolerance.relative * of_b).clamp_min(tolerance.absolute)
     measure, before = norms, torch.full_like(norms, torch.inf)
     converged = norms <= targets
+    units = _Units()
+    scaled = units.of(system)
     lowest = 10 * torch.finfo(B.dtype).eps  # below that, a recurrence has rounding alone
     while True:
         reason = _reason_to_stop(converged, measure, before, least, steps)
@@ -78,8 +81,8 @@ def solve_in_rounds(
         steps.scale = scale * inverse(of_b)
         goals = (_AIM * targets * inverse(scale)).clamp_min(lowest)
         goals = torch.where(converged, torch.inf, goals)
-        step = solver(system, _scaled(R, inverse(scale)), goals, steps)
-        step = _scaled(step, torch.where(converged, 0, scale))
+        step = solver(scaled, _scaled(R, inverse(scale)), goals, steps)
+        step = units.divided(_scaled(step, torch.where(converged, 0, scale)))
         step = step if X is None else X + step
         left = B - system.multiply(step)
         came, scale_of_step = _norm_and_scale(left)
@@ -90,11 +93,69 @@ def solve_in_rounds(
         X = torch.where(better[:, None], step, zero)
         R = torch.where(better[:, None], left, R)
         norms, scale = torch.where(better, came, norms), torch.where(better, scale_of_step, scale)
-        before, (measure, converged) = measure, _judged(system, R, norms, scale, targets)
+        before, (measure, converged) = measure, _judged(scaled, R, norms, scale, targets)
     if X is None:
         # A product of zeros has the width of the solution, and is batched where the operator is.
         X = torch.zeros_like(system.multiply_adjoint(R)) if system.slope else torch.zeros_like(R)
     return Outcome(X, norms * inverse(of_b), converged, reason)
+
+
+class _Units:
+    """What an operator's products are divided by, so that their squares neither overflow nor underflow.
+
+    The first product tells, or the first one with the preconditioner: a number for each row, since inside vmap each
+    sample has an operator of its own; None where no row needs it.
+    """
+
+    def __init__(self) -> None:
+        self._known = False
+        self._units: Tensor | None = None
+
+    def of(self, system: System) -> System:
+        """The system with the operator divided by its unit, and the preconditioner, its inverse, multiplied."""
+
+        def multiply(rows: Tensor) -> Tensor:
+            images = system.multiply(rows)
+            self._learn(images, rows)
+            return self.divided(images)
+
+        def multiply_adjoint(rows: Tensor) -> Tensor:
+            images = system.multiply_adjoint(rows)
+            self._learn(images, rows)
+            return self.divided(images)
+
+        def precondition(rows: Tensor) -> Tensor:
+            assert system.precondition is not None
+            images = system.precondition(rows)
+            self._learn(rows, images)
+            return images if self._units is None else _scaled(images, self._units)
+
+        # A preconditioner on the right maps the operator's domain to itself, and is a part of its adjoint.
+        with_operator = system.precondition is None or system.slope > 0
+        return replace(
+            system,
+            multiply=multiply,
+            multiply_adjoint=multiply_adjoint,
+            precondition=system.precondition if with_operator else precondition,
+        )
+
+    def divided(self, rows: Tensor) -> Tensor:
+        return rows if self._units is None else _scaled(rows, 1 / self._units)
+
+    def _learn(self, images: Tensor, rows: Tensor) -> None:
+        if self._known:
+            return
+        self._known = True
+        largest, limit = _largest(images) * inverse(_largest(rows)), torch.finfo(rows.dtype).max ** (1 / 3)
+        unusual = largest.isfinite() & ((largest > limit) | ((largest < 1 / limit) & (largest > 0)))
+        if any_of(unusual):
+            self._units = torch.where(unusual, largest, 1)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The largest number of each row."""
+    largest: Tensor = torch.linalg.vector_norm(rows, torch.inf, dim=-1)
+    return largest
 
 
 def _reason_to_stop(
@@ -126,7 +187,7 @@ def _norm_and_scale(rows: Tensor) -> tuple[Tensor, Tensor]:
 
     # rows: [k, n] -> [k], [k]
     """
-    scale = torch.linalg.vector_norm(rows, torch.inf, dim=-1)
+    scale = _largest(rows)
     return scale * norm(_scaled(rows, inverse(scale))), scale
 
 

@@ -114,7 +114,7 @@ def svds(
     problem = Problem(name, narrow.H @ narrow, k, "LA")
     dimensions = problem.dimensions(ncv, block)
     if problem.worth_forming(dimensions):
-        left, S, right = torch.linalg.svd(narrow.to_matrix().to(problem.dtype), full_matrices=False)
+        left, S, right = torch.linalg.svd(problem.formed(narrow), full_matrices=False)
         U, S, V = left[:, :k], S[:k], right[:k].mH
     else:
         until = problem.until(tol, maxiter)

@@ -13,7 +13,7 @@ from torch import Tensor
 from autodiff import checks
 from autodiff._torch import fully_unwrapped
 from autodiff.core.seeds import StandardBasis
-from autodiff.operators.probes import computed_in, constant_product, standard_error
+from autodiff.operators.probes import column_norms, computed_in, constant_product, standard_error
 
 if TYPE_CHECKING:
     from autodiff.operators.operator import Operator
@@ -73,9 +73,8 @@ def exact_norm(A: Operator, dtype: torch.dtype) -> Tensor:
     basis, norms = StandardBasis([zeros]), [zeros.new_zeros((), dtype=dtype.to_real())]
     for start in range(0, len(zeros), _ROWS):
         (strip,) = basis.vectors(start, min(start + _ROWS, len(zeros)))
-        norms.append(torch.linalg.vector_norm(A.matmat(strip.mT).to(dtype)))
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm
+        norms.append(column_norms(A.matmat(strip.mT).to(dtype).reshape(-1, 1))[0])
+    return column_norms(torch.stack(norms)[:, None])[0]
 
 
 def exact_logdet(name: str, A: Operator, check: bool) -> Tensor:

@@ -620,3 +620,11 @@ def test_derivatives_per_sample() -> None:
     bend = ad.vmap(ad.jacfwd(ad.jacrev(eigenvalues)))(points)
     torch.testing.assert_close(slope, torch.stack([one for one, _ in expected]), rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(bend, torch.stack([one for _, one in expected]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [3, 300])
+def test_numbers_that_are_not_finite_are_refused(n: int) -> None:
+    A = operators.hessian(lambda x: x.sqrt().sum())(-torch.ones(n))
+    for decomposed in (operators.eigsh, operators.svds):
+        with pytest.raises(SolverError, match="expected finite products"):
+            decomposed(A, 1)

@@ -672,3 +672,21 @@ def test_a_compiled_function_breaks_its_graph_there() -> None:
     compiled = torch.compile(doubled, backend="eager")(torch.ones(2, dtype=F64))
     torch.manual_seed(1)
     torch.testing.assert_close(compiled, doubled(torch.ones(2, dtype=F64)))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e20, 1e30])
+@pytest.mark.parametrize("method", ["hutchinson", "exact"])
+def test_squares_of_entries_may_overflow_or_underflow(method: Any, scale: float) -> None:
+    M = matrix("flat")
+    estimates = [
+        operators.frobenius_norm(
+            operators.from_matrix(s * M.float()), method, samples=50, generator=generator(3)
+        )
+        for s in (1.0, scale)
+    ]
+    assert math.isclose(estimates[1].estimate.item() / scale, estimates[0].estimate.item(), rel_tol=1e-5)
+    assert math.isclose(
+        estimates[1].standard_error.item() / scale, estimates[0].standard_error.item(), rel_tol=1e-4
+    )
+    if method == "exact":
+        assert math.isclose(estimates[1].estimate.item() / scale, M.norm().item(), rel_tol=1e-5)

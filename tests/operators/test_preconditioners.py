@@ -166,3 +166,10 @@ def test_bad_input() -> None:
             operators.nystrom(A, **options)
     with pytest.raises(SolverError, match="Gauss-Newton"):
         operators.nystrom(operators.from_matrix(-positive(13)), 3, damping=0.1)
+
+
+def test_blocks_of_a_leaf_without_numbers() -> None:
+    A = operators.hessian(lambda p: (p["b"] ** 3).sum())(
+        {"a": torch.zeros(0, 3, dtype=D), "b": torch.tensor([1.0, 2.0], dtype=D)}
+    )
+    assert_close(operators.block_jacobi(A).to_matrix(), torch.diag(torch.tensor([1 / 6, 1 / 12], dtype=D)))

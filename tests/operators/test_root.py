@@ -628,3 +628,27 @@ class TestErrors:
         for transform in (ad.grad, ad.jacfwd, ad.hessian):
             with pytest.raises(ValueError, match="no solution today"):
                 transform(lambda a: fit(number(0.0), a))(number(1.0))
+
+
+@pytest.mark.parametrize("transform", [ad.jacfwd, ad.jacrev, ad.hessian])
+def test_solver_differentiates_by_levels_of_its_own_inside_another_minimum(transform):
+    # Its levels have the numbers of those around, from which it is taken out: its derivatives were taken for captured.
+    inner_objective = lambda x, t: (x**2 - t * x).sum()  # x = t / 2
+
+    @operators.minimum(inner_objective)
+    def newton(start, t):
+        slope, curvature = (d(inner_objective)(start, t) for d in (torch.func.grad, torch.func.hessian))
+        return start - torch.linalg.solve(curvature, slope)
+
+    zero = torch.zeros(2, dtype=torch.float64)
+
+    @operators.minimum(lambda t, c: ((newton(zero, t) - c) ** 2).sum() / 2 + (t**2).sum() / 2)
+    def outer(start, c):
+        return 0.4 * c
+
+    c = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    if transform is ad.hessian:
+        found = ad.hessian(lambda c: (outer(zero, c) ** 2).sum())(c) / 0.8
+    else:
+        found = transform(lambda c: outer(zero, c))(c)
+    torch.testing.assert_close(found, 0.4 * torch.eye(2, dtype=torch.float64))

@@ -507,3 +507,35 @@ def test_newton_step_is_differentiated_twice(method: Any) -> None:
     expected = torch.func.hessian(exact)(flat)
     assert_close(ad.hessian(found)(flat), expected, rtol=1e-6, atol=1e-14)
     assert_close(ad.jacfwd(ad.grad(found))(flat), expected, rtol=1e-6, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_squares_of_an_operators_numbers_may_overflow_or_underflow(method: str, scale: float) -> None:
+    # LSMR called zero a solution of the small ones, and the others did not find one.
+    M, B = matrix(method, 6), torch.randn(6, 2, dtype=torch.float64)
+    A = operators.from_matrix((scale * M).float())
+    expected = torch.linalg.solve(scale * M, B)
+    X, info = operators.solve(A, B.float(), method, rtol=1e-4, check=False, info=True)
+    assert info.reason == "converged"
+    assert_close(X.double() * scale, expected * scale, rtol=0.02, atol=0.02)
+    batch = ad.vmap(
+        lambda c: operators.solve(
+            operators.from_matrix(c * M.float()), B.float(), method, rtol=1e-4, check=False
+        )
+    )(torch.tensor([1.0, scale]))
+    assert_close(batch[1].double() * scale, batch[0].double(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_preconditioner_of_an_operator_of_an_unusual_size(method: str, scale: float) -> None:
+    M = torch.diag(torch.linspace(1, 50, 8, dtype=torch.float64)) + 0.01
+    A = operators.from_matrix((scale * M).float())
+    b = torch.ones(8)
+    x, info = operators.solve(
+        A, b, method, rtol=1e-4, check=False, preconditioner=operators.jacobi(A), info=True
+    )
+    assert info.reason == "converged"
+    assert info.iterations <= 6
+    assert_close(x.double() * scale, torch.linalg.solve(M, b.double()), rtol=1e-3, atol=1e-4)
