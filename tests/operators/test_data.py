@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.torch_version import TorchVersion
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import autodiff as ad
-from autodiff import operators
+from autodiff import _torch, operators
 from autodiff.core.memory import Meter
 from autodiff.errors import ArgnumsError, DataError, InPlaceError, OptionError
 
@@ -503,6 +504,7 @@ def test_solutions_over_data_are_differentiated_twice() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo")
+@pytest.mark.skipif(_torch.version < TorchVersion("2.13"), reason="older tracers are not supported")
 def test_compiled_code_goes_through_the_data_uncompiled() -> None:
     A = operators.hessian(loss).over(PIECES)(tree(THETA))
     torch.testing.assert_close(

@@ -11,9 +11,10 @@ import pytest
 import scipy.sparse.linalg
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import autodiff as ad
-from autodiff import operators
+from autodiff import _torch, operators
 from autodiff.core.memory import Meter
 from autodiff.errors import (
     ConvergenceWarning,
@@ -429,6 +430,7 @@ def test_check_sees_a_little_asymmetry_at_any_scale(scale: float) -> None:
         operators.eigsh(operators.from_matrix(matrix), 1)
 
 
+@pytest.mark.skipif(_torch.version < TorchVersion("2.13"), reason="older tracers are not supported")
 def test_compiled_code_is_interrupted() -> None:
     d = torch.arange(200.0, dtype=torch.float64)
     largest = torch.compile(lambda d: 2 * operators.eigsh(operators.diagonal(3 * d), 1)[0], backend="eager")

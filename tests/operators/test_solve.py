@@ -11,9 +11,10 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.torch_version import TorchVersion
 
 import autodiff as ad
-from autodiff import operators
+from autodiff import _torch, operators
 from autodiff.errors import (
     ConvergenceWarning,
     DtypeError,
@@ -330,6 +331,7 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], match: str) -
         operators.solve(**call)
 
 
+@pytest.mark.skipif(_torch.version < TorchVersion("2.13"), reason="older tracers are not supported")
 def test_compiled_code_is_interrupted_by_a_solver() -> None:
     M, b = matrix("cg", 5), torch.ones(5, dtype=torch.float64)
     double = lambda b: 2 * operators.solve(operators.from_matrix(M), 3 * b, "cg")
