@@ -212,7 +212,8 @@ def fisher(
             Without ``sample`` it is one of ``cross_entropy``, ``mse_loss`` and ``binary_cross_entropy_with_logits`` of
             torch.nn.functional, a partial of one with keywords, or its module, without weights. A squared error is
             the likelihood of a Gaussian of variance 1/2.
-        samples: how often targets are drawn; None computes the expectation.
+        samples: how often targets are drawn; None computes the expectation. Drawn targets are constants: a derivative
+            of the operator is that at these targets, and no estimate of the derivative of the expectation.
         argnums: which arguments of the model to differentiate: a position, a parameter name, or a tuple of them.
         sample: ``sample(output, generator)`` draws a target for any other loss; first dimensions count the samples.
         generator: from which the seed of the draws is taken; None takes torch's global one. An operator draws the same

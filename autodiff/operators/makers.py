@@ -74,7 +74,8 @@ class Maker(Generic[Made_co]):
                 a tree of which each leaf has its samples in the first dimension. A tuple or list is the arguments of
                 a batch, anything else is one argument.
             reduction: ``"mean"`` where the function is a mean over a batch's samples: a batch of :math:`n_b` samples of
-                all N counts :math:`n_b / N`. ``"sum"`` where it is a sum.
+                all N counts :math:`n_b / N`. ``"sum"`` where it is a sum. A mean over a part of them, as with
+                ``ignore_index`` or class weights, is neither, and is noticed in the first batch alone: divide a sum.
             batch_size: how many samples of given tensors make a batch, or ``"auto"``: as many as fit into ``memory``,
                 or into half of what is free; on a CPU as many as take 64 MiB, at most.
             progress: show a bar for each product.
