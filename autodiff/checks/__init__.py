@@ -47,6 +47,7 @@ from autodiff.checks.operators import block_patterns as block_patterns
 from autodiff.checks.operators import complex_leaves as complex_leaves
 from autodiff.checks.operators import losses_of_samples as losses_of_samples
 from autodiff.checks.operators import model_and_target as model_and_target
+from autodiff.checks.operators import raise_no_gradient as raise_no_gradient
 from autodiff.checks.operators import raise_not_a_matrix as raise_not_a_matrix
 from autodiff.checks.operators import raise_not_adjoint as raise_not_adjoint
 from autodiff.checks.operators import raise_not_convex as raise_not_convex

@@ -176,3 +176,11 @@ def losses_of_samples(name: str, losses: Any) -> None:
             f"{name}: expected a function that returns one real tensor of shape () for a sample, so [N] for all, got "
             f"{came}. Write the loss of one sample."
         )
+
+
+def raise_no_gradient(name: str, operator: str) -> NoReturn:
+    raise RuleError(
+        f"{name}: expected a symmetric Hessian, but <v, A u> is not <A v, u> for two vectors and the {operator}: its "
+        f"gradient comes from a backward or a hook that is not the derivative of the function. Mend that, or form the "
+        f"matrix by autodiff.hessian, row by row."
+    )

@@ -17,6 +17,7 @@ from autodiff.operators.elementary import Elementary
 from autodiff.operators.lazy import keeping, kept_outside_transforms, lazy
 from autodiff.operators.linear_map import tree_class
 from autodiff.operators.space import Leaves, Space
+from autodiff.operators.symmetry import acts_symmetric
 from autodiff.operators.written import Arguments
 from autodiff.types import Argnums, Wrt
 
@@ -199,7 +200,13 @@ class HessianOperator(Derivative):
 
     def _evaluate(self, call: Call) -> Evaluation:
         linearized = linearize_derivative(call, gradient(call, holomorphic=self.options.holomorphic))
-        return Evaluation(call, linearized, self._arguments())
+        evaluation = Evaluation(call, linearized, self._arguments())
+        if self.symmetric and linearized.has_custom_gradient():
+            # What a backward of the user's gives need not be the gradient of anything.
+            made = keeping(self, "_evaluation", evaluation)
+            if not acts_symmetric(made):
+                checks.raise_no_gradient(call.name, self.name)
+        return evaluation
 
     @property
     def value(self) -> Tensor:
