@@ -51,11 +51,9 @@ def test_backward_that_is_no_gradient():
     H = ad.jacrev(ad.grad(loss))(V)
     assert not torch.allclose(H, H.T)
     with pytest.raises(
-        RuleError, match=r"operators\.hessian: expected a symmetric Hessian.*promises no symmetry"
+        RuleError, match=r"operators\.hessian: expected a symmetric Hessian.*by autodiff\.hessian"
     ):
         operators.hessian(loss)(V)
-    A = operators.jacobian(ad.grad(loss))(V)
-    torch.testing.assert_close(A.to_matrix(), H)
 
 
 def test_hook_that_changes_a_gradient():
