@@ -6,6 +6,7 @@ path, what was expected, what came, and the way out. Phrases by which programs k
 
 from autodiff.checks.data_sets import data_set as data_set
 from autodiff.checks.data_sets import differentiated_outside_of_batches as differentiated_outside_of_batches
+from autodiff.checks.data_sets import raise_mean_of_other_samples as raise_mean_of_other_samples
 from autodiff.checks.data_sets import raise_no_batches as raise_no_batches
 from autodiff.checks.data_sets import raise_not_a_mean as raise_not_a_mean
 from autodiff.checks.data_sets import raise_not_additive as raise_not_additive

@@ -155,8 +155,17 @@ def raise_varying(name: str, *, draws: bool) -> NoReturn:
 
 def raise_not_a_mean(name: str) -> NoReturn:
     raise DataError(
-        f"{name}: expected a mean over a batch's samples, got a sum: the product of the first batch is that of its "
+        f"{name}: expected a mean over a batch's samples, got a sum: the product of a batch is that of its "
         f"parts, added. Pass reduction='sum', or make the loss a mean. check=False leaves the comparison out."
+    )
+
+
+def raise_mean_of_other_samples(name: str) -> NoReturn:
+    raise DataError(
+        f"{name}: expected a mean over a batch's samples, got one in some batches and none in others, as of a loss "
+        f"that leaves samples out (ignore_index) or weighs them. Means cannot be put together by the batches' numbers "
+        f"of samples then. Divide a sum by the weight of all samples, with reduction='sum'; check=False leaves the "
+        f"comparison out."
     )
 
 

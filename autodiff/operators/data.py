@@ -288,6 +288,7 @@ def _check_repeats(operator: OverData) -> None:
     data, drawn = operator.data, False
     name = data.name
     term, tensors = _constant_products(operator)
+    means: set[bool | None] = set()
 
     def watched(batch: Batch, tensors: Sequence[Tensor]) -> Leaves:
         nonlocal drawn
@@ -300,10 +301,14 @@ def _check_repeats(operator: OverData) -> None:
         data.draws = False  # else the second pass would draw what the first one did
         try:
             with closing(data.batches()) as batches:
-                batch = next(batches)
-            _check_writes(data, batch, term, tensors)
-            if data.mean:
-                _check_mean(operator, batch, term, tensors)
+                for batch in batches:
+                    if batch.number == 0:
+                        _check_writes(data, batch, term, tensors)
+                    if not data.mean:
+                        break
+                    means.add(_is_mean(operator, batch, term, tensors))
+            if {True, False} <= means:
+                checks.raise_mean_of_other_samples(name)
             randomness.set_random_state(data.state)
             first, second = (BatchSum(data, watched, f"{name}: check").at(tensors) for _ in range(2))
         finally:
@@ -325,17 +330,20 @@ def _check_writes(data: DataSet, batch: Batch, term: Term, tensors: Sequence[Ten
         checks.raise_writes(data.name, [tensor.shape for tensor, _ in writes.written.values()])
 
 
-def _check_mean(operator: OverData, batch: Batch, term: Term, tensors: Sequence[Tensor]) -> None:
-    """The function is not a sum over the samples of a batch, of which two parts are taken."""
+def _is_mean(operator: OverData, batch: Batch, term: Term, tensors: Sequence[Tensor]) -> bool | None:
+    """Whether the function is a mean over the samples of a batch, of which two parts are taken; None: not known.
+
+    It must not be a sum. That it is neither is nothing wrong: its samples may depend on each other.
+    """
     count = batch.samples or 0
     cuts = (slice(0, count), slice(0, count // 3), slice(count // 3, count))
     if count < _DIVISIBLE_SAMPLES:
-        return
+        return None
     try:
         parts = [Batch(0, narrowed(batch.args, cut), cut.stop - cut.start) for cut in cuts]
         products = [(operator.codomain.joined(term(part, tensors)[:-1]), part.samples or 0) for part in parts]
     except Exception:  # noqa: BLE001  what the function refuses says nothing about whole batches
-        return
+        return None
     (whole, _), (one, few), (other, many) = products
     scale = sum(torch.linalg.vector_norm(product) for product in (whole, one, other))
     tolerance = 4 * torch.finfo(whole.dtype).eps ** _ROUNDING * scale
@@ -343,6 +351,7 @@ def _check_mean(operator: OverData, batch: Batch, term: Term, tensors: Sequence[
     is_mean = torch.linalg.vector_norm(whole - (few * one + many * other) / count) <= tolerance
     if fully_unwrapped(is_sum & ~is_mean).any():
         checks.raise_not_a_mean(operator.data.name)
+    return bool(fully_unwrapped(is_mean).all())
 
 
 def _differ(space: Space, first: Leaves, second: Leaves, *, exactly: bool) -> bool:

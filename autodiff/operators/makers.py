@@ -75,7 +75,7 @@ class Maker(Generic[Made_co]):
                 a batch, anything else is one argument.
             reduction: ``"mean"`` where the function is a mean over a batch's samples: a batch of :math:`n_b` samples of
                 all N counts :math:`n_b / N`. ``"sum"`` where it is a sum. A mean over a part of them, as with
-                ``ignore_index`` or class weights, is neither, and is noticed in the first batch alone: divide a sum.
+                ``ignore_index`` or class weights, is neither: divide a sum.
             batch_size: how many samples of given tensors make a batch, or ``"auto"``: as many as fit into ``memory``,
                 or into half of what is free; on a CPU as many as take 64 MiB, at most.
             progress: show a bar for each product.
@@ -83,7 +83,7 @@ class Maker(Generic[Made_co]):
                 recorded once and kept, the first ones first. None keeps no batch, unless there is only one: then the
                 memory is that of one batch. Over kept batches a Hessian's product takes about half as long.
             check: refuse a data set or a function that would make products differ: when the operator is made, one
-                product is computed twice and compared, and that of the first batch with those of its parts.
+                product is computed twice and compared; and, for a mean, that of each batch with those of two parts of it.
 
         Returns:
             A function of the arguments that the batches do not hold, which returns the operator. Its ``value`` and

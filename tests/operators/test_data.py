@@ -375,12 +375,12 @@ def test_backward_through_a_product_in_parameters_and_vector() -> None:
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian])
 def test_batches_that_do_not_depend_on_all_arguments(transform: Any) -> None:
     def branching(params: Any, x: Tensor, y: Tensor) -> Tensor:
-        # In the second batch alone.
+        # In the second batch alone, which no mean over samples is.
         more = (params["b"] ** 4).sum() * params["w"].sum() if torch.equal(y, Y[4:8]) else 0.0
         return ((x @ params["w"]) ** 4).mean() + more
 
     def norm(theta: Tensor) -> Tensor:
-        A = operators.hessian(branching).over((X, Y), batch_size=4)(tree(theta))
+        A = operators.hessian(branching).over((X, Y), batch_size=4, check=False)(tree(theta))
         return (A @ V).square().sum()
 
     def dense(theta: Tensor) -> Tensor:
@@ -392,6 +392,28 @@ def test_batches_that_do_not_depend_on_all_arguments(transform: Any) -> None:
 
     ours = getattr(ad, transform.__name__)
     torch.testing.assert_close(ours(norm)(THETA), transform(dense)(THETA))
+
+
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton", "fisher"])
+@pytest.mark.parametrize("where", [1, 9])
+def test_mean_that_leaves_samples_out_is_refused(kind: str, where: int) -> None:
+    """A batch's mean is over the samples that count, whose number is not the batch's."""
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 2, 1, 0, 1, 2])
+    model = lambda w, x: x @ w
+    loss = torch.nn.functional.cross_entropy
+    weights = torch.randn(X.shape[1], 3, dtype=X.dtype, generator=torch.Generator().manual_seed(0))
+    if kind == "hessian":
+        maker = operators.hessian(lambda w, x, y: loss(model(w, x), y))
+    else:
+        maker = getattr(operators, kind)(model, loss)
+    A = maker.over((X, labels), batch_size=4)(weights)
+    whole = operators.hessian(lambda w: loss(model(w, X), labels))(weights)
+    torch.testing.assert_close(A.to_matrix(), whole.to_matrix())
+    ignored = labels.index_fill(0, torch.tensor([where]), -100)
+    with pytest.raises(
+        DataError, match=r"a mean over a batch's samples, got one in some batches .*ignore_index"
+    ):
+        maker.over((X, ignored), batch_size=4)(weights)
 
 
 def test_products_over_points_under_vmap() -> None:
