@@ -83,7 +83,7 @@ class Maker(Generic[Made_co]):
                 recorded once and kept, the first ones first. None keeps no batch, unless there is only one: then the
                 memory is that of one batch. Over kept batches a Hessian's product takes about half as long.
             check: refuse a data set or a function that would make products differ: when the operator is made, one
-                product is computed twice and compared; and, for a mean, that of each batch with those of two parts of it.
+                product is computed twice and compared; for a mean, each batch's is compared with those of its parts.
 
         Returns:
             A function of the arguments that the batches do not hold, which returns the operator. Its ``value`` and
