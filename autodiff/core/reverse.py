@@ -151,7 +151,7 @@ def conjugated(pulled: Sequence[Tensor | None]) -> list[Tensor | None]:
 class _EagerTape(Tape):
     """Plain autograd, where no transform is active around this one."""
 
-    __slots__ = ("_origin", "_own_leaves", "_start", "_tracked", "_versions", "_views")
+    __slots__ = ("_origin", "_own_leaves", "_start", "_tracked", "_versions", "_viewed")
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class _EagerTape(Tape):
         self._origin, self._start = origin, _torch.next_sequence_number()
         try:  # a context manager takes 1 % of a gradient, and an interrupt may leave it
             _torch.set_grad_enabled(True)
-            self.inputs, views, requires_grad = [], [], False
+            self.inputs, viewed, requires_grad = [], [], False
             this = weakref.ref(self)
             for primal in primals:
                 if inputs_recorded:
@@ -177,7 +177,7 @@ class _EagerTape(Tape):
                 elif primal.requires_grad:
                     # Connected to the graph outside. A sparse tensor has no views.
                     entered = primal.view_as(primal) if primal.layout is torch.strided else primal.clone()
-                    views.append(entered)
+                    viewed.append(primal)
                     requires_grad = True
                 else:
                     entered = _torch.outside_inference_mode(primal).detach().requires_grad_()
@@ -185,7 +185,7 @@ class _EagerTape(Tape):
                 self.inputs.append(entered)
             self._own_leaves = internal_leaves
             # A view that was written has another place in the graph, where no pull ends.
-            self._views, self._versions = views, _torch.versions(views) if views else []
+            self._viewed, self._versions = viewed, _torch.versions(viewed) if viewed else []
             # While ``differentiate`` runs, the graph that it makes is tracked: by this tape.
             self._tracked: bool | None = True
             higher_order = (
@@ -195,8 +195,6 @@ class _EagerTape(Tape):
             )
             aux = self._run(func, _torch.outside_inference_mode, higher_order, differentiate)
             self._tracked = requires_grad or None
-            if views:
-                _refuse_written(views, self._versions)
         finally:
             _torch.set_grad_enabled(recording)
         if recording and self._tracked is None:
@@ -221,13 +219,40 @@ class _EagerTape(Tape):
             for leaf in aux
         ]
 
+    def refuse_written(self) -> None:
+        """After an in-place write to a view, the gradient would be that of the written view.
+
+        torch refuses writes to a leaf and to a view of one, apart from those without grad mode, as of an embedding with
+        ``max_norm``. These are right where nothing has used the view before.
+        """
+        if not self._viewed or (versions := _torch.versions(self._viewed)) == self._versions:
+            return
+        both = zip(self._viewed, self._versions, versions, strict=True)
+        written = [primal for primal, before, after in both if before != after]
+        if not all(primal.is_leaf for primal in written) or self._reaches_by_other_views(written):
+            raise InPlaceError(
+                "the function wrote in place to an argument that is differentiated, of shape "
+                f"{[tuple(primal.shape) for primal in written]}: a leaf Variable that requires grad is being used in "
+                "an in-place operation. Expected a function that leaves its inputs as they are; write to a clone."
+            )
+        self._versions = versions
+
+    def _reaches_by_other_views(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether the graph reaches these leaves otherwise than by the place that each input has in it now."""
+        places, ids = {one.grad_fn for one in self.inputs}, set(map(id, leaves))
+        return any(
+            id(getattr(parent, "variable", None)) in ids
+            for node in graph.walk(self.graph_outputs)[1] - places
+            for parent, _ in node.next_functions
+        )
+
     def pull(self, cotangents: Sequence[Tensor | None], **options: Any) -> list[Tensor | None]:
         pulled = super().pull(cotangents, **options)
-        if self._views and None in pulled and _torch.versions(self._views) != self._versions:
+        if self._viewed and None in pulled and _torch.versions(self._viewed) != self._versions:
             raise InPlaceError(
                 f"an argument was written in place after the function was recorded, of those of shape "
-                f"{[tuple(view.shape) for view in self._views]}. Expected arguments that stay as they are for as long "
-                f"as products are taken; record the function anew, or pass clones."
+                f"{[tuple(primal.shape) for primal in self._viewed]}. Expected arguments that stay as they are for as "
+                f"long as products are taken; record the function anew, or pass clones."
             )
         return pulled
 
@@ -383,13 +408,3 @@ class _TracedTape(Tape):
 
     def is_tracked(self) -> bool:
         return True
-
-
-def _refuse_written(views: Sequence[Tensor], versions: Sequence[int]) -> None:
-    """After an in-place write to a view, the gradient would be that of the written view."""
-    if _torch.versions(views) != versions:
-        raise InPlaceError(
-            "the function wrote in place to an argument that is differentiated, of shape "
-            f"{[tuple(view.shape) for view in views]}: a leaf Variable that requires grad is being used in "
-            "an in-place operation. Expected a function that leaves its inputs as they are; write to a clone."
-        )

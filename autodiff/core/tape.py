@@ -175,6 +175,7 @@ class Tape(ABC):
         hook_count = graph.hooks_of_others()
         self.graph_outputs, aux = func(self.inputs, lift)
         self.has_hooks = graph.hooks_of_others() != hook_count
+        self.refuse_written()
         if differentiate is not None:
             self.outputs, self.aux = self.graph_outputs, aux
             self.graph_outputs, aux = differentiate(self)
@@ -278,6 +279,9 @@ class Tape(ABC):
     def _needs_graph(self) -> bool:
         """Whether the pull makes a graph though nothing tracks its result."""
         return False
+
+    def refuse_written(self) -> None:  # noqa: B027  levels have no views to be written
+        """Refuse a function that has written to its inputs."""
 
     @abstractmethod
     def is_tracked(self) -> bool:

@@ -189,6 +189,39 @@ def test_input_that_is_written_after_it_was_recorded(func: Any, *, computed: boo
         pullback(torch.ones_like(func(X)))
 
 
+def test_embedding_that_renormalises_its_weight() -> None:
+    """It writes to a leaf that requires grad, which torch lets it do; nothing has used the leaf before."""
+    places = torch.tensor([0, 2, 2])
+    start = torch.linspace(-3, 3, 12, dtype=torch.float64).view(4, 3)
+
+    def func(weight: Tensor, other: Tensor) -> Tensor:
+        # The second input is not reached by all that is pulled.
+        return functional.embedding(places, weight, max_norm=1.0).pow(3).sum() + 0 * other.sum()
+
+    plain, other = start.clone().requires_grad_(), X.clone().requires_grad_()
+    expected = torch.autograd.grad(func(plain, other), plain)[0]
+    weight = start.clone().requires_grad_()
+    assert_close(ad.grad(func)(weight, other), expected)
+    weight = start.clone().requires_grad_()
+    H = ad.hessian(func, argnums=(0, 1))(weight, other)
+    # The weight is a constant but for the numbers that it ends up with.
+    assert_close(H[0][0].reshape(12, 12).diagonal().reshape(4, 3)[2], 6 * 2 * weight.detach()[2])
+    assert_close(weight.detach(), plain.detach())
+
+
+def test_write_without_grad_mode_after_a_use_is_refused() -> None:
+    """The first use has another place in the graph than the second: half of the gradient, silently."""
+
+    def func(x: Tensor) -> Tensor:
+        before = cubic(x)
+        with torch.no_grad():
+            x.add_(1)
+        return before + cubic(x)
+
+    with pytest.raises(InPlaceError, match="write to a clone"):
+        ad.grad(func)(X.clone().requires_grad_())
+
+
 @pytest.mark.parametrize("layer", [functional.silu, functional.mish], ids=lambda f: f.__name__)
 def test_pull_inside_forward_mode_takes_the_formula_that_carries_tangents(layer: Any) -> None:
     """Without grad mode torch pulls these by one fused operation, which has no forward rule."""
